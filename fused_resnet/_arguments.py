@@ -1,0 +1,166 @@
+"""Arguments of the operators: what is legal, and the one sentence that says so when something is not.
+
+Every check runs before any work. ``TypeError`` is for a wrong type or dtype, ``ValueError`` for a wrong value or shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Pair = tuple[int, int]
+
+DTYPES = {
+    "cpu": (torch.float64, torch.float32, torch.bfloat16),
+    "cuda": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    "meta": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+}
+_INTS = (int, torch.SymInt)
+
+
+class Padding(NamedTuple):
+    """Zeros added around the input, in pixels. Only padding='same' makes the two ends differ (by one)."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+
+def pair(value: int | Sequence[int], name: str, least: int) -> Pair:
+    """An int or a pair of ints as a pair; each at least ``least``."""
+    if isinstance(value, _INTS) and not isinstance(value, bool):
+        both: tuple[int, ...] = (value, value)
+    elif isinstance(value, (tuple, list)) and all(isinstance(v, _INTS) and not isinstance(v, bool) for v in value):
+        both = tuple(value)
+        if len(both) == 1:
+            both = (both[0], both[0])
+        if len(both) != 2:
+            raise ValueError(f"{name} must be an int or a pair of ints, got {len(both)} numbers: {tuple(value)}")
+    else:
+        raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
+    if both[0] < least or both[1] < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return both[0], both[1]
+
+
+def pad(padding: int | str | Sequence[int], weight: Tensor, stride: Pair, dilation: Pair) -> Padding:
+    """conv2d's ``padding`` argument as four numbers. 'same' puts the odd pixel at the bottom and at the right."""
+    if isinstance(padding, str):
+        if padding == "valid":
+            return Padding(0, 0, 0, 0)
+        if padding != "same":
+            raise ValueError(f"padding must be an int, a pair of ints, 'same' or 'valid', got {padding!r}")
+        if stride != (1, 1):
+            raise ValueError(f"padding='same' needs stride 1, got stride {stride}")
+        total_h, total_w = (d * (n - 1) for d, n in zip(dilation, weight.shape[2:], strict=True))
+        return Padding(total_h // 2, total_h - total_h // 2, total_w // 2, total_w - total_w // 2)
+    h, w = pair(padding, "padding", 0)
+    return Padding(h, h, w, w)
+
+
+def output_size(size: int, kernel: int, stride: int, before: int, after: int, dilation: int) -> int:
+    """Length of a convolution's output along one axis (may be below 1: the kernel does not fit)."""
+    return (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def is_channels_last(t: Tensor) -> bool:
+    """Whether PyTorch takes a 4-d tensor for channels_last: by its strides, contiguous where they are ambiguous.
+
+    The rule of ``c10::is_channels_last_strides_2d``; Python has no binding for it.
+    """
+    shape, strides = t.shape, t.stride()
+    if strides[1] == 0:
+        return False
+    least = 0
+    for d in (1, 3, 2, 0):
+        if shape[d] == 0 or strides[d] < least:
+            return False
+        if d == 0 and least == strides[1]:
+            return False  # N x 1 x 1 x 1: ambiguous, and PyTorch takes contiguous
+        least = strides[d]
+        if shape[d] > 1:
+            least *= shape[d]
+    return True
+
+
+def check_tensor(t: object, name: str, rank: int, like: Tensor | None = None) -> None:
+    """One operand: a dense floating-point tensor of the given rank that shares dtype and device with ``like``."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    if t.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {t.layout}")
+    if t.dtype not in DTYPES.get(t.device.type, ()):
+        if t.device.type not in DTYPES:
+            raise ValueError(f"{name} must be on a CPU or CUDA device, got {t.device}")
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES[t.device.type])
+        got = str(t.dtype).removeprefix("torch.")
+        raise TypeError(f"{name} must have one of the dtypes {names} on {t.device.type}, got {got}")
+    if like is not None:
+        if t.dtype != like.dtype:
+            raise TypeError(
+                f"{name} must have input's dtype {str(like.dtype).removeprefix('torch.')}, "
+                f"got {str(t.dtype).removeprefix('torch.')}"
+            )
+        if t.device != like.device:
+            raise ValueError(f"{name} must be on input's device {like.device}, got {t.device}")
+    if t.dim() != rank:
+        axes = {4: "[N, C, H, W]", 1: "[K]"}[rank] if name != "weight" else "[K, C / groups, R, S]"
+        raise ValueError(f"{name} must have {rank} dimensions {axes}, got {t.dim()}: {list(t.shape)}")
+
+
+def check_bias(bias: Tensor | None, channels: int, like: Tensor) -> None:
+    if bias is None:
+        return
+    check_tensor(bias, "bias", 1, like)
+    if bias.shape[0] != channels:
+        raise ValueError(f"bias must have one value for each of the {channels} output channels, got {bias.shape[0]}")
+
+
+def check_shortcut(shortcut: Tensor | None, shape: Sequence[int], like: Tensor) -> None:
+    if shortcut is None:
+        return
+    check_tensor(shortcut, "shortcut", shortcut.dim() if isinstance(shortcut, Tensor) else 4, like)
+    if tuple(shortcut.shape) != tuple(shape):
+        raise ValueError(f"shortcut must have the output's shape {list(shape)}, got {list(shortcut.shape)}")
+
+
+def check_convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shortcut: Tensor | None,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    groups: int,
+) -> tuple[int, int, int, int]:
+    """Check one call of the operator; returns the output's shape [N, K, P, Q]."""
+    check_tensor(input, "input", 4)
+    check_tensor(weight, "weight", 4, input)
+    n, c, h, w = input.shape
+    k, c_group, r, s = weight.shape
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1, got {groups}")
+    if c % groups or k % groups:
+        raise ValueError(f"groups must divide the {c} input and the {k} output channels, got {groups}")
+    if c_group * groups != c:
+        raise ValueError(
+            f"weight must have input channels / groups = {c // groups} channels in its second dimension, got {c_group}"
+        )
+    if k < 1 or r < 1 or s < 1 or c < 1:
+        raise ValueError(f"weight must not be empty, got shape {list(weight.shape)}")
+    p = output_size(h, r, stride[0], padding.top, padding.bottom, dilation[0])
+    q = output_size(w, s, stride[1], padding.left, padding.right, dilation[1])
+    if h < 1 or w < 1 or p < 1 or q < 1:
+        raise ValueError(
+            "weight's kernel must fit into the padded input: kernel "
+            f"{[dilation[0] * (r - 1) + 1, dilation[1] * (s - 1) + 1]} with dilation, padded input "
+            f"{[h + padding.top + padding.bottom, w + padding.left + padding.right]}"
+        )
+    check_bias(bias, k, input)
+    check_shortcut(shortcut, (n, k, p, q), input)
+    return n, k, p, q

@@ -1,0 +1,34 @@
+"""Which path a call takes, and why: the hot path (our kernels) or the general path (the library's convolution).
+
+Selecting and explaining are one function, ``reasons``: an empty list is the hot path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ._arguments import Padding, Pair
+from ._extension import cpu, missing
+
+
+def reasons(
+    device: str,
+    dtype: torch.dtype,
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    groups: int,
+) -> list[str]:
+    """Sentences that say why this convolution takes the general path; none for the hot path."""
+    why = []
+    if device != "cpu":
+        why.append(f"there are no kernels for {device} tensors in this build")
+    elif cpu is None:
+        why.append(missing)
+    if groups != 1:
+        why.append(f"groups = {groups}: our convolution is for groups = 1")
+    return why
