@@ -6,13 +6,12 @@ and kept: a repeated call costs one look-up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
 from ._arguments import Padding, Pair, check_convolution, is_channels_last
 from ._derived import derive
 from ._extension import cpu
@@ -40,28 +39,186 @@ def convolution(
     groups: int,
     relu: bool,
 ) -> Plan | None:
-    """The plan of one convolution, or None where the general path serves."""
-    return None
+    """The plan of one convolution, or None where the general path serves. Raises for arguments that are not legal."""
+    threads = torch.get_num_threads()
+    key = (
+        input.shape,
+        input.stride(),
+        input.dtype,
+        weight.shape,
+        weight.stride(),
+        None if bias is None else bias.shape,
+        None if shortcut is None else shortcut.stride(),
+        stride,
+        padding,
+        dilation,
+        groups,
+        relu,
+        threads,
+        weight.dtype,
+        None if bias is None else (bias.dtype, bias.stride()),
+        None if shortcut is None else (shortcut.shape, shortcut.dtype),
+        input.device,
+    )
+    try:
+        plan = _plans[key]
+    except KeyError:
+        shape = check_convolution(input, weight, bias, shortcut, stride, padding, dilation, groups)
+        plan = None
+        if not reasons(
+            input.device.type, input.dtype, input.shape, weight.shape, stride, padding, dilation, groups
+        ):
+            plan = _plan(shape, input, weight, bias, shortcut, stride, padding, dilation, relu, threads)
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        _plans[key] = plan
+    return plan
+
+
+def _plan(
+    shape: tuple[int, int, int, int],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shortcut: Tensor | None,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    relu: bool,
+    threads: int,
+) -> Plan:
+    assert cpu is not None
+    memory_format = (
+        torch.channels_last if is_channels_last(input) or is_channels_last(weight) else torch.contiguous_format
+    )
+    dtype = input.dtype
+    kernel = cpu.Convolution(
+        _DTYPES[dtype],
+        tuple(input.shape),
+        tuple(weight.shape),
+        shape,
+        stride,
+        (padding.top, padding.left),
+        dilation,
+        input.stride(),
+        torch.empty(shape, device="meta", memory_format=memory_format).stride(),
+        None if shortcut is None else shortcut.stride(),
+        bias is not None,
+        relu,
+        threads,
+    )
+    run, packed_bytes, tag = kernel.run, kernel.packed_bytes, ("packed", kernel.isa, dtype)
+    bias_strided = bias is not None and not bias.is_contiguous()
+
+    def call(input: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Tensor | None) -> Tensor:
+        def pack() -> Tensor:
+            packed = torch.empty(packed_bytes, dtype=torch.uint8)
+            kernel.pack(weight.data_ptr(), weight.stride(), packed.data_ptr())
+            return packed
+
+        packed = derive(tag, (weight,), pack)
+        output = torch.empty(shape, dtype=dtype, memory_format=memory_format)
+        if bias_strided:
+            assert bias is not None
+            bias = bias.contiguous()
+        run(
+            input.data_ptr(),
+            packed.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if shortcut is None else shortcut.data_ptr(),
+            output.data_ptr(),
+        )
+        return output
+
+    call.kernel = kernel  # type: ignore[attr-defined]  # what tests and `env` ask: instruction set, blocking, workspace
+    return call
 
 
 def bias_add_relu(
     input: Tensor, bias: Tensor | None, shortcut: Tensor | None, relu: bool, dtype: torch.dtype, owned: bool
 ) -> Tensor:
-    """relu(input + bias + shortcut) as ``dtype``; writes over ``input`` where that is ``owned`` and fits."""
-    output = input
+    """relu(input + bias + shortcut) as ``dtype``; writes over ``input`` where that is ``owned`` (nobody else's) and fits.
+
+    ``input`` may be float32 where ``dtype`` is narrower: it is then rounded once, here.
+    """
+    channels_last = is_channels_last(input)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    in_place = owned and input.dtype == dtype and input.is_contiguous(memory_format=memory_format)
+    if bias is None and shortcut is None and not relu and in_place:
+        return input
+    if cpu is None or not input.is_cpu or dtype not in _DTYPES:
+        return _bias_add_relu_library(input, bias, shortcut, relu, dtype, owned, memory_format)
+    output = input if in_place else torch.empty(input.shape, dtype=dtype, memory_format=memory_format)
+    bias = None if bias is None else bias.contiguous()
+    cpu.bias_add_relu(
+        _DTYPES[dtype],
+        tuple(input.shape),
+        output.stride(),
+        input.stride(),
+        input.stride() if shortcut is None else shortcut.stride(),
+        relu,
+        input.dtype != dtype,
+        input.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if shortcut is None else shortcut.data_ptr(),
+        output.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return output
+
+
+def _bias_add_relu_library(
+    input: Tensor,
+    bias: Tensor | None,
+    shortcut: Tensor | None,
+    relu: bool,
+    dtype: torch.dtype,
+    owned: bool,
+    memory_format: torch.memory_format,
+) -> Tensor:
+    wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    output = input.to(wide)
     if bias is not None:
-        output = output + bias.to(output.dtype)[:, None, None]
+        output = output + bias.to(wide)[:, None, None]
     if shortcut is not None:
-        output = output + shortcut
-    output = torch.relu(output) if relu else output
+        output = output + shortcut.to(wide)
+    if relu:
+        output = torch.relu(output)
     output = output.to(dtype)
     if output is input and not owned:
         output = output.clone()
-    return output.contiguous(memory_format=torch.channels_last if is_channels_last(input) else torch.contiguous_format)
+    # A new tensor also where the strides are ambiguous and the format's own are expected.
+    result = torch.empty(input.shape, dtype=dtype, device=input.device, memory_format=memory_format)
+    return output if output.stride() == result.stride() else result.copy_(output)
 
 
 def relu_backward(grad: Tensor, output: Tensor, bias_grad: bool) -> tuple[Tensor, Tensor]:
-    """grad where not (output <= 0), else 0, in output's memory format; and its sum over N, P, Q [K], if asked for."""
-    masked = torch.empty_like(output)
-    masked.copy_(torch.where(output <= 0, 0, grad))
-    return masked, masked.sum((0, 2, 3)) if bias_grad else masked.new_empty(0)
+    """grad where not (output <= 0), else 0, in output's memory format; and its sum over N, P, Q [K], or an empty tensor."""
+    memory_format = torch.channels_last if is_channels_last(output) else torch.contiguous_format
+    result = torch.empty(output.shape, dtype=output.dtype, device=output.device, memory_format=memory_format)
+    sums = output.new_empty(output.shape[1] if bias_grad else 0)
+    if cpu is None or not output.is_cpu:
+        torch.where(output <= 0, 0, grad, out=result)
+        if bias_grad:
+            sums = result.sum((0, 2, 3))
+        return result, sums
+    cpu.relu_backward(
+        _DTYPES[output.dtype],
+        tuple(output.shape),
+        result.stride(),
+        grad.stride(),
+        output.stride(),
+        grad.data_ptr(),
+        output.data_ptr(),
+        result.data_ptr(),
+        sums.data_ptr() if bias_grad else 0,
+        torch.get_num_threads(),
+    )
+    return result, sums
+
+
+def use_isa(name: str) -> None:
+    """Compute with this instruction set from now on. For tests and benchmarks; users set FUSED_RESNET_ISA."""
+    assert cpu is not None
+    cpu.set_isa(name)
+    _plans.clear()

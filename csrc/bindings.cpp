@@ -1,0 +1,163 @@
+// The compiled module: the only file that knows Python. Shapes, strides and pointers come in as integers; the Python side has
+// checked the tensors that they belong to. The GIL is released while a kernel runs.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <chrono>
+#include <map>
+#include <optional>
+
+#include "cpu/convolution.h"
+#include "cpu/passes.h"
+
+namespace py = pybind11;
+namespace fr = fused_resnet;
+using fr::i64;
+using Pointer = std::uintptr_t;
+using Four = std::array<i64, 4>;
+using Two = std::array<i64, 2>;
+
+namespace {
+
+constexpr int kInterface = 1;  // fused_resnet/_extension.py holds the same number
+
+const void* in(Pointer p) { return reinterpret_cast<const void*>(p); }
+void* out(Pointer p) { return reinterpret_cast<void*>(p); }
+fr::Strides strides(const Four& s) { return fr::Strides{s[0], s[1], s[2], s[3]}; }
+
+fr::DType dtype(const std::string& name) {
+  if (name == "float32") return fr::DType::float32;
+  if (name == "float64") return fr::DType::float64;
+  if (name == "bfloat16") return fr::DType::bfloat16;
+  throw std::invalid_argument("dtype must be float32, float64 or bfloat16, got '" + name + "'");
+}
+
+fr::Convolution convolution(const std::string& type, const Four& input, const Four& weight, const Four& output,
+                            const Two& stride, const Two& pad, const Two& dilation, const Four& input_strides,
+                            const Four& output_strides, const std::optional<Four>& shortcut_strides, bool has_bias,
+                            bool relu, int threads) {
+  fr::ConvShape s;
+  s.n = input[0];
+  s.c = input[1];
+  s.h = input[2];
+  s.w = input[3];
+  s.k = weight[0];
+  s.r = weight[2];
+  s.s = weight[3];
+  s.p = output[2];
+  s.q = output[3];
+  s.stride_h = stride[0];
+  s.stride_w = stride[1];
+  s.pad_top = pad[0];
+  s.pad_left = pad[1];
+  s.dilation_h = dilation[0];
+  s.dilation_w = dilation[1];
+  s.x = strides(input_strides);
+  s.y = strides(output_strides);
+  s.has_shortcut = shortcut_strides.has_value();
+  if (shortcut_strides) s.shortcut = strides(*shortcut_strides);
+  s.has_bias = has_bias;
+  s.relu = relu;
+  return fr::Convolution(s, dtype(type), threads);
+}
+
+fr::PassShape pass_shape(const std::string& type, const Four& shape, const Four& result, const Four& first,
+                         const Four& second, bool relu, bool wide_input) {
+  fr::PassShape s;
+  s.n = shape[0];
+  s.k = shape[1];
+  s.p = shape[2];
+  s.q = shape[3];
+  s.result = strides(result);
+  s.first = strides(first);
+  s.second = strides(second);
+  s.dtype = dtype(type);
+  s.relu = relu;
+  s.wide_input = wide_input;
+  return s;
+}
+
+// GFLOP/s of one thread doing nothing but float32 FMAs in the instruction set in force: the best of runs over `seconds`.
+double measure_fma_peak(double seconds) {
+  using clock = std::chrono::steady_clock;
+  const auto& table = fr::current_table();
+  double best = 0;
+  const auto start = clock::now();
+  do {
+    const auto t0 = clock::now();
+    const double flops = table.fma_peak(100000);
+    best = std::max(best, flops / std::chrono::duration<double>(clock::now() - t0).count());
+  } while (std::chrono::duration<double>(clock::now() - start).count() < seconds);
+  return best / 1e9;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "CPU kernels of fused_resnet. Internal: the checks are in the Python files.";
+  m.attr("INTERFACE") = kInterface;
+  m.attr("BUILD") = std::map<std::string, std::string>{
+      {"compiler", __VERSION__}, {"openmp", std::to_string(_OPENMP)}, {"pybind11", PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR) "." PYBIND11_TOSTRING(PYBIND11_VERSION_MINOR)}};
+
+  m.def("available_isas", [] {
+    std::vector<std::string> names;
+    for (const auto* table : fr::available_tables()) names.emplace_back(table->isa);
+    return names;
+  });
+  m.def("isa", [] { return std::string(fr::current_table().isa); });
+  m.def("set_isa", &fr::set_isa, py::arg("name"));
+  m.def("cache_sizes", [] {
+    const auto& c = fr::cache_sizes();
+    return std::map<std::string, i64>{{"l1d", c.l1d}, {"l2", c.l2}, {"l3", c.l3}};
+  });
+  m.def("measure_fma_peak", &measure_fma_peak, py::arg("seconds"), py::call_guard<py::gil_scoped_release>());
+
+  py::class_<fr::Convolution>(m, "Convolution")
+      .def(py::init(&convolution), py::arg("dtype"), py::arg("input"), py::arg("weight"), py::arg("output"),
+           py::arg("stride"), py::arg("pad"), py::arg("dilation"), py::arg("input_strides"), py::arg("output_strides"),
+           py::arg("shortcut_strides"), py::arg("has_bias"), py::arg("relu"), py::arg("threads"))
+      .def(
+          "run",
+          [](const fr::Convolution& c, Pointer x, Pointer weight, Pointer bias, Pointer shortcut, Pointer y) {
+            c.run(in(x), in(weight), in(bias), in(shortcut), out(y));
+          },
+          py::arg("input"), py::arg("packed_weight"), py::arg("bias"), py::arg("shortcut"), py::arg("output"),
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "pack",
+          [](const fr::Convolution& c, Pointer weight, const Four& stride, Pointer packed) {
+            c.pack(in(weight), strides(stride), out(packed));
+          },
+          py::arg("weight"), py::arg("strides"), py::arg("packed_weight"), py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("packed_bytes", &fr::Convolution::packed_bytes)
+      .def_property_readonly("workspace_bytes", &fr::Convolution::workspace_bytes)
+      .def_property_readonly("isa", &fr::Convolution::isa)
+      .def("describe", [](const fr::Convolution& c) { return c.blocking().describe(); });
+
+  m.def(
+      "bias_add_relu",
+      [](const std::string& type, const Four& shape, const Four& y_strides, const Four& x_strides,
+         const Four& shortcut_strides, bool relu, bool wide_input, Pointer x, Pointer bias, Pointer shortcut, Pointer y,
+         int threads) {
+        const auto s = pass_shape(type, shape, y_strides, x_strides, shortcut_strides, relu, wide_input);
+        py::gil_scoped_release release;
+        fr::bias_add_relu(s, in(x), in(bias), in(shortcut), out(y), threads);
+      },
+      py::arg("dtype"), py::arg("shape"), py::arg("output_strides"), py::arg("input_strides"),
+      py::arg("shortcut_strides"), py::arg("relu"), py::arg("wide_input"), py::arg("input"), py::arg("bias"),
+      py::arg("shortcut"), py::arg("output"), py::arg("threads"));
+  m.def(
+      "relu_backward",
+      [](const std::string& type, const Four& shape, const Four& result_strides, const Four& grad_strides,
+         const Four& output_strides, Pointer grad, Pointer output, Pointer result, Pointer bias_grad, int threads) {
+        const auto s = pass_shape(type, shape, result_strides, grad_strides, output_strides, true, false);
+        py::gil_scoped_release release;
+        fr::relu_backward(s, in(grad), in(output), out(result), out(bias_grad), threads);
+      },
+      py::arg("dtype"), py::arg("shape"), py::arg("result_strides"), py::arg("grad_strides"), py::arg("output_strides"),
+      py::arg("grad"), py::arg("output"), py::arg("result"), py::arg("bias_grad"), py::arg("threads"));
+  m.def(
+      "fingerprint", [](Pointer data, i64 bytes, i64 most) { return fr::fingerprint(in(data), bytes, most); },
+      py::arg("data"), py::arg("bytes"), py::arg("most"));
+}

@@ -1,0 +1,83 @@
+#include "algorithm.h"
+
+#include <algorithm>
+
+namespace fused_resnet {
+namespace {
+
+i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+
+// Pixels of a task: enough that a panel of weights, which comes from the L2 or L3 cache, is used many times.
+constexpr i64 kTargetPixels = 168;
+// A multiple of this between pixels puts a tile's pixels into so few sets of the L1 cache that they evict each other.
+constexpr i64 kBadPitch = 2048;
+
+}  // namespace
+
+bool readable_in_place(const ConvShape& s, const DTypeKernels& kernels) {
+  return kernels.storage_bytes == kernels.accumulator_bytes && (s.x.c == 1 || s.c == 1) && s.pad_top == 0 &&
+         s.pad_left == 0 && (s.p - 1) * s.stride_h + (s.r - 1) * s.dilation_h < s.h &&
+         (s.q - 1) * s.stride_w + (s.s - 1) * s.dilation_w < s.w;
+}
+
+Blocking choose_blocking(const ConvShape& s, const DTypeKernels& kernels, const CacheSizes& caches, int threads) {
+  Blocking b;
+  const i64 panels = ceil_div(s.k, kernels.panel);
+  const i64 bytes = kernels.accumulator_bytes;
+  // Copying costs a load and a store for each input vector. With four panels or more to share it that is nothing beside the
+  // FMAs, and it cures a bad pitch.
+  const bool bad_pitch = (s.x.w * s.stride_w * bytes) % kBadPitch == 0 && panels >= 4;
+  b.packed = !readable_in_place(s, kernels) || bad_pitch;
+  b.pitch = (s.c * bytes) % 1024 == 0 ? s.c + 64 / bytes : s.c;
+
+  // The slots that r rows of output need, and the width for q columns.
+  const auto slots_for = [&](i64 rows) { return s.r == 1 ? rows : (rows - 1) * s.stride_h + (s.r - 1) * s.dilation_h + 1; };
+  const auto width_for = [&](i64 cols) { return s.s == 1 ? cols : (cols - 1) * s.stride_w + (s.s - 1) * s.dilation_w + 1; };
+  const auto scratch = [&](i64 images, i64 rows, i64 cols) {
+    return double(images) * double(slots_for(rows)) * double(width_for(cols)) * double(b.pitch) * double(bytes);
+  };
+  const double budget = double(caches.l2) / 2;
+  b.rows = s.p;
+  b.cols = s.q;
+  if (s.p * s.q <= kTargetPixels) {
+    b.images = std::clamp<i64>(kTargetPixels / (s.p * s.q), 1, std::max<i64>(s.n, 1));
+    while (b.images > 1 && b.packed && scratch(b.images, b.rows, b.cols) > budget) --b.images;
+  } else {
+    if (s.q > 2 * kTargetPixels) b.cols = ceil_div(s.q, ceil_div(s.q, kTargetPixels));
+    b.rows = std::clamp<i64>(kTargetPixels / b.cols, 1, s.p);
+    while (b.rows > 1 && b.packed && scratch(1, b.rows, b.cols) > budget) --b.rows;
+  }
+  b.image_groups = ceil_div(s.n, b.images);
+  b.row_parts = ceil_div(s.p, b.rows);
+  b.col_parts = ceil_div(s.q, b.cols);
+
+  // Few tasks: make them a multiple of the threads, by rows, by images or by output channels.
+  const auto spatial = [&] { return b.image_groups * b.row_parts * b.col_parts; };
+  if (threads > 1 && spatial() < 8 * threads && spatial() % threads != 0) {
+    if (b.row_parts > 1 && b.image_groups * b.col_parts % threads != 0) {
+      b.row_parts = std::min(s.p, ceil_div(b.row_parts, threads) * threads);
+    } else if (b.images > 1) {
+      b.image_groups = std::min(s.n, ceil_div(b.image_groups, threads) * threads);
+    }
+  }
+  b.rows = ceil_div(s.p, b.row_parts);
+  b.row_parts = ceil_div(s.p, b.rows);
+  b.images = ceil_div(std::max<i64>(s.n, 1), std::max<i64>(b.image_groups, 1));
+  b.image_groups = ceil_div(s.n, b.images);
+  b.panel_parts = 1;
+  if (threads > 1 && spatial() < 4 * threads && spatial() % threads != 0) b.panel_parts = std::min<i64>(panels, threads);
+  b.panels = ceil_div(panels, b.panel_parts);
+  b.panel_parts = ceil_div(panels, b.panels);
+  b.slots = slots_for(b.rows);
+  b.width = width_for(b.cols);
+  return b;
+}
+
+std::string Blocking::describe() const {
+  const auto n = [](i64 value) { return std::to_string(value); };
+  return std::string(packed ? "direct, input rows packed" : "direct, input read in place") + ": tasks of " + n(images) +
+         " image(s) x " + n(rows) + " row(s) x " + n(cols) + " column(s) x " + n(panels) + " panel(s), " + n(tasks()) +
+         " task(s)";
+}
+
+}  // namespace fused_resnet

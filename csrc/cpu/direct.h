@@ -1,0 +1,281 @@
+// Direct convolution on one block: output pixels times a range of output channels, templates over a vector type V (vec_*.h)
+// and a storage type S. Included once by each isa_*.cpp; everything has internal linkage.
+//
+// A tile of M pixels and NV registers of output channels lives in M * NV accumulators. For each element of the reduction
+// (tap, channel) it loads NV registers of packed weights, broadcasts M input values and does M * NV FMAs, in the same order
+// whatever the tile: every output is one chain of FMAs over (r, s, c), so blocking and threads cannot change a bit of it.
+// Bias, shortcut and ReLU are applied to the accumulators before the only store.
+#pragma once
+
+#include "kernels.h"
+
+#define FR_UNROLL _Pragma("GCC unroll 32")
+
+namespace fused_resnet {
+namespace {
+
+inline i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
+
+// Rows of a V::width x V::width matrix in registers become its columns: log2(width) rounds of perfect shuffles.
+template <class V>
+inline void transpose(typename V::reg (&rows)[V::width]) {
+  constexpr int half = V::width / 2;
+  FR_UNROLL
+  for (int round = 1; round < V::width; round *= 2) {
+    typename V::reg next[V::width];
+    FR_UNROLL
+    for (int i = 0; i < half; ++i) {
+      next[2 * i] = V::interleave_low(rows[i], rows[i + half]);
+      next[2 * i + 1] = V::interleave_high(rows[i], rows[i + half]);
+    }
+    FR_UNROLL
+    for (int i = 0; i < V::width; ++i) rows[i] = next[i];
+  }
+}
+
+inline bool consecutive(const i64* offset, i64 count) {
+  for (i64 i = 1; i < count; ++i) {
+    if (offset[i] != offset[0] + i) return false;
+  }
+  return true;
+}
+
+// Channels side by side in memory (channels_last): straight from the accumulators.
+template <class V, class S, int M, int NV>
+inline void finish_channels(const BlockArgs& a, typename V::reg (&acc)[M][NV], i64 pixel, i64 channel) {
+  FR_UNROLL
+  for (int v = 0; v < NV; ++v) {
+    const i64 k = channel + v * V::width;
+    const i64 count = smaller(a.k - k, V::width);
+    if (count <= 0) break;
+    typename V::reg bias = V::zero();
+    if (a.bias) bias = V::load_n(static_cast<const S*>(a.bias) + k, count);
+    FR_UNROLL
+    for (int m = 0; m < M; ++m) {
+      typename V::reg value = V::add(acc[m][v], bias);
+      if (a.shortcut) {
+        const S* shortcut = static_cast<const S*>(a.shortcut) + a.shortcut_offset[pixel + m] + k;
+        value = V::add(value, V::load_n(shortcut, count));
+      }
+      if (a.relu) value = V::relu(value);
+      V::store_n(static_cast<S*>(a.y) + a.y_offset[pixel + m] + k, value, count);
+    }
+  }
+}
+
+// Any strides; fast where the tile's pixels are side by side in memory (contiguous). The tile is turned in the L1 cache, so
+// that one register holds the pixels of one channel.
+template <class V, class S, int M, int NV>
+__attribute__((noinline)) void finish_pixels(const BlockArgs& a, const typename V::type* tile, i64 pixel, i64 channel) {
+  constexpr int W = V::width;
+  for (i64 first = 0; first < M; first += W) {
+    const i64 pixels = smaller(M - first, W);
+    const i64* y_offset = a.y_offset + pixel + first;
+    const i64* shortcut_offset = a.shortcut ? a.shortcut_offset + pixel + first : nullptr;
+    const bool y_run = consecutive(y_offset, pixels);
+    const bool shortcut_run = a.shortcut && consecutive(shortcut_offset, pixels);
+    for (int v = 0; v < NV; ++v) {
+      const i64 k = channel + v * W;
+      const i64 channels = smaller(a.k - k, W);
+      if (channels <= 0) break;
+      typename V::reg rows[W];
+      FR_UNROLL
+      for (int i = 0; i < W; ++i) rows[i] = V::load(tile + ((first + i) * NV + v) * W);
+      transpose<V>(rows);
+      alignas(64) typename V::type turned[W][W];
+      FR_UNROLL
+      for (int i = 0; i < W; ++i) V::store(turned[i], rows[i]);
+      for (i64 j = 0; j < channels; ++j) {
+        typename V::reg value = V::load(turned[j]);
+        if (a.bias) value = V::add(value, V::set1(widen(static_cast<const S*>(a.bias)[k + j])));
+        if (a.shortcut) {
+          const S* shortcut = static_cast<const S*>(a.shortcut) + (k + j) * a.shortcut_stride_k;
+          S gathered[W];
+          if (shortcut_run) {
+            shortcut += shortcut_offset[0];
+          } else {
+            for (i64 i = 0; i < pixels; ++i) gathered[i] = shortcut[shortcut_offset[i]];
+            shortcut = gathered;
+          }
+          value = V::add(value, V::load_n(shortcut, pixels));
+        }
+        if (a.relu) value = V::relu(value);
+        S* y = static_cast<S*>(a.y) + (k + j) * a.y_stride_k;
+        if (y_run) {
+          V::store_n(y + y_offset[0], value, pixels);
+        } else {
+          S scattered[W];
+          V::store_n(scattered, value, pixels);
+          for (i64 i = 0; i < pixels; ++i) y[y_offset[i]] = scattered[i];
+        }
+      }
+    }
+  }
+}
+
+template <class V, class S, int M, int NV>
+__attribute__((noinline)) void tile(const BlockArgs& a, const typename V::type* weight, i64 pixel, i64 channel) {
+  using T = typename V::type;
+  typename V::reg acc[M][NV];
+  FR_UNROLL
+  for (int m = 0; m < M; ++m) {
+    FR_UNROLL
+    for (int v = 0; v < NV; ++v) acc[m][v] = V::zero();
+  }
+  const T* base[M];
+  FR_UNROLL
+  for (int m = 0; m < M; ++m) base[m] = static_cast<const T*>(a.base[pixel + m]);
+  for (i64 t = 0; t < a.taps; ++t) {
+    const i64 begin = a.tap_offset[t], end = begin + a.run;
+    for (i64 i = begin; i < end; ++i) {
+      typename V::reg w[NV];
+      FR_UNROLL
+      for (int v = 0; v < NV; ++v) w[v] = V::load(weight + v * V::width);
+      weight += NV * V::width;
+      FR_UNROLL
+      for (int m = 0; m < M; ++m) {
+        const typename V::reg x = V::set1(base[m][i]);
+        FR_UNROLL
+        for (int v = 0; v < NV; ++v) acc[m][v] = V::fma(x, w[v], acc[m][v]);
+      }
+    }
+  }
+  if (a.y_stride_k == 1 && (!a.shortcut || a.shortcut_stride_k == 1)) {
+    finish_channels<V, S, M, NV>(a, acc, pixel, channel);
+  } else {
+    constexpr int rows = (M + V::width - 1) / V::width * V::width;
+    alignas(64) T turned[rows * NV * V::width];
+    FR_UNROLL
+    for (int m = 0; m < M; ++m) {
+      FR_UNROLL
+      for (int v = 0; v < NV; ++v) V::store(turned + (m * NV + v) * V::width, acc[m][v]);
+    }
+    FR_UNROLL
+    for (int m = M; m < rows; ++m) {
+      FR_UNROLL
+      for (int v = 0; v < NV; ++v) V::store(turned + (m * NV + v) * V::width, V::zero());
+    }
+    finish_pixels<V, S, M, NV>(a, turned, pixel, channel);
+  }
+}
+
+template <class V>
+using TileFunction = void (*)(const BlockArgs&, const typename V::type*, i64, i64);
+
+// tile<V, S, 1 .. M, NV> as an array: entry m - 1 does m pixels.
+template <class V, class S, int NV, int M, int... Rest>
+struct TileTable : TileTable<V, S, NV, M - 1, M, Rest...> {};
+template <class V, class S, int NV, int... Rest>
+struct TileTable<V, S, NV, 0, Rest...> {
+  static constexpr TileFunction<V> function[sizeof...(Rest)] = {tile<V, S, Rest, NV>...};
+};
+
+// All tiles of a block. Panels are the outer loop: one panel of weights serves every pixel before the next is touched.
+template <class V, class S, int M>
+void block(const BlockArgs& a) {
+  constexpr i64 panel = 2 * V::width;
+  const i64 reduction = a.taps * a.run;
+  const i64 tiles = (a.pixels + M - 1) / M;
+  for (i64 p = a.panel_begin; p < a.panel_end; ++p) {
+    const auto* weight = static_cast<const typename V::type*>(a.weight) + p * panel * reduction;
+    const bool narrow_panel = a.k - p * panel <= V::width;
+    i64 pixel = 0;
+    for (i64 t = 0; t < tiles; ++t) {
+      const i64 count = (a.pixels - pixel + tiles - t - 1) / (tiles - t);  // tiles of nearly equal size
+      if (narrow_panel) {
+        TileTable<V, S, 1, M>::function[count - 1](a, weight, pixel, p * panel);
+      } else {
+        TileTable<V, S, 2, M>::function[count - 1](a, weight, pixel, p * panel);
+      }
+      pixel += count;
+    }
+  }
+}
+
+template <class V, class S>
+void pack_row(const PackRowArgs& a) {
+  using T = typename V::type;
+  constexpr int W = V::width;
+  const S* x = static_cast<const S*>(a.x);
+  T* out = static_cast<T*>(a.out);
+  if (a.stride_c == 1) {
+    for (i64 w = 0; w < a.pixels; ++w, x += a.stride_w, out += a.pitch) {
+      i64 c = 0;
+      for (; c + W <= a.channels; c += W) V::store(out + c, V::load_n(x + c, W));
+      if (c < a.channels) V::store_n(out + c, V::load_n(x + c, a.channels - c), a.channels - c);
+    }
+    return;
+  }
+  i64 done = 0;  // channels that the transposing loop has done
+  if (a.stride_w == 1 && W > 1) {
+    for (; done < a.channels; done += W) {
+      const i64 channels = smaller(a.channels - done, W);
+      for (i64 w = 0; w < a.pixels; w += W) {
+        const i64 pixels = smaller(a.pixels - w, W);
+        typename V::reg rows[W];
+        for (int j = 0; j < W; ++j) {
+          rows[j] = j < channels ? V::load_n(x + (done + j) * a.stride_c + w, pixels) : V::zero();
+        }
+        transpose<V>(rows);
+        alignas(64) T turned[W][W];
+        FR_UNROLL
+        for (int j = 0; j < W; ++j) V::store(turned[j], rows[j]);
+        for (i64 i = 0; i < pixels; ++i) V::store_n(out + (w + i) * a.pitch + done, V::load(turned[i]), channels);
+      }
+    }
+    return;
+  }
+  for (i64 w = 0; w < a.pixels; ++w) {
+    for (i64 c = 0; c < a.channels; ++c) out[w * a.pitch + c] = widen(x[w * a.stride_w + c * a.stride_c]);
+  }
+}
+
+template <class V, class S>
+void pack_weight(const PackWeightArgs& a) {
+  using T = typename V::type;
+  constexpr int W = V::width;
+  const S* weight = static_cast<const S*>(a.weight);
+  T* out = static_cast<T*>(a.out);
+  const i64 area = a.r * a.s;
+  const bool contiguous = a.stride.w == 1 && a.stride.h == a.s && a.stride.c == area;
+  const bool channels_last = a.stride.c == 1 && a.stride.w == a.c && a.stride.h == a.s * a.c;
+  for (i64 j = 0; j < a.width; j += W) {
+    const i64 rows_here = smaller(a.k - a.k_begin - j, W);
+    const S* first = weight + (a.k_begin + j) * a.stride.n;
+    if (contiguous || channels_last) {
+      // Each k is one run of memory: turn W of them at a time. Element i of the run is (c, r, s) or (r, s, c).
+      const i64 run = a.c * area;
+      i64 c = 0, rs = 0;
+      for (i64 i = 0; i < run; i += W) {
+        const i64 count = smaller(run - i, W);
+        typename V::reg rows[W];
+        for (int k = 0; k < W; ++k) rows[k] = k < rows_here ? V::load_n(first + k * a.stride.n + i, count) : V::zero();
+        transpose<V>(rows);
+        alignas(64) T turned[W][W];
+        FR_UNROLL
+        for (int k = 0; k < W; ++k) V::store(turned[k], rows[k]);
+        for (i64 e = 0; e < count; ++e) {
+          const i64 row = channels_last ? i + e : rs * a.c + c;
+          V::store(out + row * a.width + j, V::load(turned[e]));
+          if (++rs == area) {
+            rs = 0;
+            ++c;
+          }
+        }
+      }
+      continue;
+    }
+    for (i64 r = 0; r < a.r; ++r) {
+      for (i64 s = 0; s < a.s; ++s) {
+        for (i64 c = 0; c < a.c; ++c) {
+          T* to = out + ((r * a.s + s) * a.c + c) * a.width + j;
+          const S* from = first + c * a.stride.c + r * a.stride.h + s * a.stride.w;
+          for (i64 k = 0; k < W; ++k) to[k] = k < rows_here ? widen(from[k * a.stride.n]) : T(0);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fused_resnet

@@ -1,0 +1,93 @@
+// What an instruction set provides: one table of function pointers for each storage dtype. Nothing here depends on the
+// instruction set, and the files that fill the tables (isa_*.cpp) use nothing of the standard library: an inline function
+// compiled there with AVX-512 flags could be the copy that the linker keeps for everybody.
+#pragma once
+
+#include "../types.h"
+
+namespace fused_resnet {
+
+// One block of output pixels times a range of output channels. The operand A (input pixels) is in the accumulator's type:
+// element c of tap t of pixel m is base[m][tap_offset[t] + c].
+struct BlockArgs {
+  const void* const* base = nullptr;  // [pixels]
+  const i64* tap_offset = nullptr;    // [taps]
+  i64 pixels = 0, taps = 0, run = 0;  // run: consecutive elements of A in each tap
+  const void* weight = nullptr;       // all panels; each [taps][run][channels of the panel]
+  i64 k = 0;                          // output channels in all
+  i64 panel_begin = 0, panel_end = 0;
+  const void* bias = nullptr;  // storage dtype; null: none
+  const void* shortcut = nullptr;
+  const i64* shortcut_offset = nullptr;  // [pixels]
+  i64 shortcut_stride_k = 0;
+  void* y = nullptr;
+  const i64* y_offset = nullptr;  // [pixels]
+  i64 y_stride_k = 0;
+  bool relu = true;
+};
+
+// Part of one row of the input: `pixels` pixels from x + w * stride_w, `channels` channels each, written to
+// out[pixel * pitch + channel] in the accumulator's type.
+struct PackRowArgs {
+  const void* x = nullptr;
+  i64 stride_c = 0, stride_w = 0, pixels = 0, channels = 0;
+  void* out = nullptr;
+  i64 pitch = 0;
+};
+
+// One panel of the weight [K, C, R, S] with any strides: out[(r * S + s) * C + c][width], zeros beyond K.
+struct PackWeightArgs {
+  const void* weight = nullptr;
+  Strides stride;  // n: of K, c: of C, h: of R, w: of S
+  i64 k = 0, c = 0, r = 0, s = 0;
+  i64 k_begin = 0, width = 0;
+  void* out = nullptr;
+};
+
+// One row of a pointwise pass: y[i] = relu(x[i] + bias + shortcut[i]). `bias_step` is 1 where the row runs over channels, 0
+// where it runs over pixels of one channel.
+struct PassRowArgs {
+  const void* x = nullptr;  // storage dtype, or float where wide_input
+  const void* bias = nullptr;
+  const void* shortcut = nullptr;
+  void* y = nullptr;
+  i64 x_step = 1, bias_step = 0, shortcut_step = 1, length = 0;
+  bool relu = true, wide_input = false;
+};
+
+// One row of the way back: out[i] = output[i] <= 0 ? 0 : grad[i]. `sum` (accumulator type, may be null) gains out[i] at
+// [i * sum_step].
+struct MaskRowArgs {
+  const void* grad = nullptr;
+  const void* output = nullptr;
+  void* out = nullptr;
+  void* sum = nullptr;
+  i64 grad_step = 1, sum_step = 1, length = 0;
+};
+
+struct DTypeKernels {
+  int storage_bytes, accumulator_bytes;
+  int tile_pixels;   // at most this many pixels share the accumulators
+  int vector;        // elements of the accumulator's type in a register
+  int panel;         // output channels of a full panel: two registers
+  void (*block)(const BlockArgs&);
+  void (*pack_row)(const PackRowArgs&);
+  void (*pack_weight)(const PackWeightArgs&);
+  void (*pass_row)(const PassRowArgs&);
+  void (*mask_row)(const MaskRowArgs&);
+  void (*store)(void* out, const double* values, i64 count);  // to the storage dtype, rounded once
+};
+
+struct KernelTable {
+  const char* isa;
+  DTypeKernels dtype[kDTypes];  // indexed by DType
+  double (*fma_peak)(i64 iterations);  // runs float32 FMAs; returns how many flops it did
+};
+
+extern const KernelTable kScalarTable;
+#if defined(__x86_64__)
+extern const KernelTable kAvx2Table;
+extern const KernelTable kAvx512Table;
+#endif
+
+}  // namespace fused_resnet

@@ -1,0 +1,153 @@
+#include "passes.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+namespace fused_resnet {
+namespace {
+
+constexpr i64 kSerialElements = 32768;  // below this waking threads costs more than it saves
+constexpr i64 kMostPieces = 256;        // of a bias gradient in channels_last
+
+// The tensor as rows of memory: of channels where they are side by side (channels_last), else of pixels of one channel.
+struct Rows {
+  bool channels;   // a row runs over channels
+  bool plane;      // a row of pixels is a whole plane (P * Q), not one line of it
+  i64 count, length;
+};
+
+bool flat(const Strides& s, const PassShape& shape) { return s.h == s.w * shape.q || shape.p == 1; }
+
+Rows rows_of(const PassShape& s, bool has_second) {
+  Rows r;
+  r.channels = s.result.c == 1 && (s.k > 1 || s.p * s.q == 1);
+  r.plane = flat(s.result, s) && flat(s.first, s) && (!has_second || flat(s.second, s));
+  if (r.channels) {
+    r.count = s.n * s.p * s.q;
+    r.length = s.k;
+  } else {
+    r.count = s.n * s.k * (r.plane ? 1 : s.p);
+    r.length = r.plane ? s.p * s.q : s.q;
+  }
+  return r;
+}
+
+// Offset of row i of an operand, in elements.
+i64 offset(const PassShape& s, const Rows& r, const Strides& strides, i64 i) {
+  if (r.channels) {
+    const i64 q = i % s.q, np = i / s.q;
+    return np / s.p * strides.n + np % s.p * strides.h + q * strides.w;
+  }
+  if (r.plane) return i / s.k * strides.n + i % s.k * strides.c;
+  const i64 p = i % s.p, nk = i / s.p;
+  return nk / s.k * strides.n + nk % s.k * strides.c + p * strides.h;
+}
+
+i64 channel(const PassShape& s, const Rows& r, i64 i) { return r.plane ? i % s.k : i / s.p % s.k; }
+
+const char* at(const void* data, i64 elements, i64 bytes) { return static_cast<const char*>(data) + elements * bytes; }
+
+}  // namespace
+
+void bias_add_relu(const PassShape& s, const void* input, const void* bias, const void* shortcut, void* result,
+                   int threads) {
+  if (s.n == 0 || s.k == 0 || s.p == 0 || s.q == 0) return;
+  const DTypeKernels& kernels = current_table().dtype[int(s.dtype)];
+  const i64 bytes = kernels.storage_bytes, input_bytes = s.wide_input ? kernels.accumulator_bytes : bytes;
+  const Rows rows = rows_of(s, shortcut != nullptr);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows.count * rows.length > kSerialElements)
+  for (i64 i = 0; i < rows.count; ++i) {
+    PassRowArgs a;
+    a.x = at(input, offset(s, rows, s.first, i), input_bytes);
+    a.x_step = rows.channels ? s.first.c : s.first.w;
+    if (bias) {
+      a.bias = rows.channels ? bias : at(bias, channel(s, rows, i), bytes);
+      a.bias_step = rows.channels ? 1 : 0;
+    }
+    if (shortcut) {
+      a.shortcut = at(shortcut, offset(s, rows, s.second, i), bytes);
+      a.shortcut_step = rows.channels ? s.second.c : s.second.w;
+    }
+    a.y = const_cast<char*>(at(result, offset(s, rows, s.result, i), bytes));
+    a.length = rows.length;
+    a.relu = s.relu;
+    a.wide_input = s.wide_input;
+    kernels.pass_row(a);
+  }
+}
+
+void relu_backward(const PassShape& s, const void* grad, const void* output, void* result, void* bias_grad, int threads) {
+  const DTypeKernels& kernels = current_table().dtype[int(s.dtype)];
+  const i64 bytes = kernels.storage_bytes, wide = kernels.accumulator_bytes;
+  const Rows rows = rows_of(s, true);
+  // Pieces: runs of rows whose sums are kept apart, [pieces][K] in channels_last, [N][K] otherwise.
+  const bool empty = rows.count == 0 || rows.length == 0;
+  const i64 per_plane = rows.plane ? 1 : s.p;
+  const i64 piece_rows = rows.channels ? std::max<i64>(64, (rows.count + kMostPieces - 1) / kMostPieces) : per_plane;
+  const i64 pieces = empty ? 0 : (rows.count + piece_rows - 1) / piece_rows;
+  const i64 sums_per_piece = rows.channels ? s.k : 1;
+  std::vector<char> sums(bias_grad ? std::size_t(pieces * sums_per_piece * wide) : 0, 0);
+
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows.count * rows.length > kSerialElements)
+  for (i64 piece = 0; piece < pieces; ++piece) {
+    const i64 end = std::min(rows.count, (piece + 1) * piece_rows);
+    for (i64 i = piece * piece_rows; i < end; ++i) {
+      MaskRowArgs a;
+      a.grad = at(grad, offset(s, rows, s.first, i), bytes);
+      a.grad_step = rows.channels ? s.first.c : s.first.w;
+      a.output = at(output, offset(s, rows, s.second, i), bytes);
+      a.out = const_cast<char*>(at(result, offset(s, rows, s.result, i), bytes));
+      a.length = rows.length;
+      a.sum_step = rows.channels ? 1 : 0;
+      if (bias_grad) a.sum = sums.data() + piece * sums_per_piece * wide;
+      kernels.mask_row(a);
+    }
+  }
+  if (!bias_grad) return;
+  std::vector<double> totals(std::size_t(s.k), 0.0);
+  for (i64 piece = 0; piece < pieces; ++piece) {
+    for (i64 j = 0; j < sums_per_piece; ++j) {
+      const char* sum = sums.data() + (piece * sums_per_piece + j) * wide;
+      const i64 k = rows.channels ? j : piece % s.k;
+      if (wide == sizeof(float)) {
+        float value;
+        std::memcpy(&value, sum, sizeof value);
+        totals[std::size_t(k)] += double(value);
+      } else {
+        double value;
+        std::memcpy(&value, sum, sizeof value);
+        totals[std::size_t(k)] += value;
+      }
+    }
+  }
+  kernels.store(bias_grad, totals.data(), s.k);
+}
+
+std::uint64_t fingerprint(const void* data, i64 bytes, i64 most) {
+  constexpr i64 kWord = sizeof(std::uint64_t), kSamples = 256;
+  const char* p = static_cast<const char*>(data);
+  std::uint64_t lanes[4] = {1, 2, 3, 4};
+  const auto mix = [&](int lane, const char* from, i64 count) {
+    std::uint64_t word = 0;
+    std::memcpy(&word, from, std::size_t(count));
+    lanes[lane] = (lanes[lane] ^ word) * 0x9e3779b97f4a7c15u;
+    lanes[lane] ^= lanes[lane] >> 29;
+  };
+  if (bytes > most) {
+    // Evenly spread, the last word included.
+    const i64 words = bytes / kWord;
+    for (i64 i = 0; i < kSamples; ++i) mix(int(i & 3), p + (words - 1) * i / (kSamples - 1) * kWord, kWord);
+  } else {
+    i64 i = 0;
+    for (; i + 4 * kWord <= bytes; i += 4 * kWord) {
+      for (int lane = 0; lane < 4; ++lane) mix(lane, p + i + lane * kWord, kWord);
+    }
+    for (; i < bytes; i += kWord) mix(0, p + i, std::min(kWord, bytes - i));
+  }
+  std::uint64_t result = std::uint64_t(bytes);
+  for (const std::uint64_t lane : lanes) result = (result ^ lane) * 0xff51afd7ed558ccdu;
+  return result ^ (result >> 32);
+}
+
+}  // namespace fused_resnet

@@ -1,0 +1,29 @@
+// The passes over memory that need no convolution, over whole tensors: forward (bias + shortcut + ReLU) and backward (mask +
+// bias gradient).
+#pragma once
+
+#include "dispatch.h"
+
+namespace fused_resnet {
+
+// A [N, K, P, Q] problem; the result is dense, contiguous or channels_last; operands have any strides (0 included).
+struct PassShape {
+  i64 n = 0, k = 0, p = 0, q = 0;
+  Strides result, first, second;  // first: input or gradient; second: shortcut or output
+  DType dtype = DType::float32;
+  bool relu = true;
+  bool wide_input = false;  // the input is in the accumulator's type, the rest in `dtype`
+};
+
+// result = relu(input + bias + shortcut); bias and shortcut may be null. result may be input.
+void bias_add_relu(const PassShape& shape, const void* input, const void* bias, const void* shortcut, void* result,
+                   int threads);
+
+// result = output <= 0 ? 0 : grad; bias_grad [K] (may be null) = its sum over N, P, Q: float32 or float64 inside fixed pieces
+// of the tensor, float64 over the pieces, in an order that depends on the shape alone.
+void relu_backward(const PassShape& shape, const void* grad, const void* output, void* result, void* bias_grad, int threads);
+
+// A 64-bit hash of `bytes` bytes: of all of them up to `most`, above that of 256 words spread over them.
+std::uint64_t fingerprint(const void* data, i64 bytes, i64 most);
+
+}  // namespace fused_resnet

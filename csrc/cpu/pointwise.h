@@ -1,0 +1,104 @@
+// The passes without a convolution, row by row: bias + shortcut + ReLU forward, mask + bias gradient backward.
+#pragma once
+
+#include "direct.h"
+
+namespace fused_resnet {
+namespace {
+
+// `count` elements, `step` apart, as a register.
+template <class V, class S>
+inline typename V::reg load_steps(const S* p, i64 step, i64 count) {
+  if (step == 1) return V::load_n(p, count);
+  S gathered[V::width];
+  for (i64 i = 0; i < count; ++i) gathered[i] = p[i * step];
+  return V::load_n(gathered, count);
+}
+
+template <class V, class S, class X>
+void pass_row_from(const PassRowArgs& a) {
+  constexpr int W = V::width;
+  const X* x = static_cast<const X*>(a.x);
+  const S* bias = static_cast<const S*>(a.bias);
+  const S* shortcut = static_cast<const S*>(a.shortcut);
+  S* y = static_cast<S*>(a.y);
+  for (i64 i = 0; i < a.length; i += W) {
+    const i64 count = smaller(a.length - i, W);
+    typename V::reg value = load_steps<V>(x + i * a.x_step, a.x_step, count);
+    if (bias) {
+      value = V::add(value, a.bias_step ? V::load_n(bias + i, count) : V::set1(widen(*bias)));
+    }
+    if (shortcut) value = V::add(value, load_steps<V>(shortcut + i * a.shortcut_step, a.shortcut_step, count));
+    if (a.relu) value = V::relu(value);
+    V::store_n(y + i, value, count);
+  }
+}
+
+template <class V, class S>
+void pass_row(const PassRowArgs& a) {
+  if (a.wide_input) {
+    pass_row_from<V, S, typename V::type>(a);
+  } else {
+    pass_row_from<V, S, S>(a);
+  }
+}
+
+template <class V, class S>
+void mask_row(const MaskRowArgs& a) {
+  using T = typename V::type;
+  constexpr int W = V::width;
+  const S* grad = static_cast<const S*>(a.grad);
+  const S* output = static_cast<const S*>(a.output);
+  S* out = static_cast<S*>(a.out);
+  T* sum = static_cast<T*>(a.sum);
+  typename V::reg total = V::zero();
+  for (i64 i = 0; i < a.length; i += W) {
+    const i64 count = smaller(a.length - i, W);
+    const typename V::reg value =
+        V::relu_gradient(load_steps<V>(grad + i * a.grad_step, a.grad_step, count), V::load_n(output + i, count));
+    V::store_n(out + i, value, count);
+    if (sum && a.sum_step) V::store_n(sum + i, V::add(V::load_n(sum + i, count), value), count);
+    total = V::add(total, value);
+  }
+  if (sum && !a.sum_step) {  // all of the row belongs to one channel
+    T lanes[V::width];
+    V::store(lanes, total);
+    for (int i = 0; i < W; ++i) *sum += lanes[i];
+  }
+}
+
+template <class V, class S>
+void store_values(void* out, const double* values, i64 count) {
+  for (i64 i = 0; i < count; ++i) narrow(typename V::type(values[i]), static_cast<S*>(out) + i);
+}
+
+// Enough independent chains that latency does not limit, and no loads: what is left is the rate of the FMA units.
+template <class V>
+__attribute__((noinline)) double fma_peak(i64 iterations) {
+  constexpr int chains = V::width > 1 ? (V::width == 16 ? 24 : 12) : 8;
+  typename V::reg acc[chains];
+  const typename V::reg x = V::set1(1.0f + 1e-7f), y = V::set1(1e-9f);
+  FR_UNROLL
+  for (int i = 0; i < chains; ++i) acc[i] = V::set1(float(i));
+  for (i64 n = 0; n < iterations; ++n) {
+    FR_UNROLL
+    for (int i = 0; i < chains; ++i) acc[i] = V::fma(acc[i], x, y);
+  }
+  typename V::type total[V::width];
+  typename V::reg sum = acc[0];
+  FR_UNROLL
+  for (int i = 1; i < chains; ++i) sum = V::add(sum, acc[i]);
+  V::store(total, sum);
+  // A result that is used: the compiler must keep the loop.
+  return total[0] == 12345.0f ? 0.0 : double(iterations) * chains * V::width * 2.0;
+}
+
+template <class V, class S, int M>
+constexpr DTypeKernels dtype_kernels() {
+  return DTypeKernels{int(sizeof(S)), int(sizeof(typename V::type)), M, V::width, 2 * V::width, block<V, S, M>,
+                      pack_row<V, S>,  pack_weight<V, S>,             pass_row<V, S>, mask_row<V, S>,
+                      store_values<V, S>};
+}
+
+}  // namespace
+}  // namespace fused_resnet

@@ -1,0 +1,36 @@
+// "Registers" of one element, in plain C++: the floor that runs on any machine.
+#pragma once
+
+#include "../epilogue.h"
+#include "../types.h"
+
+namespace fused_resnet {
+namespace {
+
+template <class T>
+struct ScalarVec {
+  using type = T;
+  using reg = T;
+  static constexpr int width = 1;
+  static reg zero() { return T(0); }
+  static reg set1(T v) { return v; }
+  static reg load(const T* p) { return *p; }
+  template <class S>
+  static reg load_n(const S* p, i64) {
+    return widen(*p);
+  }
+  static void store(T* p, reg v) { *p = v; }
+  template <class S>
+  static void store_n(S* p, reg v, i64) {
+    narrow(v, p);
+  }
+  static reg add(reg a, reg b) { return a + b; }
+  static reg fma(reg a, reg b, reg c) { return a * b + c; }
+  static reg relu(reg v) { return fused_resnet::relu(v); }
+  static reg relu_gradient(reg g, reg y) { return fused_resnet::relu_gradient(g, y); }
+  static reg interleave_low(reg a, reg) { return a; }
+  static reg interleave_high(reg, reg b) { return b; }
+};
+
+}  // namespace
+}  // namespace fused_resnet
