@@ -6,6 +6,7 @@
 #include <array>
 #include <chrono>
 #include <map>
+#include <memory>
 #include <optional>
 
 #include "cpu/convolution.h"
@@ -33,7 +34,7 @@ fr::DType dtype(const std::string& name) {
   throw std::invalid_argument("dtype must be float32, float64 or bfloat16, got '" + name + "'");
 }
 
-fr::Convolution convolution(const std::string& type, const Four& input, const Four& weight, const Four& output,
+std::unique_ptr<fr::Convolution> convolution(const std::string& type, const Four& input, const Four& weight, const Four& output,
                             const Two& stride, const Two& pad, const Two& dilation, const Four& input_strides,
                             const Four& output_strides, const std::optional<Four>& shortcut_strides, bool has_bias,
                             bool relu, int threads) {
@@ -59,7 +60,7 @@ fr::Convolution convolution(const std::string& type, const Four& input, const Fo
   if (shortcut_strides) s.shortcut = strides(*shortcut_strides);
   s.has_bias = has_bias;
   s.relu = relu;
-  return fr::Convolution(s, dtype(type), threads);
+  return std::make_unique<fr::Convolution>(s, dtype(type), threads);
 }
 
 fr::PassShape pass_shape(const std::string& type, const Four& shape, const Four& result, const Four& first,

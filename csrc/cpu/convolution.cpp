@@ -12,6 +12,9 @@ namespace {
 
 i64 align64(i64 bytes) { return (bytes + 63) / 64 * 64; }
 
+// Weights of one chunk of a panel: small enough that two of them and the input of a block share the L2 cache.
+constexpr i64 kChunkBytes = 128 << 10;
+
 // Below this many multiply-adds waking threads costs more than it saves.
 constexpr double kSerialMacs = 2e5;
 
@@ -36,11 +39,23 @@ Convolution::Convolution(const ConvShape& shape, DType dtype, int threads)
   const bool packed = blocking_.packed;
   const i64 tap_h = packed ? s.dilation_h * blocking_.row_elements() : s.dilation_h * s.x.h;
   const i64 tap_w = packed ? s.dilation_w * blocking_.pitch : s.dilation_w * s.x.w;
-  // Where a row of taps is one run of memory, it is one tap.
+  // Where a row of taps is one run of memory, it is one tap. A run longer than a chunk is cut.
   const bool merged = s.s == 1 || (tap_w == s.c && s.dilation_w == 1);
-  run_ = merged ? s.s * s.c : s.c;
+  const i64 run = merged ? s.s * s.c : s.c;
+  const i64 most = std::max<i64>(kChunkBytes / (kernels_->panel * kernels_->accumulator_bytes), 1);
+  const i64 pieces = (run + most - 1) / most;
   for (i64 r = 0; r < s.r; ++r) {
-    for (i64 t = 0; t < (merged ? 1 : s.s); ++t) taps_.push_back(r * tap_h + t * tap_w);
+    for (i64 t = 0; t < (merged ? 1 : s.s); ++t) {
+      for (i64 i = 0; i < pieces; ++i) {
+        const i64 begin = run * i / pieces, end = run * (i + 1) / pieces;
+        taps_.push_back({r * tap_h + t * tap_w + begin, end - begin});
+      }
+    }
+  }
+  for (std::size_t i = 0; i < taps_.size(); ++i) {
+    if (chunks_.empty() || chunks_.back().elements + taps_[i].length > most) chunks_.push_back({&taps_[i], 0, 0});
+    ++chunks_.back().count;
+    chunks_.back().elements += taps_[i].length;
   }
   if (packed) {
     const i64 row_bytes =
@@ -48,7 +63,10 @@ Convolution::Convolution(const ConvShape& shape, DType dtype, int threads)
     scratch_ = align64(checked_product(checked_product(blocking_.images, blocking_.slots), row_bytes));
   }
   const i64 per_pixel = checked_product(blocking_.pixels(), 3 * sizeof(i64));
-  workspace_ = align64(checked_product(1, scratch_ + per_pixel + 64));
+  if (chunks_.size() > 1) {
+    partial_ = checked_product(blocking_.pixels(), kernels_->panel * kernels_->accumulator_bytes);
+  }
+  workspace_ = align64(scratch_ + partial_ + per_pixel);
   checked_product(workspace_, threads_);
 }
 
@@ -152,7 +170,7 @@ void Convolution::run_task(const Task& t, const void* x, const void* weight, con
     a_data += (t.image * a_image + t.row * a_row + t.col * a_col) * kernels_->accumulator_bytes;
   }
   const i64 pixels = t.images * t.rows * t.cols;
-  const void** base = reinterpret_cast<const void**>(workspace + scratch_);
+  const void** base = reinterpret_cast<const void**>(workspace + scratch_ + partial_);
   i64* y_offset = reinterpret_cast<i64*>(base + pixels);
   i64* shortcut_offset = y_offset + pixels;
   i64 m = 0;
@@ -170,10 +188,10 @@ void Convolution::run_task(const Task& t, const void* x, const void* weight, con
   }
   BlockArgs args;
   args.base = base;
-  args.tap_offset = taps_.data();
   args.pixels = pixels;
-  args.taps = i64(taps_.size());
-  args.run = run_;
+  args.chunks = chunks_.data();
+  args.chunk_count = i64(chunks_.size());
+  args.partial = workspace + scratch_;
   args.weight = weight;
   args.k = s.k;
   args.panel_begin = t.panel;

@@ -12,6 +12,8 @@ class Convolution {
  public:
   // Throws std::invalid_argument or std::overflow_error for a shape that cannot be computed.
   Convolution(const ConvShape& shape, DType dtype, int threads);
+  Convolution(const Convolution&) = delete;  // chunks_ points into taps_
+  Convolution& operator=(const Convolution&) = delete;
 
   // Pointers to the first element of each operand; bias and shortcut may be null where the shape has none. Throws
   // std::bad_alloc, before any work, where there is no memory for the workspace.
@@ -31,17 +33,17 @@ class Convolution {
   void run_task(const Task& task, const void* x, const void* weight, const void* bias, const void* shortcut, void* y,
                 char* workspace) const;
   void pack_input(const Task& task, const void* x, char* out) const;
-  i64 panel_begin_bytes(i64 panel) const;
 
   ConvShape shape_;
   const DTypeKernels* kernels_;
   const char* isa_;
   Blocking blocking_;
   int threads_;
-  std::vector<i64> taps_;
-  i64 run_ = 0;        // consecutive elements of A in each tap
+  std::vector<Tap> taps_;
+  std::vector<Chunk> chunks_;
   i64 scratch_ = 0;    // bytes of packed rows in one thread's workspace
-  i64 workspace_ = 0;  // bytes of one thread's workspace
+  i64 partial_ = 0;    // ... of accumulators
+  i64 workspace_ = 0;  // ... of all of it
 };
 
 }  // namespace fused_resnet

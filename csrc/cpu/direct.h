@@ -113,25 +113,51 @@ __attribute__((noinline)) void finish_pixels(const BlockArgs& a, const typename 
   }
 }
 
+// What changes from tile to tile.
+template <class V>
+struct TileArgs {
+  const BlockArgs* block;
+  const Chunk* chunk;
+  const typename V::type* weight;    // of this panel and chunk
+  i64 pixel, channel;                // the first of each
+  typename V::type* partial;         // [M][NV][width]
+  bool first, last;                  // chunk of the reduction
+  const char* prefetch;              // this tile's share of the weights that come next, on their way into the L2 cache:
+  i64 prefetch_step;                 // bytes for each element of the reduction
+};
+
 template <class V, class S, int M, int NV>
-__attribute__((noinline)) void tile(const BlockArgs& a, const typename V::type* weight, i64 pixel, i64 channel) {
+__attribute__((noinline)) void tile(const TileArgs<V>& t) {
   using T = typename V::type;
+  const BlockArgs& a = *t.block;
   typename V::reg acc[M][NV];
-  FR_UNROLL
-  for (int m = 0; m < M; ++m) {
+  if (t.first) {
     FR_UNROLL
-    for (int v = 0; v < NV; ++v) acc[m][v] = V::zero();
+    for (int m = 0; m < M; ++m) {
+      FR_UNROLL
+      for (int v = 0; v < NV; ++v) acc[m][v] = V::zero();
+    }
+  } else {
+    FR_UNROLL
+    for (int m = 0; m < M; ++m) {
+      FR_UNROLL
+      for (int v = 0; v < NV; ++v) acc[m][v] = V::load(t.partial + (m * NV + v) * V::width);
+    }
   }
   const T* base[M];
   FR_UNROLL
-  for (int m = 0; m < M; ++m) base[m] = static_cast<const T*>(a.base[pixel + m]);
-  for (i64 t = 0; t < a.taps; ++t) {
-    const i64 begin = a.tap_offset[t], end = begin + a.run;
+  for (int m = 0; m < M; ++m) base[m] = static_cast<const T*>(a.base[t.pixel + m]);
+  const T* weight = t.weight;
+  const char* prefetch = t.prefetch;
+  for (i64 tap = 0; tap < t.chunk->count; ++tap) {
+    const i64 begin = t.chunk->taps[tap].offset, end = begin + t.chunk->taps[tap].length;
     for (i64 i = begin; i < end; ++i) {
       typename V::reg w[NV];
       FR_UNROLL
       for (int v = 0; v < NV; ++v) w[v] = V::load(weight + v * V::width);
       weight += NV * V::width;
+      __builtin_prefetch(prefetch, 0, 2);
+      prefetch += t.prefetch_step;
       FR_UNROLL
       for (int m = 0; m < M; ++m) {
         const typename V::reg x = V::set1(base[m][i]);
@@ -140,27 +166,28 @@ __attribute__((noinline)) void tile(const BlockArgs& a, const typename V::type* 
       }
     }
   }
-  if (a.y_stride_k == 1 && (!a.shortcut || a.shortcut_stride_k == 1)) {
-    finish_channels<V, S, M, NV>(a, acc, pixel, channel);
+  if (!t.last) {
+    FR_UNROLL
+    for (int m = 0; m < M; ++m) {
+      FR_UNROLL
+      for (int v = 0; v < NV; ++v) V::store(t.partial + (m * NV + v) * V::width, acc[m][v]);
+    }
+  } else if (a.y_stride_k == 1 && (!a.shortcut || a.shortcut_stride_k == 1)) {
+    finish_channels<V, S, M, NV>(a, acc, t.pixel, t.channel);
   } else {
     constexpr int rows = (M + V::width - 1) / V::width * V::width;
     alignas(64) T turned[rows * NV * V::width];
     FR_UNROLL
-    for (int m = 0; m < M; ++m) {
+    for (int m = 0; m < rows; ++m) {
       FR_UNROLL
-      for (int v = 0; v < NV; ++v) V::store(turned + (m * NV + v) * V::width, acc[m][v]);
+      for (int v = 0; v < NV; ++v) V::store(turned + (m * NV + v) * V::width, m < M ? acc[m < M ? m : 0][v] : V::zero());
     }
-    FR_UNROLL
-    for (int m = M; m < rows; ++m) {
-      FR_UNROLL
-      for (int v = 0; v < NV; ++v) V::store(turned + (m * NV + v) * V::width, V::zero());
-    }
-    finish_pixels<V, S, M, NV>(a, turned, pixel, channel);
+    finish_pixels<V, S, M, NV>(a, turned, t.pixel, t.channel);
   }
 }
 
 template <class V>
-using TileFunction = void (*)(const BlockArgs&, const typename V::type*, i64, i64);
+using TileFunction = void (*)(const TileArgs<V>&);
 
 // tile<V, S, 1 .. M, NV> as an array: entry m - 1 does m pixels.
 template <class V, class S, int NV, int M, int... Rest>
@@ -170,24 +197,41 @@ struct TileTable<V, S, NV, 0, Rest...> {
   static constexpr TileFunction<V> function[sizeof...(Rest)] = {tile<V, S, Rest, NV>...};
 };
 
-// All tiles of a block. Panels are the outer loop: one panel of weights serves every pixel before the next is touched.
+// All tiles of a block. A chunk of one panel of weights serves every pixel before the next is touched; meanwhile the next
+// is fetched, a share by each tile.
 template <class V, class S, int M>
 void block(const BlockArgs& a) {
+  using T = typename V::type;
   constexpr i64 panel = 2 * V::width;
-  const i64 reduction = a.taps * a.run;
   const i64 tiles = (a.pixels + M - 1) / M;
+  i64 reduction = 0;
+  for (i64 c = 0; c < a.chunk_count; ++c) reduction += a.chunks[c].elements;
   for (i64 p = a.panel_begin; p < a.panel_end; ++p) {
-    const auto* weight = static_cast<const typename V::type*>(a.weight) + p * panel * reduction;
     const bool narrow_panel = a.k - p * panel <= V::width;
-    i64 pixel = 0;
-    for (i64 t = 0; t < tiles; ++t) {
-      const i64 count = (a.pixels - pixel + tiles - t - 1) / (tiles - t);  // tiles of nearly equal size
-      if (narrow_panel) {
-        TileTable<V, S, 1, M>::function[count - 1](a, weight, pixel, p * panel);
-      } else {
-        TileTable<V, S, 2, M>::function[count - 1](a, weight, pixel, p * panel);
+    const i64 channels = narrow_panel ? V::width : panel;
+    TileArgs<V> t;
+    t.block = &a;
+    t.weight = static_cast<const T*>(a.weight) + p * panel * reduction;
+    t.channel = p * panel;
+    t.prefetch_step = (channels * i64(sizeof(T)) + tiles - 1) / tiles;
+    for (i64 c = 0; c < a.chunk_count; ++c) {
+      t.chunk = &a.chunks[c];
+      t.first = c == 0;
+      t.last = c == a.chunk_count - 1;
+      const T* next = t.weight + channels * t.chunk->elements;
+      t.pixel = 0;
+      for (i64 i = 0; i < tiles; ++i) {
+        const i64 count = (a.pixels - t.pixel + tiles - i - 1) / (tiles - i);  // tiles of nearly equal size
+        t.partial = static_cast<T*>(a.partial) + t.pixel * channels;
+        t.prefetch = reinterpret_cast<const char*>(next) + i * t.chunk->elements * t.prefetch_step;
+        if (narrow_panel) {
+          TileTable<V, S, 1, M>::function[count - 1](t);
+        } else {
+          TileTable<V, S, 2, M>::function[count - 1](t);
+        }
+        t.pixel += count;
       }
-      pixel += count;
+      t.weight = next;
     }
   }
 }

@@ -7,13 +7,27 @@
 
 namespace fused_resnet {
 
-// One block of output pixels times a range of output channels. The operand A (input pixels) is in the accumulator's type:
-// element c of tap t of pixel m is base[m][tap_offset[t] + c].
+// A run of consecutive elements of A, the input operand: one tap of the kernel, a row of taps, or a part of one.
+struct Tap {
+  i64 offset, length;
+};
+
+// A part of the reduction whose weights (of one panel) stay in the L2 cache while every pixel of a block uses them.
+struct Chunk {
+  const Tap* taps;
+  i64 count;     // taps
+  i64 elements;  // the sum of their lengths
+};
+
+// One block of output pixels times a range of output channels. A is in the accumulator's type: element i of a tap of pixel m
+// is base[m][tap.offset + i].
 struct BlockArgs {
   const void* const* base = nullptr;  // [pixels]
-  const i64* tap_offset = nullptr;    // [taps]
-  i64 pixels = 0, taps = 0, run = 0;  // run: consecutive elements of A in each tap
-  const void* weight = nullptr;       // all panels; each [taps][run][channels of the panel]
+  i64 pixels = 0;
+  const Chunk* chunks = nullptr;
+  i64 chunk_count = 0;
+  void* partial = nullptr;       // [pixels][channels of a panel] accumulators; only where there are several chunks
+  const void* weight = nullptr;  // all panels; each [element of the reduction][channels of the panel]
   i64 k = 0;                          // output channels in all
   i64 panel_begin = 0, panel_end = 0;
   const void* bias = nullptr;  // storage dtype; null: none

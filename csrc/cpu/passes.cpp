@@ -125,28 +125,33 @@ void relu_backward(const PassShape& s, const void* grad, const void* output, voi
 }
 
 std::uint64_t fingerprint(const void* data, i64 bytes, i64 most) {
-  constexpr i64 kWord = sizeof(std::uint64_t), kSamples = 256;
+  using Word = std::uint64_t;
+  constexpr i64 kWord = sizeof(Word), kLanes = 8, kSamples = 256;
   const char* p = static_cast<const char*>(data);
-  std::uint64_t lanes[4] = {1, 2, 3, 4};
-  const auto mix = [&](int lane, const char* from, i64 count) {
-    std::uint64_t word = 0;
-    std::memcpy(&word, from, std::size_t(count));
+  Word lanes[kLanes] = {1, 2, 3, 4, 5, 6, 7, 8};
+  // Multiplying by an odd number and folding the high bits down are both invertible: one changed word changes its lane.
+  const auto mix = [&](i64 lane, const char* from) {
+    Word word;
+    std::memcpy(&word, from, sizeof word);
     lanes[lane] = (lanes[lane] ^ word) * 0x9e3779b97f4a7c15u;
     lanes[lane] ^= lanes[lane] >> 29;
   };
   if (bytes > most) {
-    // Evenly spread, the last word included.
+    // Evenly spread, the first and the last word included.
     const i64 words = bytes / kWord;
-    for (i64 i = 0; i < kSamples; ++i) mix(int(i & 3), p + (words - 1) * i / (kSamples - 1) * kWord, kWord);
+    for (i64 i = 0; i < kSamples; ++i) mix(i % kLanes, p + (words - 1) * i / (kSamples - 1) * kWord);
   } else {
     i64 i = 0;
-    for (; i + 4 * kWord <= bytes; i += 4 * kWord) {
-      for (int lane = 0; lane < 4; ++lane) mix(lane, p + i + lane * kWord, kWord);
+    for (; i + kLanes * kWord <= bytes; i += kLanes * kWord) {
+      for (i64 lane = 0; lane < kLanes; ++lane) mix(lane, p + i + lane * kWord);
     }
-    for (; i < bytes; i += kWord) mix(0, p + i, std::min(kWord, bytes - i));
+    for (; i + kWord <= bytes; i += kWord) mix(0, p + i);
+    Word rest = 0;
+    std::memcpy(&rest, p + i, std::size_t(bytes - i));
+    mix(1, reinterpret_cast<const char*>(&rest));
   }
-  std::uint64_t result = std::uint64_t(bytes);
-  for (const std::uint64_t lane : lanes) result = (result ^ lane) * 0xff51afd7ed558ccdu;
+  Word result = Word(bytes);
+  for (const Word lane : lanes) result = (result ^ lane) * 0xff51afd7ed558ccdu;
   return result ^ (result >> 32);
 }
 
