@@ -87,6 +87,13 @@ def is_channels_last(t: Tensor) -> bool:
     return True
 
 
+def output_format(input: Tensor, weight: Tensor) -> torch.memory_format:
+    """The memory format of eager ``conv2d``'s output: channels_last if one of the two is; contiguous for an empty batch."""
+    if input.shape[0] != 0 and (is_channels_last(input) or is_channels_last(weight)):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
 def check_tensor(t: object, name: str, rank: int, like: Tensor | None = None) -> None:
     """One operand: a dense floating-point tensor of the given rank that shares dtype and device with ``like``."""
     if not isinstance(t, Tensor):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._arguments import Padding, Pair, check_convolution, is_channels_last
+from ._arguments import Padding, Pair, check_convolution, is_channels_last, output_format
 from ._derived import derive
 from ._extension import cpu
 from ._select import reasons
@@ -88,9 +88,7 @@ def _plan(
     threads: int,
 ) -> Plan:
     assert cpu is not None
-    memory_format = (
-        torch.channels_last if is_channels_last(input) or is_channels_last(weight) else torch.contiguous_format
-    )
+    memory_format = output_format(input, weight)
     dtype = input.dtype
     kernel = cpu.Convolution(
         _DTYPES[dtype],

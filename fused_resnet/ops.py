@@ -28,6 +28,7 @@ from ._arguments import (
     check_shortcut,
     check_tensor,
     is_channels_last,
+    output_format,
     pad,
     pair,
 )
@@ -162,15 +163,6 @@ def _check_pass(input: Tensor, bias: Tensor | None, shortcut: Tensor | None) -> 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _empty(shape: Sequence[int], like: Tensor, channels_last: bool) -> Tensor:
-    return torch.empty(
-        shape,
-        dtype=like.dtype,
-        device=like.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
-
-
 def _library_convolution(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Padding, dilation: Pair, groups: int
 ) -> Tensor:
@@ -239,19 +231,24 @@ def _conv_fake(
     shape = check_convolution(
         input, weight, bias, shortcut, tuple(stride), Padding(*padding), tuple(dilation), groups
     )
-    return _empty(shape, input, is_channels_last(input) or is_channels_last(weight))
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=output_format(input, weight))
+
+
+def _empty_as(t: Tensor) -> Tensor:
+    """Uninitialised, dense, in the memory format of ``t``."""
+    memory_format = torch.channels_last if is_channels_last(t) else torch.contiguous_format
+    return torch.empty(t.shape, dtype=t.dtype, device=t.device, memory_format=memory_format)
 
 
 @torch.library.register_fake("fused_resnet::bias_add_relu", lib=_library)
 def _pass_fake(input: Tensor, bias: Tensor | None, shortcut: Tensor | None, relu: bool) -> Tensor:
     _check_pass(input, bias, shortcut)
-    return _empty(input.shape, input, is_channels_last(input))
+    return _empty_as(input)
 
 
 @torch.library.register_fake("fused_resnet::relu_backward", lib=_library)
 def _relu_backward_fake(grad: Tensor, output: Tensor, bias_grad: bool) -> tuple[Tensor, Tensor]:
-    masked = _empty(output.shape, output, is_channels_last(output))
-    return masked, output.new_empty(output.shape[1] if bias_grad else 0)
+    return _empty_as(output), output.new_empty(output.shape[1] if bias_grad else 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
 // Pixels of a task: enough that a panel of weights, which comes from the L2 or L3 cache, is used many times.
 constexpr i64 kTargetPixels = 168;
+// Weights of one chunk of a panel: small enough that two of them and the input of a task share the L2 cache.
+constexpr i64 kChunkBytes = 128 << 10;
 // A multiple of this between pixels puts a tile's pixels into so few sets of the L1 cache that they evict each other.
 constexpr i64 kBadPitch = 2048;
 
@@ -27,8 +29,14 @@ Blocking choose_blocking(const ConvShape& s, const DTypeKernels& kernels, const 
   // Copying costs a load and a store for each input vector. With four panels or more to share it that is nothing beside the
   // FMAs, and it cures a bad pitch.
   const bool bad_pitch = (s.x.w * s.stride_w * bytes) % kBadPitch == 0 && panels >= 4;
-  b.packed = !readable_in_place(s, kernels) || bad_pitch;
+  const bool gaps = s.stride_w > 1;  // pixels that are skipped: copying fetches ahead what is needed, and no more
+  b.packed = !readable_in_place(s, kernels) || bad_pitch || gaps;
   b.pitch = (s.c * bytes) % 1024 == 0 ? s.c + 64 / bytes : s.c;
+
+  const i64 reduction = s.c * s.r * s.s;
+  const double weight_bytes = double(panels) * double(kernels.panel) * double(reduction) * double(bytes);
+  b.tiles_outside = weight_bytes <= double(caches.l2) / 4;
+  b.chunk = b.tiles_outside ? reduction : std::max<i64>(kChunkBytes / (kernels.panel * bytes), 1);
 
   // The slots that r rows of output need, and the width for q columns.
   const auto slots_for = [&](i64 rows) { return s.r == 1 ? rows : (rows - 1) * s.stride_h + (s.r - 1) * s.dilation_h + 1; };
@@ -77,7 +85,7 @@ std::string Blocking::describe() const {
   const auto n = [](i64 value) { return std::to_string(value); };
   return std::string(packed ? "direct, input rows packed" : "direct, input read in place") + ": tasks of " + n(images) +
          " image(s) x " + n(rows) + " row(s) x " + n(cols) + " column(s) x " + n(panels) + " panel(s), " + n(tasks()) +
-         " task(s)";
+         " task(s), " + (tiles_outside ? "each tile does all panels" : "each panel does all tiles");
 }
 
 }  // namespace fused_resnet

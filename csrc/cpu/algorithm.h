@@ -16,6 +16,8 @@ struct Blocking {
   i64 panels = 1;                      // panels of output channels in one task
   i64 pitch = 0;                       // packed: elements between two pixels of a row
   i64 slots = 0, width = 0;            // packed: rows for each image, pixels in a row
+  i64 chunk = 1;                       // elements of the reduction that a tile does at a time, at most
+  bool tiles_outside = false;          // each tile does all panels, rather than each panel all tiles
   i64 image_groups = 1, row_parts = 1, col_parts = 1, panel_parts = 1;
 
   i64 pixels() const { return images * rows * cols; }

@@ -12,9 +12,6 @@ namespace {
 
 i64 align64(i64 bytes) { return (bytes + 63) / 64 * 64; }
 
-// Weights of one chunk of a panel: small enough that two of them and the input of a block share the L2 cache.
-constexpr i64 kChunkBytes = 128 << 10;
-
 // Below this many multiply-adds waking threads costs more than it saves.
 constexpr double kSerialMacs = 2e5;
 
@@ -42,7 +39,7 @@ Convolution::Convolution(const ConvShape& shape, DType dtype, int threads)
   // Where a row of taps is one run of memory, it is one tap. A run longer than a chunk is cut.
   const bool merged = s.s == 1 || (tap_w == s.c && s.dilation_w == 1);
   const i64 run = merged ? s.s * s.c : s.c;
-  const i64 most = std::max<i64>(kChunkBytes / (kernels_->panel * kernels_->accumulator_bytes), 1);
+  const i64 most = blocking_.chunk;
   const i64 pieces = (run + most - 1) / most;
   for (i64 r = 0; r < s.r; ++r) {
     for (i64 t = 0; t < (merged ? 1 : s.s); ++t) {
@@ -204,6 +201,8 @@ void Convolution::run_task(const Task& t, const void* x, const void* weight, con
   args.y_offset = y_offset;
   args.y_stride_k = s.y.c;
   args.relu = s.relu;
+  args.tiles_outside = b.tiles_outside;
+  args.input_run = !b.packed && s.r == 1 && s.s == 1 && a_col == s.c;
   kernels_->block(args);
 }
 

@@ -147,6 +147,16 @@ __attribute__((noinline)) void tile(const TileArgs<V>& t) {
   const T* base[M];
   FR_UNROLL
   for (int m = 0; m < M; ++m) base[m] = static_cast<const T*>(a.base[t.pixel + m]);
+  if (t.last && a.shortcut && a.shortcut_stride_k == 1) {
+    // On its way while the FMAs run: no hardware prefetcher sees this pattern, and waiting for it here would double the time
+    // of a short reduction.
+    const S* shortcut = static_cast<const S*>(a.shortcut) + t.channel;
+    FR_UNROLL
+    for (int m = 0; m < M; ++m) {
+      FR_UNROLL
+      for (int v = 0; v < NV; ++v) __builtin_prefetch(shortcut + a.shortcut_offset[t.pixel + m] + v * V::width);
+    }
+  }
   const T* weight = t.weight;
   const char* prefetch = t.prefetch;
   for (i64 tap = 0; tap < t.chunk->count; ++tap) {
@@ -197,42 +207,89 @@ struct TileTable<V, S, NV, 0, Rest...> {
   static constexpr TileFunction<V> function[sizeof...(Rest)] = {tile<V, S, Rest, NV>...};
 };
 
-// All tiles of a block. A chunk of one panel of weights serves every pixel before the next is touched; meanwhile the next
-// is fetched, a share by each tile.
+// All tiles of a block, in one of two orders.
 template <class V, class S, int M>
-void block(const BlockArgs& a) {
+struct Block {
   using T = typename V::type;
-  constexpr i64 panel = 2 * V::width;
-  const i64 tiles = (a.pixels + M - 1) / M;
-  i64 reduction = 0;
-  for (i64 c = 0; c < a.chunk_count; ++c) reduction += a.chunks[c].elements;
-  for (i64 p = a.panel_begin; p < a.panel_end; ++p) {
-    const bool narrow_panel = a.k - p * panel <= V::width;
-    const i64 channels = narrow_panel ? V::width : panel;
+  static constexpr i64 panel = 2 * V::width;
+
+  const BlockArgs& a;
+  const i64 tiles, reduction;
+
+  static i64 total(const BlockArgs& a) {
+    i64 sum = 0;
+    for (i64 c = 0; c < a.chunk_count; ++c) sum += a.chunks[c].elements;
+    return sum;
+  }
+  explicit Block(const BlockArgs& args) : a(args), tiles((args.pixels + M - 1) / M), reduction(total(args)) {}
+
+  i64 channels(i64 p) const { return a.k - p * panel <= V::width ? V::width : panel; }
+  const T* weights(i64 p) const { return static_cast<const T*>(a.weight) + p * panel * reduction; }
+  i64 tile_begin(i64 i) const { return a.pixels * i / tiles; }  // tiles of nearly equal size
+
+  void run_tile(const TileArgs<V>& t, i64 i, i64 p) const {
+    const i64 count = tile_begin(i + 1) - tile_begin(i);
+    (channels(p) == panel ? TileTable<V, S, 2, M>::function : TileTable<V, S, 1, M>::function)[count - 1](t);
+  }
+
+  // Many weights: a chunk of one panel serves every pixel before the next is touched; meanwhile the next one is fetched into
+  // the L2 cache, a share by each tile.
+  void panels_outside() const {
+    for (i64 p = a.panel_begin; p < a.panel_end; ++p) {
+      TileArgs<V> t;
+      t.block = &a;
+      t.weight = weights(p);
+      t.channel = p * panel;
+      t.prefetch_step = (channels(p) * i64(sizeof(T)) + tiles - 1) / tiles;
+      for (i64 c = 0; c < a.chunk_count; ++c) {
+        t.chunk = &a.chunks[c];
+        t.first = c == 0;
+        t.last = c == a.chunk_count - 1;
+        const T* next = t.weight + channels(p) * t.chunk->elements;
+        for (i64 i = 0; i < tiles; ++i) {
+          t.pixel = tile_begin(i);
+          t.partial = static_cast<T*>(a.partial) + t.pixel * channels(p);
+          t.prefetch = reinterpret_cast<const char*>(next) + i * t.chunk->elements * t.prefetch_step;
+          run_tile(t, i, p);
+        }
+        t.weight = next;
+      }
+    }
+  }
+
+  // Few weights, all of them in the L2 cache: each tile does every panel, so that input, shortcut and output each pass through
+  // memory once and in order.
+  void tiles_outside() const {
     TileArgs<V> t;
     t.block = &a;
-    t.weight = static_cast<const T*>(a.weight) + p * panel * reduction;
-    t.channel = p * panel;
-    t.prefetch_step = (channels * i64(sizeof(T)) + tiles - 1) / tiles;
-    for (i64 c = 0; c < a.chunk_count; ++c) {
-      t.chunk = &a.chunks[c];
-      t.first = c == 0;
-      t.last = c == a.chunk_count - 1;
-      const T* next = t.weight + channels * t.chunk->elements;
-      t.pixel = 0;
-      for (i64 i = 0; i < tiles; ++i) {
-        const i64 count = (a.pixels - t.pixel + tiles - i - 1) / (tiles - i);  // tiles of nearly equal size
-        t.partial = static_cast<T*>(a.partial) + t.pixel * channels;
-        t.prefetch = reinterpret_cast<const char*>(next) + i * t.chunk->elements * t.prefetch_step;
-        if (narrow_panel) {
-          TileTable<V, S, 1, M>::function[count - 1](t);
-        } else {
-          TileTable<V, S, 2, M>::function[count - 1](t);
-        }
-        t.pixel += count;
+    t.chunk = &a.chunks[0];
+    t.first = t.last = true;
+    t.partial = nullptr;
+    // What to fetch ahead is the input of the next tile, where that is one run of memory; a share by each panel.
+    const i64 panels = a.panel_end - a.panel_begin;
+    for (i64 i = 0; i < tiles; ++i) {
+      t.pixel = tile_begin(i);
+      const i64 next = i + 1 < tiles ? tile_begin(i + 1) : t.pixel;
+      const char* ahead = static_cast<const char*>(a.base[next]);
+      t.prefetch_step = (i64(sizeof(T)) * (tile_begin(i + 1) - t.pixel) + panels - 1) / panels;
+      if (!a.input_run) t.prefetch_step = 0;
+      for (i64 p = a.panel_begin; p < a.panel_end; ++p) {
+        t.weight = weights(p);
+        t.prefetch = ahead + (p - a.panel_begin) * t.prefetch_step * reduction;
+        t.channel = p * panel;
+        run_tile(t, i, p);
       }
-      t.weight = next;
     }
+  }
+};
+
+template <class V, class S, int M>
+void block(const BlockArgs& a) {
+  const Block<V, S, M> all(a);
+  if (a.tiles_outside) {
+    all.tiles_outside();
+  } else {
+    all.panels_outside();
   }
 }
 
@@ -243,9 +300,15 @@ void pack_row(const PackRowArgs& a) {
   const S* x = static_cast<const S*>(a.x);
   T* out = static_cast<T*>(a.out);
   if (a.stride_c == 1) {
+    // Two pages ahead of a short row there may be nothing, or something else: a prefetch of that is harmless.
+    constexpr i64 ahead = 1024 / i64(sizeof(S));
     for (i64 w = 0; w < a.pixels; ++w, x += a.stride_w, out += a.pitch) {
+      const S* next = a.channels >= ahead ? x + a.stride_w : x + ahead;
       i64 c = 0;
-      for (; c + W <= a.channels; c += W) V::store(out + c, V::load_n(x + c, W));
+      for (; c + W <= a.channels; c += W) {
+        __builtin_prefetch(next + c);
+        V::store(out + c, V::load_n(x + c, W));
+      }
       if (c < a.channels) V::store_n(out + c, V::load_n(x + c, a.channels - c), a.channels - c);
     }
     return;

@@ -38,6 +38,8 @@ struct BlockArgs {
   const i64* y_offset = nullptr;  // [pixels]
   i64 y_stride_k = 0;
   bool relu = true;
+  bool tiles_outside = false;  // the order of the loops; needs one chunk
+  bool input_run = false;      // A's pixels follow each other in memory, without gaps
 };
 
 // Part of one row of the input: `pixels` pixels from x + w * stride_w, `channels` channels each, written to
