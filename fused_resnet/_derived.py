@@ -23,18 +23,34 @@ T = TypeVar("T")
 _ALL = 1 << 62  # fingerprint every byte
 _SOME = 1 << 16  # ... or at most this many
 
-# id(tensor) -> (weak reference to it, {tag: (stamp, value)})
-_entries: dict[int, tuple[weakref.ref[Tensor], dict[object, tuple[object, Any]]]] = {}
+# id(tensor) -> (weak reference to it, {tag: (stamps of the sources, value)})
+_entries: dict[int, tuple[weakref.ref[Tensor], dict[object, tuple[tuple[Any, ...], Any]]]] = {}
 
 
-def _stamp(t: Tensor | None) -> object:
-    """What changes when the tensor's values do."""
+def _identity(t: Tensor) -> tuple[Any, ...]:
+    """What tells a tensor's state without reading its bytes. The layout is part of it."""
+    return (-1 if t.is_inference() else t._version, t.data_ptr(), t.shape, t.stride())
+
+
+def _fingerprint(t: Tensor, identity: tuple[Any, ...]) -> int:
+    """A hash of the bytes; only of a dense tensor, whose bytes are the ``nbytes`` from its first element on."""
+    if cpu is None or not t.is_cpu:
+        return 0
+    return int(cpu.fingerprint(identity[1], t.nbytes, _ALL if identity[0] == -1 else _SOME))
+
+
+def _unchanged(t: Tensor | None, stamp: Any) -> bool:
+    if t is None or stamp is None:
+        return t is stamp
+    identity = _identity(t)
+    return bool(identity == stamp[0] and _fingerprint(t, identity) == stamp[1])
+
+
+def _stamp(t: Tensor | None) -> Any:
     if t is None:
         return None
-    pointer = t.data_ptr()
-    inference = t.is_inference()
-    print_ = cpu.fingerprint(pointer, t.nbytes, _ALL if inference else _SOME) if cpu is not None and t.is_cpu else 0
-    return (-1 if inference else t._version, pointer, print_, t.shape, t.stride())
+    identity = _identity(t)
+    return identity, _fingerprint(t, identity)
 
 
 def is_dense(t: Tensor) -> bool:
@@ -48,23 +64,28 @@ def is_dense(t: Tensor) -> bool:
 
 
 def derive(tag: object, sources: tuple[Tensor | None, ...], make: Callable[[], T]) -> T:
-    """``make()``, or what it returned before if no source has changed since. Kept as long as the first source lives."""
+    """``make()``, or what it returned before if no source has changed since. Kept as long as the first source lives.
+
+    Made anew on every call where a change could not be seen: for a source that is not dense, and for an inference tensor
+    without the compiled module.
+    """
     owner = sources[0]
     assert owner is not None
-    if not all(t is None or is_dense(t) for t in sources) or (cpu is None and owner.is_inference()):
-        return _make(make)
     key = id(owner)
     entry = _entries.get(key)
+    if entry is not None and entry[0]() is owner:
+        kept = entry[1].get(tag)
+        if kept is not None and all(map(_unchanged, sources, kept[0])):
+            value: T = kept[1]
+            return value
+    if not all(t is None or (is_dense(t) and (cpu is not None or not t.is_inference())) for t in sources):
+        return _make(make)
+    stamps = tuple(map(_stamp, sources))  # before making: a write meanwhile is then seen at the next call
+    value = _make(make)
     if entry is None or entry[0]() is not owner:
         entry = (weakref.ref(owner, lambda _: _entries.pop(key, None)), {})
         _entries[key] = entry
-    stamp = tuple(_stamp(t) for t in sources)
-    kept = entry[1].get(tag)
-    if kept is not None and kept[0] == stamp:
-        value: T = kept[1]
-        return value
-    value = _make(make)
-    entry[1][tag] = (stamp, value)
+    entry[1][tag] = (stamps, value)
     return value
 
 

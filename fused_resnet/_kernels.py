@@ -21,11 +21,8 @@ Plan = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 _MOST_PLANS = 4096  # beyond this many shapes, start over: a plan is cheap to make again
-_plans: dict[Any, Plan | None] = {}
-
-
-def _layout(t: Tensor | None) -> Any:
-    return None if t is None else (t.shape, t.stride(), t.dtype, t.device)
+_UNKNOWN: Any = object()
+_plans: dict[Any, Any] = {}  # layouts and parameters -> Plan, or None for the general path
 
 
 def convolution(
@@ -40,35 +37,38 @@ def convolution(
     relu: bool,
 ) -> Plan | None:
     """The plan of one convolution, or None where the general path serves. Raises for arguments that are not legal."""
-    threads = torch.get_num_threads()
+    shape = check_convolution(input, weight, bias, shortcut, stride, padding, dilation, groups)
+    if reasons(input.device.type, input.dtype, input.shape, weight.shape, stride, padding, dilation, groups):
+        return None
+    return _plan(shape, input, weight, bias, shortcut, stride, padding, dilation, relu, torch.get_num_threads())
+
+
+def cached(
+    make: Callable[..., Plan | None],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shortcut: Tensor | None,
+    *parameters: Any,
+) -> Plan | None:
+    """``make`` with these arguments, or what it returned before for the same layouts and parameters."""
     key = (
         input.shape,
         input.stride(),
         input.dtype,
+        input.is_cpu,
         weight.shape,
         weight.stride(),
-        None if bias is None else bias.shape,
-        None if shortcut is None else shortcut.stride(),
-        stride,
-        padding,
-        dilation,
-        groups,
-        relu,
-        threads,
         weight.dtype,
-        None if bias is None else (bias.dtype, bias.stride()),
-        None if shortcut is None else (shortcut.shape, shortcut.dtype),
-        input.device,
+        weight.is_cpu,
+        None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.is_cpu),
+        None if shortcut is None else (shortcut.shape, shortcut.stride(), shortcut.dtype, shortcut.is_cpu),
+        parameters,
+        torch.get_num_threads(),
     )
-    try:
-        plan = _plans[key]
-    except KeyError:
-        shape = check_convolution(input, weight, bias, shortcut, stride, padding, dilation, groups)
-        plan = None
-        if not reasons(
-            input.device.type, input.dtype, input.shape, weight.shape, stride, padding, dilation, groups
-        ):
-            plan = _plan(shape, input, weight, bias, shortcut, stride, padding, dilation, relu, threads)
+    plan = _plans.get(key, _UNKNOWN)
+    if plan is _UNKNOWN:
+        plan = make(input, weight, bias, shortcut, *parameters)
         if len(_plans) >= _MOST_PLANS:
             _plans.clear()
         _plans[key] = plan
@@ -88,7 +88,7 @@ def _plan(
     threads: int,
 ) -> Plan:
     assert cpu is not None
-    memory_format = output_format(input, weight)
+    output_strides = torch.empty(shape, device="meta", memory_format=output_format(input, weight)).stride()
     dtype = input.dtype
     kernel = cpu.Convolution(
         _DTYPES[dtype],
@@ -99,13 +99,13 @@ def _plan(
         (padding.top, padding.left),
         dilation,
         input.stride(),
-        torch.empty(shape, device="meta", memory_format=memory_format).stride(),
+        output_strides,
         None if shortcut is None else shortcut.stride(),
         bias is not None,
         relu,
         threads,
     )
-    run, packed_bytes, tag = kernel.run, kernel.packed_bytes, ("packed", kernel.isa, dtype)
+    run, packed_bytes, tag = kernel.run, kernel.packed_bytes, ("packed", kernel.isa)
     bias_strided = bias is not None and not bias.is_contiguous()
 
     def call(input: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Tensor | None) -> Tensor:
@@ -115,7 +115,7 @@ def _plan(
             return packed
 
         packed = derive(tag, (weight,), pack)
-        output = torch.empty(shape, dtype=dtype, memory_format=memory_format)
+        output = torch.empty_strided(shape, output_strides, dtype=dtype)
         if bias_strided:
             assert bias is not None
             bias = bias.contiguous()

@@ -38,6 +38,7 @@ from ._select import reasons
 
 __all__ = ["bias_add_relu", "conv_bias_add_relu", "why_not"]
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _library = torch.library.Library("fused_resnet", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _library.define(
@@ -92,18 +93,75 @@ def conv_bias_add_relu(
     Raises:
         TypeError: for a wrong type or dtype. ValueError: for a wrong value or shape. Both before any work.
     """
-    stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
-    if isinstance(padding, str):
-        check_tensor(weight, "weight", 4)
-    padding = pad(padding, weight, stride, dilation)
-    if type(groups) is not int and not isinstance(groups, torch.SymInt):
-        raise TypeError(f"groups must be an int, got {groups!r}")
+    if _nobody_listens(input, weight, bias, shortcut) and _plain(stride, padding, dilation, groups, relu):
+        plan = _kernels.cached(
+            _plan_of_call, input, weight, bias, shortcut, stride, padding, dilation, groups, relu
+        )
+        if plan is not None:
+            return plan(input, weight, bias, shortcut)
+    stride, padding, dilation = _geometry(weight, stride, padding, dilation, groups)
     try:
         return _conv(input, weight, bias, shortcut, stride, padding, dilation, groups, bool(relu))
     except (NotImplementedError, RuntimeError, TypeError):
         # The dispatcher refused before any work: not a tensor, sparse, quantized, ... Say it in our words if it is that.
         _check_operands(input, weight, bias, shortcut, stride, padding, dilation, groups)
         raise
+
+
+def _geometry(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: Any) -> tuple[Pair, Padding, Pair]:
+    """Stride, padding and dilation as the operator takes them."""
+    stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
+    if type(groups) is not int and not isinstance(groups, torch.SymInt):
+        raise TypeError(f"groups must be an int, got {groups!r}")
+    if isinstance(padding, str):
+        check_tensor(weight, "weight", 4)
+    return stride, pad(padding, weight, stride, dilation), dilation
+
+
+def _nobody_listens(input: Any, weight: Any, bias: Any, shortcut: Any) -> bool:
+    """Whether a call may go straight to the kernel: plain CPU tensors, no gradient wanted, no autocast, no tracing, no mode,
+    no profiler. The dispatcher and the way back into Python take longer than a small convolution."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch.is_autocast_enabled("cpu")
+        or torch.autograd._profiler_enabled()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return False
+    grad = torch.is_grad_enabled()
+    for t in (input, weight, bias, shortcut):
+        if t is not None and (
+            type(t) not in _PLAIN or t.layout is not torch.strided or not t.is_cpu or (grad and t.requires_grad)
+        ):
+            return False
+    return input is not None and weight is not None
+
+
+def _plain(stride: Any, padding: Any, dilation: Any, groups: Any, relu: Any) -> bool:
+    """Whether the parameters can be looked up: 1, 1.0 and True are the same key, but only one of them is legal."""
+    for value in (stride, padding, dilation):
+        kind = type(value)
+        if kind is not int and kind is not str and not (kind is tuple and all(type(v) is int for v in value)):
+            return False
+    return type(groups) is int and type(relu) is bool
+
+
+def _plan_of_call(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shortcut: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    relu: bool,
+) -> _kernels.Plan | None:
+    stride, padding, dilation = _geometry(weight, stride, padding, dilation, groups)
+    return _kernels.convolution(input, weight, bias, shortcut, stride, padding, dilation, groups, bool(relu))
 
 
 def bias_add_relu(
@@ -139,9 +197,8 @@ def why_not(
     relu: bool = True,
 ) -> list[str]:
     """Why this call of ``conv_bias_add_relu`` would not take the hot path: a list of sentences, empty when it will."""
-    stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
     check_tensor(weight, "weight", 4)
-    padding = pad(padding, weight, stride, dilation)
+    stride, padding, dilation = _geometry(weight, stride, padding, dilation, groups)
     check_convolution(input, weight, bias, shortcut, stride, padding, dilation, groups)
     return reasons(
         input.device.type, input.dtype, input.shape, weight.shape, stride, padding, dilation, groups
@@ -185,7 +242,9 @@ def _conv_kernel(
     relu: bool,
 ) -> Tensor:
     stride, padding, dilation = tuple(stride), Padding(*padding), tuple(dilation)
-    plan = _kernels.convolution(input, weight, bias, shortcut, stride, padding, dilation, groups, relu)
+    plan = _kernels.cached(
+        _kernels.convolution, input, weight, bias, shortcut, stride, padding, dilation, groups, relu
+    )
     if plan is not None:
         return plan(input, weight, bias, shortcut)
     # The general path: the library's convolution, then our pass over its output, in place.
