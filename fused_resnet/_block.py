@@ -1,0 +1,191 @@
+"""What makes a module a fused block: a forward that runs the block's description while it holds, else the block's code.
+
+The description is found by tracing (``_match``) and belongs to the block as it was then. Each call compares a snapshot
+of everything the description depends on (submodules, their classes and hooks, plain attributes) in about a microsecond.
+When something changed the block is looked at again, and if it cannot run fused any more it runs as its author wrote it
+and says so.
+"""
+
+from __future__ import annotations
+
+import operator
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+
+from ._arguments import DTYPES
+from ._match import match
+from ._residual import Bound, Residual, bind, execute
+from ._trace import HOOKS, Refused, is_leaf, only_input
+
+_PLAIN = (type(None), bool, int, float, str)
+_IGNORED = {"training", "_is_full_backward_hook", "_non_persistent_buffers_set"}
+
+
+class State:
+    """What a fused block keeps in its ``__dict__``. Copies and pickles as the description alone."""
+
+    def __init__(self, description: Residual | None) -> None:
+        self.description = description
+        self.current: Snapshot | None = None
+        self.warned = False
+
+    def __reduce__(self) -> Any:
+        return State, (self.description,)
+
+
+class Snapshot:
+    """The state of a block on which the decision to run it fused was made, and the decision: ``bound``, or a reason."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.bound: Bound | None = None
+        self.reason = ""
+        inner = [m for name, m in block.named_modules() if name]
+        self.modules = inner
+        self.types = [type(m) for m in inner]
+        # Lengths change when a hook comes or goes, or an attribute (a replaced forward) is set.
+        self.sized = [getattr(m, name) for m in inner for name in HOOKS] + [m.__dict__ for m in inner]
+        self.lengths = [*map(len, self.sized)]
+        parents = [block, *(m for m in inner if m._modules)]
+        self.trees = [(m._modules, dict(m._modules)) for m in parents]
+        self.plain = [
+            (m.__dict__, get, get(m.__dict__)) for m in (block, *inner) for get in _plain_attributes(m, m is block)
+        ]
+
+    def holds(self, block: nn.Module) -> bool:
+        """Whether nothing has changed since."""
+        if self.trees[0][0] is not block._modules or [*map(len, self.sized)] != self.lengths:
+            return False
+        if [*map(type, self.modules)] != self.types:
+            return False
+        for children, before in self.trees:
+            if children != before:
+                return False
+        try:
+            for attributes, get, value in self.plain:
+                if get(attributes) != value:
+                    return False
+        except KeyError:
+            return False
+        return True
+
+
+def _plain_attributes(module: nn.Module, is_block: bool) -> list[Callable[[Any], Any]]:
+    """What reads the flags and numbers that may steer a Python forward; of torch.nn's modules, the two that do."""
+    names: list[str]
+    if is_leaf(module) and not is_block:
+        names = [name for name in ("padding_mode", "p") if name in module.__dict__]
+    else:
+        names = [k for k, v in module.__dict__.items() if k not in _IGNORED and isinstance(v, _PLAIN)]
+    return [operator.itemgetter(*names)] if names else []
+
+
+class FusedBlock:
+    """Mixin in front of an ``nn.Module`` class whose own forward is kept as ``_plain_forward``."""
+
+    _fx_leaf: ClassVar[bool] = True
+    _fused_original: ClassVar[type[nn.Module] | None] = None  # the class before conversion; None: born as a fused block
+    _needs_shortcut: ClassVar[bool] = True
+    _fused_resnet: State
+    _plain_forward: Callable[..., Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's forward: x [N, C, H, W] -> [N, K, P, Q]."""
+        state = self._fused_resnet
+        if torch.compiler.is_compiling():
+            if _is_valid(self) and x.dim() == 4 and x.dtype in DTYPES.get(x.device.type, ()):
+                assert state.description is not None
+                return execute(bind(self, state.description), x, True)  # type: ignore[arg-type]
+            return self._plain_forward(x)
+        current = state.current
+        if current is None or not current.holds(self):  # type: ignore[arg-type]
+            current = refresh(self, state)
+        if current.bound is not None and not _obstacle(x):
+            return execute(current.bound, x, False)
+        return self._plain_forward(x)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A converted block pickles as its original class, to be converted again, because its own class has no name."""
+        reduced = super().__reduce_ex__(protocol)
+        original = type(self)._fused_original
+        if original is None or isinstance(reduced, str):
+            return reduced
+        function, args, *rest = reduced
+        return _rebuild, (original, function, tuple(original if a is type(self) else a for a in args)), *rest
+
+
+def _rebuild(original: type[nn.Module], function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Unpickles a converted block: the empty object of its original class, with the class of the converted one."""
+    from .fusion import fused_class
+
+    block = function(*args)
+    block.__class__ = fused_class(original)
+    return block
+
+
+def forward_like(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``FusedBlock.forward`` with the name and default of forward's one argument, for calls by name and for its errors."""
+    model: Any = FusedBlock.forward
+    like: Any = forward
+    code = model.__code__.replace(co_varnames=("self", only_input(forward), *model.__code__.co_varnames[2:]))
+    function: Any = types.FunctionType(code, model.__globals__, like.__name__, like.__defaults__)
+    function.__qualname__, function.__doc__ = like.__qualname__, like.__doc__
+    return function  # type: ignore[no-any-return]
+
+
+def refresh(block: Any, state: State) -> Snapshot:
+    """Look at the block again: describe it, or keep the reason why it runs as its author wrote it."""
+    current = Snapshot(block)
+    try:
+        description = match(block, type(block)._plain_forward, type(block)._needs_shortcut)
+        current.bound = bind(block, description)
+        state.description = description
+    except Refused as error:
+        current.reason = str(error)
+        if not state.warned:
+            state.warned = True
+            warnings.warn(
+                f"{type(block).__name__} runs unfused, as its own forward says: {error}", RuntimeWarning, stacklevel=4
+            )
+    state.current = current
+    return current
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_valid(block: Any) -> bool:
+    """Whether the description holds, decided once while torch.compile or torch.export traces the block."""
+    state = block._fused_resnet
+    current = state.current
+    if current is None or not current.holds(block):
+        current = refresh(block, state)
+    return current.bound is not None
+
+
+_warned: set[str] = set()
+
+
+def _obstacle(x: Any) -> bool:
+    """Whether this one call needs the block's own forward, whatever the block is."""
+    if isinstance(x, Tensor):
+        if x.dim() != 4 or x.layout is not torch.strided or x.dtype not in DTYPES.get(x.device.type, ()):
+            reason = f"its input is {x.dim()}-dimensional, {x.dtype}, {x.layout} on {x.device.type}"
+        elif forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+            reason = "torch.func transforms and forward-mode gradients need it"
+        elif nn_module._has_any_global_hook():  # type: ignore[no-untyped-call]
+            reason = "a global module hook wants to see its submodules"
+        else:
+            return False
+    elif isinstance(x, fx.Proxy):
+        return True  # symbolic tracing wants the block's operations
+    else:
+        reason = f"its input is a {type(x).__name__}"
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"a fused block ran as its own forward says: {reason}", RuntimeWarning, stacklevel=4)
+    return True

@@ -1,0 +1,203 @@
+"""A residual block as data, and the one function that executes it.
+
+The description names submodules by path and functions by name: plain strings and numbers, so that a block that carries
+its description can be copied, pickled and compiled. Parameters are read from the modules at every call.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._arguments import is_channels_last
+from ._fold import folded
+from .ops import bias_add_relu, conv_bias_add_relu
+
+# Functions without side effects that may stand in a path, by the name under which a description keeps them.
+FUNCTIONS: dict[str, Callable[..., Any]] = {"getitem": operator.getitem, "pad": F.pad, "avg_pool2d": F.avg_pool2d}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution, the batch normalisation behind it if there is one, and whether a ReLU follows."""
+
+    conv: str
+    norm: str | None
+    relu: bool
+
+
+@dataclass(frozen=True)
+class Call:
+    """A module without side effects (by path), or one of FUNCTIONS (by name) with further constant arguments."""
+
+    target: str
+    function: bool = False
+    args: tuple[Any, ...] = ()
+    kwargs: tuple[tuple[str, Any], ...] = ()
+
+
+Step = Layer | Call
+
+
+@dataclass(frozen=True)
+class Residual:
+    """``relu(main(x) + shortcut(x))``; the last step of ``main`` is a Layer without a ReLU of its own.
+
+    shortcut: no steps is the identity; None is no addition at all (a plain block).
+    left: the operand on the left of the +, "main" or "shortcut", which decides the sum's memory format.
+    inplace: the addition writes into its left operand, whose dtype the sum then has.
+    """
+
+    main: tuple[Step, ...]
+    shortcut: tuple[Step, ...] | None
+    left: str = "main"
+    inplace: bool = False
+    relu: bool = True
+
+
+class BoundLayer(NamedTuple):
+    conv: nn.Conv2d
+    norm: Any  # a BatchNorm2d or SyncBatchNorm, or None
+    relu: bool
+
+
+class BoundCall(NamedTuple):
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+BoundStep = BoundLayer | BoundCall
+
+
+class Bound(NamedTuple):
+    """A description with the modules of one block in the place of their paths."""
+
+    main: tuple[BoundStep, ...]
+    last: BoundLayer
+    shortcut: tuple[BoundStep, ...] | None
+    left_is_main: bool
+    inplace: bool
+    relu: bool
+
+
+def _find(module: nn.Module, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
+
+
+def _bind_step(module: nn.Module, step: Step) -> BoundStep:
+    if isinstance(step, Layer):
+        norm = None if step.norm is None else _find(module, step.norm)
+        return BoundLayer(_find(module, step.conv), norm, step.relu)
+    function = FUNCTIONS[step.target] if step.function else _find(module, step.target)
+    return BoundCall(function, step.args, dict(step.kwargs))
+
+
+def bind(module: nn.Module, description: Residual) -> Bound:
+    """The description with ``module``'s submodules filled in."""
+    steps = tuple([_bind_step(module, step) for step in description.main])
+    last = steps[-1]
+    assert isinstance(last, BoundLayer)
+    shortcut = description.shortcut
+    return Bound(
+        steps[:-1],
+        last,
+        None if shortcut is None else tuple([_bind_step(module, step) for step in shortcut]),
+        description.left == "main",
+        description.inplace,
+        description.relu,
+    )
+
+
+def run(module: nn.Module, description: Residual, x: Tensor) -> Tensor:
+    """Execute ``description`` with ``module``'s submodules: x [N, C, H, W] -> [N, K, P, Q]."""
+    return execute(bind(module, description), x, torch.compiler.is_compiling())
+
+
+def execute(block: Bound, x: Tensor, compiling: bool) -> Tensor:
+    """Execute a bound block. ``compiling``: inside torch.compile or torch.export, where nothing may be cached."""
+    h = x
+    for step in block.main:
+        h = _step(step, h, compiling)
+    if block.shortcut is None:
+        return _layer(block.last, h, None, block.relu, compiling)
+    shortcut = x
+    for step in block.shortcut:
+        shortcut = _step(step, shortcut, compiling)
+    return _end(block, h, shortcut, compiling)
+
+
+def _step(step: BoundStep, x: Tensor, compiling: bool) -> Tensor:
+    if isinstance(step, BoundLayer):
+        return _layer(step, x, None, step.relu, compiling)
+    output: Tensor = step.function(x, *step.args, **step.kwargs)
+    return output
+
+
+def _is_live(norm: Any) -> bool:
+    """Whether a normalisation takes its statistics from the batch (``nn.BatchNorm2d.forward``'s own rule)."""
+    return norm is not None and (norm.training or norm.running_mean is None)
+
+
+def _layer(layer: BoundLayer, x: Tensor, shortcut: Tensor | None, relu: bool, compiling: bool) -> Tensor:
+    """One layer; ``shortcut`` only where the normalisation is not live and the operator can add it."""
+    conv, norm, _ = layer
+    if norm is None:
+        weight, bias = conv.weight, conv.bias
+    elif _is_live(norm):
+        y: Tensor = norm(conv(x))
+        return F.relu(y, inplace=True) if relu else y
+    else:
+        weight, bias = folded(conv, norm, compiling)
+    return conv_bias_add_relu(x, weight, bias, shortcut, conv.stride, conv.padding, conv.dilation, conv.groups, relu)
+
+
+def _end(block: Bound, h: Tensor, shortcut: Tensor, compiling: bool) -> Tensor:
+    """The last layer, the addition and the ReLU."""
+    last = block.last
+    if _is_live(last.norm):
+        y = _layer(last, h, None, False, compiling)
+        if (
+            y.dtype != shortcut.dtype
+            or y.shape != shortcut.shape
+            or not (block.left_is_main or _same_format(shortcut, is_channels_last(y)))
+        ):
+            return _add(block, y, shortcut)
+        return bias_add_relu(y, None, shortcut, block.relu)
+
+    dtype = h.dtype
+    if torch.is_autocast_enabled(h.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(h.device.type)
+    if shortcut.dtype != dtype or not (
+        block.left_is_main or _same_format(shortcut, is_channels_last(h) or is_channels_last(last.conv.weight))
+    ):
+        return _add(block, _layer(last, h, None, False, compiling), shortcut)
+    if compiling:
+        return _layer(last, h, shortcut, block.relu, compiling)
+    try:
+        return _layer(last, h, shortcut, block.relu, compiling)
+    except ValueError:
+        # The operator does not broadcast; the block's own addition may.
+        y = _layer(last, h, None, False, compiling)
+        if y.shape == shortcut.shape:
+            raise
+    return _add(block, y, shortcut)
+
+
+def _same_format(t: Tensor, channels_last: bool) -> bool:
+    return t.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _add(block: Bound, main: Tensor, shortcut: Tensor) -> Tensor:
+    """The addition exactly as the block's author wrote it: for mixed dtypes, other memory formats and broadcasting."""
+    left, right = (main, shortcut) if block.left_is_main else (shortcut, main)
+    total = left.add_(right) if block.inplace else left + right
+    return F.relu(total, inplace=True) if block.relu else total

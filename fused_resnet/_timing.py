@@ -1,0 +1,106 @@
+"""Timing of several contenders side by side: their samples are interleaved, so that they share whatever the machine is doing.
+
+A round takes one sample of each contender; each round starts with the next one, so that none always runs behind the same
+neighbour. A sample is a loop of enough calls to be well above the clock's resolution. What is reported are medians and the
+20 % and 80 % quantiles of the samples, in seconds a call.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Call = Callable[[], Any]
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call: median and quantiles over ``len(samples)`` samples of ``inner`` calls each."""
+
+    samples: tuple[float, ...]
+    inner: int
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def q20(self) -> float:
+        return quantile(self.samples, 0.2)
+
+    @property
+    def q80(self) -> float:
+        return quantile(self.samples, 0.8)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "median_ms": self.median * 1e3,
+            "q20_ms": self.q20 * 1e3,
+            "q80_ms": self.q80 * 1e3,
+            "samples": len(self.samples),
+            "inner": self.inner,
+        }
+
+
+def quantile(samples: Iterable[float], q: float) -> float:
+    """The q-quantile with linear interpolation between the sorted samples."""
+    ordered = sorted(samples)
+    position = q * (len(ordered) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+
+def autorange(call: Call, least: float, clock: Clock = time.perf_counter) -> int:
+    """How many calls make a sample of at least ``least`` seconds (a power of two, found by doubling)."""
+    inner = 1
+    while True:
+        if _sample(call, inner, clock) * inner >= least:
+            return inner
+        inner *= 2
+
+
+def _sample(call: Call, inner: int, clock: Clock) -> float:
+    start = clock()
+    for _ in range(inner):
+        call()
+    return (clock() - start) / inner
+
+
+def interleave(
+    contenders: Mapping[str, Call],
+    repeat: int = 20,
+    seconds: float = math.inf,
+    least: float = 1e-3,
+    warmup: int = 2,
+    clock: Clock = time.perf_counter,
+) -> dict[str, Timing]:
+    """Time the contenders in rounds: ``repeat`` of them, fewer if ``seconds`` pass first, but never under three.
+
+    ``least``: shortest sample in seconds. ``warmup``: calls of each before anything is measured (compilation, packing, caches).
+    """
+    for call in contenders.values():
+        for _ in range(warmup):
+            call()
+    inner = {name: autorange(call, least, clock) for name, call in contenders.items()}
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    begin = clock()
+    for turn in range(repeat):
+        if turn >= 3 and clock() - begin >= seconds:
+            break
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            samples[name].append(_sample(contenders[name], inner[name], clock))
+    return {name: Timing(tuple(values), inner[name]) for name, values in samples.items()}
+
+
+def geometric_mean(ratios: Iterable[float]) -> float:
+    """exp of the mean log; nan for none."""
+    logs = [math.log(ratio) for ratio in ratios]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan

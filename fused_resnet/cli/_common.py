@@ -1,0 +1,156 @@
+"""What the commands share: argument types, tables, progress, JSON files."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Usage(Exception):
+    """Wrong usage: one sentence for the user, exit status 2."""
+
+
+def need(module: str, extra: str) -> ModuleType:
+    """Import an optional package, or say which extra brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = {"PIL": "pillow", "sklearn": "scikit-learn"}.get(module.split(".")[0], module.split(".")[0])
+        raise Usage(f'this command needs {package}, which is not installed: pip install "fused-resnet[{extra}]"') from None
+
+
+def positive(text: str) -> int:
+    """An argument type: a whole number of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return value
+
+
+def positive_seconds(text: str) -> float:
+    """An argument type: a time above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text!r}")
+    return value
+
+
+def writable(text: str) -> Path:
+    """An argument type: a file that can be written. Checked before the work whose result it is to hold."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"cannot write {text!r}: it is a folder")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"cannot write {text!r}: there is no folder {str(path.parent)!r}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot write {text!r}: permission denied")
+    return path
+
+
+PICTURES = (".pdf", ".png", ".svg")
+
+
+def picture(text: str) -> Path:
+    """An argument type: a picture that can be written, in a format that its name says."""
+    path = writable(text)
+    if path.suffix.lower() not in PICTURES:
+        raise argparse.ArgumentTypeError(f"the name of a picture must end in {', '.join(PICTURES)}, got {text!r}")
+    return path
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=writable, metavar="FILE", help="write the figures to FILE")
+
+
+def write_json(path: Path | None, content: Any) -> None:
+    if path is not None:
+        # NaN and infinity are not JSON; nothing that is written here may hold them.
+        path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def finite(value: float) -> float | None:
+    """A figure for JSON: null where there is no number."""
+    return value if abs(value) < float("inf") else None
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Aligned columns, the first to the left and the others to the right."""
+    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = []
+    for row in cells:
+        lines.append(
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+        )
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+@contextmanager
+def progress(total: int, what: str) -> Iterator[Callable[[str], None]]:
+    """A progress bar on a terminal, nothing in a pipe. Gives a function to call after each step with a note for the bar."""
+    if not sys.stderr.isatty():
+        yield lambda note: None
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError:  # `check` runs without any extra: count
+        done = 0
+
+        def count(note: str) -> None:
+            nonlocal done
+            done += 1
+            print(f"\r\x1b[K{what} {done}/{total} {note}", end="", file=sys.stderr, flush=True)
+
+        yield count
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        return
+    with tqdm(total=total, desc=what, leave=False, dynamic_ncols=True) as bar:
+
+        def advance(note: str) -> None:
+            bar.set_postfix_str(note, refresh=False)
+            bar.update()
+
+        yield advance
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[int]:
+    """Run with torch's thread count set, and set back afterwards."""
+    before = torch.get_num_threads()
+    if count is not None and count != before:
+        torch.set_num_threads(count)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 2**20:g} MiB" if size >= 2**20 else f"{size / 2**10:g} KiB"
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"

@@ -1,0 +1,208 @@
+"""Compare the operators with the reference, and their gradients with finite differences.
+
+gradcheck and gradgradcheck in float64 for every kind of shortcut, layout and subset of the tensors that require a gradient;
+the forward pass and integer gradients against the plain PyTorch reference, over dtypes, layouts and shortcuts: equal to the bit
+for integer data, within twice PyTorch's own error for floats. Exit status 1 if one fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import _machine, cases, ops, testing
+from ..cases import ConvCase, Operands
+from ._common import DTYPES, Usage, add_json, finite, progress, table, write_json
+
+HELP = "the gradient check against the reference, over dtypes, layouts and shortcuts"
+
+# The convolutions whose operands are laid out in every way: hot path (two strides, 1x1, a tail of channels) and general path.
+_SHAPES = (
+    ConvCase(17, 17, (9, 10), (3, 3), padding=(1, 1), shortcut=True, batch=2),
+    ConvCase(17, 17, (9, 10), (1, 1), shortcut=True, batch=2),
+    ConvCase(17, 20, (9, 10), (3, 3), (2, 2), (1, 1), shortcut=True, batch=2),
+    ConvCase(16, 16, (9, 10), (4, 2), padding="same", shortcut=True, batch=2),
+    ConvCase(16, 16, (9, 10), (3, 3), padding=(1, 1), groups=4, shortcut=True, batch=2),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One check; ``used`` is the part of the tolerance that the error took, where there is one."""
+
+    group: str
+    name: str
+    reason: str
+    used: float | None = None
+
+
+Check = Callable[[], Result]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="a part of the checks, in a few seconds")
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(DTYPES),
+        help="only this dtype (default: all); finite differences are always in float64, and left out for the others",
+    )
+    parser.add_argument("--device", choices=("cpu",), default="cpu", help="where to compute (default: cpu)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the data (default: 0)")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if not 0 <= arguments.seed < 2**31:
+        raise Usage(f"--seed must be from 0 to 2147483647, got {arguments.seed}")
+    dtypes = [DTYPES[arguments.dtype]] if arguments.dtype else list(DTYPES.values())
+    checks = list(plan(dtypes, arguments.quick, arguments.seed))
+    start = time.perf_counter()
+    results = []
+    with warnings.catch_warnings(), progress(len(checks), "check") as advance:
+        # PyTorch's remark about the copy that its own convolution makes, in the reference.
+        warnings.filterwarnings("ignore", message="Using padding='same' with even kernel lengths")
+        for check in checks:
+            results.append(check())
+            advance(results[-1].group)
+    seconds = time.perf_counter() - start
+    failed = [result for result in results if result.reason]
+    rows = summary(results)
+    print(
+        table(
+            ("checked", "cases", "failed", "worst error / allowed"),
+            [(r["group"], r["cases"], r["failed"], "equal" if r["worst"] is None else f"{r['worst']:.2f}") for r in rows],
+        )
+    )
+    for result in failed:
+        print(f"\nFAILED  {result.group}: {result.name}\n        {result.reason}")
+    print(f"\n{len(results)} checks, {len(failed)} failed, {seconds:.1f} s, seed {arguments.seed}. {_machine.short()}")
+    write_json(
+        arguments.json,
+        {
+            "ok": not failed,
+            "seed": arguments.seed,
+            "seconds": seconds,
+            "machine": _machine.describe(),
+            "groups": rows,
+            "failures": [{"group": r.group, "name": r.name, "reason": r.reason} for r in failed],
+        },
+    )
+    return 1 if failed else 0
+
+
+def summary(results: list[Result]) -> list[dict[str, Any]]:
+    rows = []
+    for group in dict.fromkeys(result.group for result in results):
+        mine = [result for result in results if result.group == group]
+        used = [result.used for result in mine if result.used is not None]
+        rows.append(
+            {
+                "group": group,
+                "cases": len(mine),
+                "failed": sum(bool(result.reason) for result in mine),
+                "worst": finite(max(used)) if used else None,
+            }
+        )
+    return rows
+
+
+def plan(dtypes: list[torch.dtype], quick: bool, seed: int) -> Iterator[Check]:
+    """Every check of a run, not yet made."""
+    for dtype in dtypes:
+        yield from _forward(dtype, quick, seed)
+        yield from _integer_gradients(dtype, quick, seed)
+    if torch.float64 in dtypes:
+        for case in testing.gradient_cases(quick):
+            yield lambda case=case: finite_differences(case, seed)  # type: ignore[misc]
+
+
+def finite_differences(case: testing.GradientCase, seed: int = 0) -> Result:
+    """gradcheck and gradgradcheck of one case, with PyTorch's own tolerances for float64."""
+    function, leaves = case.build(seed)
+    reason = ""
+    try:
+        with warnings.catch_warnings():
+            # A function that is linear in its inputs has second derivatives of zero, which gradgradcheck remarks upon.
+            warnings.simplefilter("ignore")
+            torch.autograd.gradcheck(function, leaves)
+            torch.autograd.gradgradcheck(function, leaves, gen_non_contig_grad_outputs=True)
+    except Exception as error:  # a crash in one case is a failure of that case; the others still run
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    return Result(f"finite differences, shortcut {case.shortcut}", case.name, reason)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _shortcuts(case: ConvCase, operands: Operands) -> Iterator[tuple[str, Operands]]:
+    """The operands with every kind of shortcut that their shapes allow."""
+    yield "none", operands._replace(shortcut=None)
+    yield "tensor", operands
+    yield "expanded", testing.layout(operands, shortcut="expanded")
+    if case.input_shape == case.output_shape:
+        yield "input", operands._replace(shortcut=operands.input)
+        wide = torch.cat((operands.input, operands.input[:, :1]), 1)
+        yield "view", operands._replace(input=wide[:, :-1], shortcut=wide[:, 1:])
+
+
+def _forward(dtype: torch.dtype, quick: bool, seed: int) -> Iterator[Check]:
+    name = str(dtype).removeprefix("torch.")
+    for exact in (True, False):
+        make = testing.integer_operands if exact else testing.float_operands
+        group = f"forward {name}, {'integers' if exact else 'floats'}"
+        shapes = (*_SHAPES, *cases.AWKWARD[:: 10 if quick else 1])
+        for case in shapes:
+            yield lambda case=case, make=make, exact=exact, group=group: _compare(  # type: ignore[misc]
+                group, case.name, make(case, dtype, _generator(seed)), exact, case
+            )
+        for case in _SHAPES[: 1 if quick else None]:
+            operands = make(case, dtype, _generator(seed + 1))
+            for kind, chosen in _shortcuts(case, operands):
+                label = f"{case.name}, shortcut {kind}"
+                yield lambda label=label, chosen=chosen, exact=exact, group=group, case=case: _compare(  # type: ignore[misc]
+                    group, label, chosen, exact, case
+                )
+            for operand in Operands._fields:
+                for layout in testing.LAYOUTS:
+                    chosen = testing.layout(operands, **{operand: layout})
+                    label = f"{case.name}, {operand} {layout}"
+                    yield lambda label=label, chosen=chosen, exact=exact, group=group, case=case: _compare(  # type: ignore[misc]
+                        group, label, chosen, exact, case
+                    )
+
+
+def _compare(group: str, name: str, operands: Operands, exact: bool, case: ConvCase) -> Result:
+    try:
+        result = testing.compare_forward(ops.conv_bias_add_relu, operands, exact, **case.parameters)
+    except Exception as error:  # as above: one crash must not hide the other results
+        return Result(group, name, f"{type(error).__name__}: {error}")
+    used = None if exact else result.error / result.allowed if result.allowed else 0.0
+    return Result(group, name, result.reason, used)
+
+
+def _integer_gradients(dtype: torch.dtype, quick: bool, seed: int) -> Iterator[Check]:
+    """Gradients of integer data, whose outputs are often exactly 0: the mask at the kink, which finite differences avoid."""
+    group = f"integer gradients {str(dtype).removeprefix('torch.')}"
+    for case in _SHAPES[: 1 if quick else None]:
+        for layout in ("contiguous", "channels_last"):
+            yield lambda case=case, layout=layout: _gradients(group, case, layout, dtype, seed)  # type: ignore[misc]
+
+
+def _gradients(group: str, case: ConvCase, layout: str, dtype: torch.dtype, seed: int) -> Result:
+    generator = _generator(seed + 2)
+    operands = testing.layout(testing.integer_operands(case, dtype, generator), input=layout, shortcut=layout)
+    # One gradient in -1, 0, 1 for each output, few of them: for bfloat16 the sums, too, must stay below 257.
+    grad = testing.unit_gradient(case.output_shape, dtype, generator)
+    try:
+        found = testing.compare_gradients(ops.conv_bias_add_relu, operands, grad, **case.parameters)
+    except Exception as error:
+        return Result(group, f"{case.name}, {layout}", f"{type(error).__name__}: {error}")
+    reason = "; ".join(f"{name}: {result.reason}" for name, result in found.items() if not result)
+    return Result(group, f"{case.name}, {layout}", reason)

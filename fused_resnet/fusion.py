@@ -1,0 +1,229 @@
+"""``fuse_`` converts a model's residual blocks in place, ``unfuse_`` undoes it, ``FusionReport`` says what happened.
+
+A converted block is the same object with the same submodules, parameters, buffers and hooks; only its class changes, to
+a subclass whose forward runs the block fused. ``state_dict``, ``isinstance``, deepcopy and pickle see no difference.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from . import _extension
+from ._block import FusedBlock, Snapshot, State, forward_like
+from ._match import match
+from ._residual import Call, Layer, Residual, bind
+from ._trace import Refused
+
+__all__ = ["FusionEntry", "FusionReport", "fuse_", "unfuse_"]
+
+_NO_BLOCK = (nn.Sequential.forward, nn.Module.forward)  # the forwards of modules that only hold others
+# Original class -> its fused subclass, as long as a block of it lives.
+_classes: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class FusionEntry:
+    """One residual block of the model.
+
+    name: its path in the model ("" is the model itself). type: its class.
+    became: what it runs as, "" if refused. reason: why it was refused, "" if fused.
+    path: "hot" (our kernels), "general" (the library's convolution, then our pass), "" if refused. It is what is known
+    without an input; ``fused_resnet.why_not`` asks for one call. path_reason: why "general".
+    """
+
+    name: str
+    type: str
+    fused: bool
+    became: str = ""
+    reason: str = ""
+    path: str = ""
+    path_reason: str = ""
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """What ``fuse_`` did: an entry for each residual block, in the model's order. ``print`` shows it as a table."""
+
+    entries: tuple[FusionEntry, ...]
+
+    @property
+    def fused(self) -> list[FusionEntry]:
+        return [entry for entry in self.entries if entry.fused]
+
+    @property
+    def refused(self) -> list[FusionEntry]:
+        return [entry for entry in self.entries if not entry.fused]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, dicts, strings and bools, for ``json.dump``."""
+        return {"entries": [asdict(e) for e in self.entries], "fused": len(self.fused), "refused": len(self.refused)}
+
+    def __str__(self) -> str:
+        if not self.entries:
+            return "no residual block found"
+        rows = [("block", "class", "fused", "as, or why not", "path")]
+        for e in self.entries:
+            fused = "yes" if e.fused else "no"
+            rows.append((e.name or "(the model)", e.type, fused, e.became or e.reason, e.path or "-"))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        rows.insert(1, tuple("-" * width for width in widths))  # type: ignore[arg-type]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        why = sorted({e.path_reason for e in self.entries if e.path_reason})
+        notes = [f"general path: {reason}" for reason in why]
+        return "\n".join([*lines, f"{len(self.fused)} fused, {len(self.refused)} refused", *notes])
+
+
+def fuse_(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None = None) -> FusionReport:
+    """Convert the residual blocks of ``model`` in place.
+
+    A block is recognised by what its forward computes, relu(main(x) + shortcut(x)), not by its class. Nothing is
+    converted that would change the result; whatever looks like a residual block and is not converted is in the report
+    with the reason. Batch norm with running statistics (eval) is folded into the convolution, derived anew when a
+    parameter changes; in training it stays as it is.
+
+    Args:
+        model: any module; it may be a block itself.
+        filter_fn: ``filter_fn(name, module)`` returns False to leave a block alone; called for residual blocks only.
+
+    Returns:
+        The report.
+
+    Raises:
+        TypeError: if ``model`` is not a module or ``filter_fn`` not callable.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be callable or None, got {type(filter_fn).__name__}")
+    return FusionReport(tuple(_convert("", model, filter_fn or (lambda name, module: True), set())))
+
+
+def unfuse_(model: nn.Module) -> nn.Module:
+    """Give every block that ``fuse_`` converted its own class back, in place; returns ``model``.
+
+    Blocks of ``fused_resnet.nn`` were never converted and stay.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        original = getattr(type(module), "_fused_original", None)
+        if original is not None:
+            module.__dict__.pop("_fused_resnet", None)
+            module.__class__ = original
+    return model
+
+
+def fused_class(original: type[nn.Module]) -> type:
+    """The fused subclass of a module class, made on demand."""
+    cls = _classes.get(original)
+    if cls is None:
+        body = {
+            "__module__": original.__module__,
+            "__qualname__": f"Fused{original.__qualname__}",
+            "__doc__": original.__doc__,
+            "_fused_original": original,
+            "_plain_forward": original.forward,
+            "forward": forward_like(original.forward),
+        }
+        cls = type(f"Fused{original.__name__}", (FusedBlock, original), body)
+        _classes[original] = cls
+    return cls
+
+
+def _convert(
+    name: str, module: nn.Module, accept: Callable[[str, nn.Module], bool], seen: set[int]
+) -> Iterator[FusionEntry]:
+    """Convert ``module`` or, if it is no block, what is in it."""
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    cls = type(module)
+    if isinstance(module, FusedBlock):
+        yield _already(name, module)
+        return
+    if not any(isinstance(m, nn.Conv2d) for m in module.modules()):
+        return
+    refusal = None
+    if cls.forward not in _NO_BLOCK and not cls.__module__.startswith("torch.nn."):
+        refusal = _try(name, module, accept)
+        if isinstance(refusal, FusionEntry) and refusal.fused:
+            yield refusal
+            return
+    found = False
+    for child_name, child in module.named_children():
+        for entry in _convert(f"{name}.{child_name}" if name else child_name, child, accept, seen):
+            found = True
+            yield entry
+    if refusal is not None and not found:
+        yield refusal
+
+
+def _try(name: str, module: nn.Module, accept: Callable[[str, nn.Module], bool]) -> FusionEntry | None:
+    """Convert one module: its entry, or None if it does not look like a residual block."""
+    cls = type(module)
+    try:
+        if "forward" in module.__dict__:
+            raise Refused("its forward was replaced on the instance", is_block=True)
+        description = match(module, cls.forward)
+        if not accept(name, module):
+            raise Refused("left out by filter_fn", is_block=True)
+        state = State(description)
+        state.current = Snapshot(module)
+        state.current.bound = bind(module, description)
+        try:
+            module.__class__ = fused_class(cls)
+        except TypeError as error:
+            raise Refused(f"its class cannot be extended: {error}", is_block=True) from None
+        module.__dict__["_fused_resnet"] = state
+    except Refused as error:
+        return FusionEntry(name, cls.__name__, False, reason=str(error)) if error.is_block else None
+    return _fused_entry(name, cls.__name__, module, description)
+
+
+def _already(name: str, module: Any) -> FusionEntry:
+    """The entry of a block that is fused before ``fuse_`` comes."""
+    original = type(module)._fused_original
+    shown = (original or type(module)).__name__
+    try:
+        description = match(module, type(module)._plain_forward, type(module)._needs_shortcut)
+    except Refused as error:
+        return FusionEntry(name, shown, False, reason=f"a fused block that runs unfused now: {error}")
+    entry = _fused_entry(name, shown, module, description)
+    return FusionEntry(**{**asdict(entry), "became": f"already fused: {entry.became}"})
+
+
+def _fused_entry(name: str, shown: str, module: nn.Module, description: Residual) -> FusionEntry:
+    reason = _why_general(module, description)
+    path = "general" if reason else "hot"
+    return FusionEntry(name, shown, True, became(description), path=path, path_reason=reason)
+
+
+def became(description: Residual) -> str:
+    """A description in words: "2 convolutions, identity shortcut"."""
+    count = sum(isinstance(step, Layer) for step in description.main)
+    main = f"{count} convolution{'s' if count > 1 else ''}"
+    if description.shortcut is None:
+        return f"{main}, no shortcut"
+    steps = description.shortcut
+    if any(isinstance(step, Layer) for step in steps):
+        others = any(isinstance(step, Call) for step in steps)
+        return f"{main}, {'pooling and ' if others else ''}projection shortcut"
+    return f"{main}, {'parameter-free' if steps else 'identity'} shortcut"
+
+
+def _why_general(module: nn.Module, description: Residual) -> str:
+    """What is known without an input about the convolutions that take the general path; "" if nothing is."""
+    steps = [*description.main, *(description.shortcut or ())]
+    convs: list[Any] = [module.get_submodule(step.conv) for step in steps if isinstance(step, Layer)]
+    devices = sorted({conv.weight.device.type for conv in convs} - {"cpu"})
+    if devices:
+        return f"the block is on {', '.join(devices)}"
+    if _extension.cpu is None:
+        return _extension.missing
+    groups = sorted({conv.groups for conv in convs} - {1})
+    return f"groups = {groups[0]}" if groups else ""
