@@ -340,7 +340,14 @@ def test_pickle_into_a_new_process(tmp_path: Any) -> None:
     )
     folders = [p for p in sys.path if p]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", f"import sys; sys.path[:0] = {folders!r}\n{code}", str(tmp_path / "model.pt")],
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            f"import sys; sys.path[:0] = {folders!r}\n{code}",
+            str(tmp_path / "model.pt"),
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -505,7 +512,10 @@ def test_filter_and_report() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((1,), "model must be a torch.nn.Module, got int"), ((nn.ReLU(), 1), "filter_fn must be callable or None, got int")],
+    [
+        ((1,), "model must be a torch.nn.Module, got int"),
+        ((nn.ReLU(), 1), "filter_fn must be callable or None, got int"),
+    ],
 )
 def test_bad_arguments(arguments: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):

@@ -71,14 +71,14 @@ struct PassRowArgs {
   bool relu = true, wide_input = false;
 };
 
-// One row of the way back: out[i] = output[i] <= 0 ? 0 : grad[i]. `sum` (accumulator type, may be null) gains out[i] at
+// One row of the way back: out[i] = output[i] <= 0 ? 0 : grad[i], operands `step` apart. `sum` (accumulator type, may be null) gains out[i] at
 // [i * sum_step].
 struct MaskRowArgs {
   const void* grad = nullptr;
   const void* output = nullptr;
   void* out = nullptr;
   void* sum = nullptr;
-  i64 grad_step = 1, sum_step = 1, length = 0;
+  i64 grad_step = 1, output_step = 1, sum_step = 1, length = 0;
 };
 
 struct DTypeKernels {

@@ -97,6 +97,7 @@ void relu_backward(const PassShape& s, const void* grad, const void* output, voi
       a.grad = at(grad, offset(s, rows, s.first, i), bytes);
       a.grad_step = rows.channels ? s.first.c : s.first.w;
       a.output = at(output, offset(s, rows, s.second, i), bytes);
+      a.output_step = rows.channels ? s.second.c : s.second.w;
       a.out = const_cast<char*>(at(result, offset(s, rows, s.result, i), bytes));
       a.length = rows.length;
       a.sum_step = rows.channels ? 1 : 0;

@@ -55,7 +55,8 @@ void mask_row(const MaskRowArgs& a) {
   for (i64 i = 0; i < a.length; i += W) {
     const i64 count = smaller(a.length - i, W);
     const typename V::reg value =
-        V::relu_gradient(load_steps<V>(grad + i * a.grad_step, a.grad_step, count), V::load_n(output + i, count));
+        V::relu_gradient(load_steps<V>(grad + i * a.grad_step, a.grad_step, count),
+                         load_steps<V>(output + i * a.output_step, a.output_step, count));
     V::store_n(out + i, value, count);
     if (sum && a.sum_step) V::store_n(sum + i, V::add(V::load_n(sum + i, count), value), count);
     total = V::add(total, value);

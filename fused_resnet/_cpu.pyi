@@ -1,0 +1,67 @@
+"""The compiled module (csrc/bindings.cpp). Internal: pointers are addresses, and nothing here checks them."""
+
+from collections.abc import Sequence
+
+INTERFACE: int
+BUILD: dict[str, str]
+
+def available_isas() -> list[str]: ...
+def isa() -> str: ...
+def set_isa(name: str) -> None: ...
+def cache_sizes() -> dict[str, int]: ...
+def measure_fma_peak(seconds: float) -> float: ...
+def fingerprint(data: int, bytes: int, most: int) -> int: ...
+
+class Convolution:
+    def __init__(
+        self,
+        dtype: str,
+        input: Sequence[int],
+        weight: Sequence[int],
+        output: Sequence[int],
+        stride: Sequence[int],
+        pad: Sequence[int],
+        dilation: Sequence[int],
+        input_strides: Sequence[int],
+        output_strides: Sequence[int],
+        shortcut_strides: Sequence[int] | None,
+        has_bias: bool,
+        relu: bool,
+        threads: int,
+    ) -> None: ...
+    def run(self, input: int, packed_weight: int, bias: int, shortcut: int, output: int) -> None: ...
+    def pack(self, weight: int, strides: Sequence[int], packed_weight: int) -> None: ...
+    def describe(self) -> str: ...
+    @property
+    def packed_bytes(self) -> int: ...
+    @property
+    def workspace_bytes(self) -> int: ...
+    @property
+    def isa(self) -> str: ...
+
+def bias_add_relu(
+    dtype: str,
+    shape: Sequence[int],
+    output_strides: Sequence[int],
+    input_strides: Sequence[int],
+    shortcut_strides: Sequence[int],
+    relu: bool,
+    wide_input: bool,
+    input: int,
+    bias: int,
+    shortcut: int,
+    output: int,
+    threads: int,
+) -> None: ...
+def relu_backward(
+    dtype: str,
+    shape: Sequence[int],
+    result_strides: Sequence[int],
+    grad_strides: Sequence[int],
+    output_strides: Sequence[int],
+    grad: int,
+    output: int,
+    result: int,
+    bias_grad: int,
+    threads: int,
+) -> None: ...

@@ -1,0 +1,121 @@
+"""What the tests of the operators share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fused_resnet import _kernels, reference, testing, why_not
+from fused_resnet._arguments import check_convolution, pad, pair
+from fused_resnet.cases import ConvCase, Operands
+
+ROOT = Path(__file__).parent.parent
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+FORMATS = (torch.contiguous_format, torch.channels_last)
+
+CONV = torch.ops.fused_resnet.conv_bias_add_relu.default
+PASS = torch.ops.fused_resnet.bias_add_relu.default
+MASK = torch.ops.fused_resnet.relu_backward.default
+
+
+def name(value: object) -> str:
+    """For pytest's ids: a case, dtype or memory format."""
+    return value.name if isinstance(value, ConvCase) else str(value).removeprefix("torch.")
+
+
+def laid_out(operands: Operands, memory_format: torch.memory_format) -> Operands:
+    """All 4-d operands in one memory format."""
+    return Operands(
+        *(t.contiguous(memory_format=memory_format) if t is not None and t.dim() == 4 else t for t in operands)
+    )  # type: ignore[arg-type]
+
+
+def plan_of(
+    operands: Operands,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    relu: bool = True,
+) -> _kernels.Plan:
+    """Our kernel for a call, also where the general path is chosen for its speed. ``.kernel`` tells about it."""
+    assert groups == 1
+    stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
+    padding = pad(padding, operands.weight, stride, dilation)
+    shape = check_convolution(*operands, stride, padding, dilation, groups)
+    return _kernels._plan(shape, *operands, stride, padding, dilation, relu, torch.get_num_threads())
+
+
+def kernel_function(input: Tensor, weight: Tensor, bias: Any, shortcut: Any, **parameters: Any) -> Tensor:
+    """``conv_bias_add_relu`` through our kernel, whatever path would be chosen."""
+    operands = Operands(input, weight, bias, shortcut)
+    return plan_of(operands, **parameters)(*operands)
+
+
+def functions(operands: Operands, **parameters: Any) -> Iterator[Callable[..., Tensor]]:
+    """The public function; and our kernel as well, where a call with groups = 1 would be given to the library."""
+    import fused_resnet
+
+    yield fused_resnet.conv_bias_add_relu
+    if parameters.get("groups", 1) == 1 and why_not(*operands, **parameters):
+        yield kernel_function
+
+
+def compare_all(
+    cases: Iterable[ConvCase], make: Callable[[ConvCase], Operands], exact: bool
+) -> tuple[int, list[str]]:
+    """Every case against the reference: how many comparisons, and a line for each that failed."""
+    count, failures = 0, []
+    for case in cases:
+        operands = make(case)
+        for function in functions(operands, **case.parameters):
+            result = testing.compare_forward(function, operands, exact, **case.parameters)
+            count += 1
+            if not result:
+                failures.append(f"{case.name} ({function.__name__}): {result.reason}")
+    return count, failures
+
+
+def eager(operands: Operands, **parameters: Any) -> Tensor:
+    return reference.conv_bias_add_relu(*operands, **parameters)
+
+
+class Calls(TorchDispatchMode):
+    """Records every operator that is called, with arguments and result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, result))
+        return result
+
+    def of(self, func: Any) -> list[tuple[tuple[Any, ...], Any]]:
+        return [(args, result) for f, args, result in self.calls if f is func]
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A new interpreter with this repository on its path. It must end by itself: a signal fails the test."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("FUSED_RESNET_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        timeout=120,
+        env={**clean, "PYTHONPATH": path, **environment},
+    )
+    assert done.returncode >= 0, f"ended by signal {-done.returncode}: {done.stderr[-2000:]}"
+    return done
