@@ -35,7 +35,7 @@ SOURCES: dict[str, list[str]] = {
     **({"csrc/cpu/isa_avx512.cpp": ["-O3", "-Wno-maybe-uninitialized", *AVX512]} if X86 else {}),
 }
 # -ffp-contract=off: the scalar kernels multiply and add wherever they are compiled; the others call FMA by name.
-COMMON = "-std=c++17 -fPIC -fvisibility=hidden -fopenmp -ffp-contract=off -Wall -Wextra".split()
+COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-ffp-contract=off", "-Wall", "-Wextra"]
 
 
 class NinjaBuild(build_ext):

@@ -1,8 +1,19 @@
 """Residual blocks as fused kernels: convolution + bias + shortcut + ReLU in one pass, forward and backward."""
 
-from . import reference
+from . import models, nn, reference
 from ._version import __version__
+from .fusion import FusionReport, fuse_, unfuse_
 from .ops import bias_add_relu, conv_bias_add_relu, why_not
 
-
-__all__ = ["__version__", "bias_add_relu", "conv_bias_add_relu", "reference", "why_not"]
+__all__ = [
+    "FusionReport",
+    "__version__",
+    "bias_add_relu",
+    "conv_bias_add_relu",
+    "fuse_",
+    "models",
+    "nn",
+    "reference",
+    "unfuse_",
+    "why_not",
+]

@@ -54,9 +54,7 @@ class Snapshot:
         self.lengths = [*map(len, self.sized)]
         parents = [block, *(m for m in inner if m._modules)]
         self.trees = [(m._modules, dict(m._modules)) for m in parents]
-        self.plain = [
-            (m.__dict__, get, get(m.__dict__)) for m in (block, *inner) for get in _plain_attributes(m, m is block)
-        ]
+        self.plain = [(m.__dict__, get, get(m.__dict__)) for m in (block, *inner) for get in _plain_attributes(m, m is block)]
 
     def holds(self, block: nn.Module) -> bool:
         """Whether nothing has changed since."""
@@ -179,6 +177,8 @@ def _obstacle(x: Any) -> bool:
             reason = "torch.func transforms and forward-mode gradients need it"
         elif nn_module._has_any_global_hook():  # type: ignore[no-untyped-call]
             reason = "a global module hook wants to see its submodules"
+        elif torch._C._is_tracing():
+            reason = "torch.jit.trace records its own operations, which run without this package"
         else:
             return False
     elif isinstance(x, fx.Proxy):

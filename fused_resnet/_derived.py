@@ -5,7 +5,8 @@ entry dies with its tensor.
 
 A change is seen by the tensor's version counter (every in-place operation, ``load_state_dict``, optimizers), its address
 (``.data = ...``) and a fingerprint of its bytes, which also sees writes through ``.data`` that leave the counter alone: all
-the bytes up to 64 KiB, 256 words spread over the tensor above that. Inference tensors have no counter; all their bytes are read.
+the bytes up to 64 KiB, 256 words spread over the tensor above that. Inference tensors have no counter: all their bytes are
+read on every call.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ holds no compiled module: it is then taken from where pip installed it, if it wa
 
 from __future__ import annotations
 
+import contextlib
 import importlib.machinery
 import importlib.metadata
 import importlib.util
@@ -25,10 +26,8 @@ def _find() -> Path | None:
     """The compiled module's file: beside this one, else in the installed distribution."""
     suffixes = importlib.machinery.EXTENSION_SUFFIXES
     folders = [Path(__file__).parent]
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         folders.append(Path(str(importlib.metadata.distribution("fused-resnet").locate_file("fused_resnet"))))
-    except importlib.metadata.PackageNotFoundError:
-        pass
     # A clone's own metadata (an egg-info beside the package) would hide the installed one: look there too.
     folders += [Path(entry) / "fused_resnet" for entry in sys.path if entry]
     for folder in folders:
@@ -46,7 +45,8 @@ def _load() -> tuple[ModuleType | None, str]:
     name = "fused_resnet._cpu"
     try:
         spec = importlib.util.spec_from_file_location(name, file)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except ImportError as error:

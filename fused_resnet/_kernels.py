@@ -196,7 +196,7 @@ def relu_backward(grad: Tensor, output: Tensor, bias_grad: bool) -> tuple[Tensor
     result = torch.empty(output.shape, dtype=output.dtype, device=output.device, memory_format=memory_format)
     sums = output.new_empty(output.shape[1] if bias_grad else 0)
     if cpu is None or not output.is_cpu:
-        torch.where(output <= 0, 0, grad, out=result)
+        torch.where(output <= 0, grad.new_zeros(()), grad, out=result)
         if bias_grad:
             sums = result.sum((0, 2, 3))
         return result, sums

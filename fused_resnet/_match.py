@@ -288,9 +288,7 @@ class _Matcher:
         assert isinstance(last, Layer)
         outputs = self.outputs(last)
         if channels is not None and channels != outputs:
-            raise Refused(
-                f"its addition would broadcast: {channels} channels in the shortcut, {outputs} in the main path"
-            )
+            raise Refused(f"its addition would broadcast: {channels} channels in the shortcut, {outputs} in the main path")
 
     def outputs(self, layer: Layer) -> int:
         conv: Any = self.module.get_submodule(layer.conv)

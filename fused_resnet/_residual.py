@@ -173,9 +173,9 @@ def _end(block: Bound, h: Tensor, shortcut: Tensor, compiling: bool) -> Tensor:
             return _add(block, y, shortcut)
         return bias_add_relu(y, None, shortcut, block.relu)
 
-    dtype = h.dtype
-    if torch.is_autocast_enabled(h.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(h.device.type)
+    dtype, device = h.dtype, h.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
     if shortcut.dtype != dtype or not (
         block.left_is_main or _same_format(shortcut, is_channels_last(h) or is_channels_last(last.conv.weight))
     ):

@@ -135,9 +135,7 @@ def fused_class(original: type[nn.Module]) -> type:
     return cls
 
 
-def _convert(
-    name: str, module: nn.Module, accept: Callable[[str, nn.Module], bool], seen: set[int]
-) -> Iterator[FusionEntry]:
+def _convert(name: str, module: nn.Module, accept: Callable[[str, nn.Module], bool], seen: set[int]) -> Iterator[FusionEntry]:
     """Convert ``module`` or, if it is no block, what is in it."""
     if id(module) in seen:
         return

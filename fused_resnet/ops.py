@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from . import _kernels, reference
+from . import _kernels
 from ._arguments import (
     Padding,
     Pair,
@@ -33,7 +33,6 @@ from ._arguments import (
     pair,
 )
 from ._derived import derive
-from ._extension import cpu
 from ._select import reasons
 
 __all__ = ["bias_add_relu", "conv_bias_add_relu", "why_not"]
@@ -126,7 +125,7 @@ def _nobody_listens(input: Any, weight: Any, bias: Any, shortcut: Any) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch.is_autocast_enabled("cpu")
-        or torch.autograd._profiler_enabled()
+        or torch._C._autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
     ):
@@ -241,7 +240,7 @@ def _conv_kernel(
     groups: int,
     relu: bool,
 ) -> Tensor:
-    stride, padding, dilation = tuple(stride), Padding(*padding), tuple(dilation)
+    stride, padding, dilation = (stride[0], stride[1]), Padding(*padding), (dilation[0], dilation[1])
     plan = _kernels.cached(
         _kernels.convolution, input, weight, bias, shortcut, stride, padding, dilation, groups, relu
     )
@@ -288,7 +287,7 @@ def _conv_fake(
     relu: bool,
 ) -> Tensor:
     shape = check_convolution(
-        input, weight, bias, shortcut, tuple(stride), Padding(*padding), tuple(dilation), groups
+        input, weight, bias, shortcut, (stride[0], stride[1]), Padding(*padding), (dilation[0], dilation[1]), groups
     )
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=output_format(input, weight))
 
@@ -351,8 +350,9 @@ class ConvBiasAddReLU(torch.autograd.Function):
         masked, grad_bias = _through_relu(grad, output, need_bias)
         grad_input = grad_weight = None
         if need_input or need_weight:
+            stride, padding, dilation, groups = ctx.geometry
             grad_input, grad_weight = _convolution_backward(
-                masked, input, weight, *ctx.geometry, need_input, need_weight
+                masked, input, weight, stride, padding, dilation, groups, need_input, need_weight
             )
         return grad_input, grad_weight, grad_bias, masked if need_shortcut else None, None, None, None, None, None
 
@@ -493,7 +493,7 @@ def _autocast(device: str) -> Any:
     ) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
 
-        def cast(t: Tensor | None) -> Tensor | None:
+        def cast(t: Any) -> Any:
             if t is None or t.dtype == dtype or not t.is_floating_point() or t.dtype == torch.float64:
                 return t
             if t is weight and not _needs_grad(t) and not torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""What the tests of modules and conversion share: randomised batch norms, the comparison, and blocks as people write them."""
+"""What the tests of modules and conversion share: randomised batch norms, the comparison, blocks as people write them."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def layers(model: nn.Module) -> int:
 def assert_close(ours: Tensor, eager: Tensor, truth: Tensor, depth: int, magnitude: float = 0) -> None:
     """In the largest element, our error against float64 is bounded by eager's own and by the rounding of folding.
 
-    Eager rounds a layer's result at least once; folding adds three roundings of the same size (scale, weight, bias): four
-    times eager's error, and twice that because one sample's largest error scatters. Where eager happens to be exact, each
-    layer still may be off by three units in the largest magnitude on the way (``truth_of`` finds it): 3 u depth magnitude.
-    A NaN fails. ``test_planted_faults`` shows that this is tight enough.
+    Eager rounds a layer's result at least once; folding adds three roundings of the same size (scale, weight, bias):
+    four times eager's error, and twice that because one sample's largest error scatters. Where eager happens to be
+    exact, each layer may still be off by three units in the largest magnitude on the way (``truth_of`` finds it):
+    3 u depth magnitude. A NaN fails. ``test_planted_faults`` shows that this is tight enough.
     """
     assert ours.dtype == eager.dtype
     assert ours.shape == eager.shape

@@ -1,7 +1,8 @@
 """Imports torchvision beside a torch build that its compiled operators do not fit.
 
-torchvision registers fake kernels for operators of its extension when it is imported; without the extension (a CPU torch beside
-a wheel made for CUDA) their schemas are missing and the import fails. Its models need none of them: declare the schemas first.
+torchvision registers fake kernels for operators of its extension when it is imported; without the extension (a CPU torch
+beside a wheel made for CUDA) their schemas are missing and the import fails. Its models need none of them: declare the
+schemas first.
 """
 
 from __future__ import annotations

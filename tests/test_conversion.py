@@ -1,6 +1,6 @@
 """Conversion: converted models compute what they did before, in every mode and after every change, and stay themselves.
 
-The planted faults at the end show that the comparison used here notices a dropped bias, a wrong eps and a lost shortcut.
+The planted faults at the end show that the comparison notices a dropped bias, a wrong eps and a lost shortcut.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import pickle
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ from _torchvision import import_timm, import_torchvision
 from torch import Tensor, nn
 
 import fused_resnet.nn
+from fused_resnet import _block as _block_module
 from fused_resnet import _residual
 from fused_resnet.fusion import FusionReport, fuse_, unfuse_
 
@@ -33,6 +35,7 @@ SPELLINGS = sorted(blocks.SPELLINGS)
 def _quiet_and_seeded() -> Any:
     """A fused block that runs unfused says so; here that is an error unless a test expects it."""
     torch.manual_seed(0)
+    _block_module._warned.clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*runs unfused")
         yield
@@ -446,13 +449,42 @@ def test_calls_that_need_the_original() -> None:
         assert torch.equal(converted(x[0]), original(x[0]))
     for f in (torch.func.vmap, torch.func.jacrev):
         batch = x[:1, :, :2, :2] if f is torch.func.jacrev else x[:, None]
-        assert torch.equal(f(converted)(batch), f(original)(batch))
+        _block_module._warned.clear()
+        with pytest.warns(RuntimeWarning, match="torch.func transforms"):
+            assert torch.equal(f(converted)(batch), f(original)(batch))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        tangents = [torch.autograd.forward_ad.unpack_dual(m(dual)).tangent for m in (converted, original)]
+    assert torch.equal(*tangents)
     parameters = dict(converted.named_parameters())
     other = {name: p * 2 for name, p in parameters.items()}
     ours = torch.func.functional_call(converted, other, (x,))
     eager = torch.func.functional_call(original, other, (x,))
     double = {name: p.double() for name, p in other.items()}
     assert_close(ours.detach(), eager.detach(), torch.func.functional_call(original, double, (x.double(),)).detach(), 3)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_traces_the_original() -> None:
+    original, converted = _block("functional")
+    x = torch.randn(1, 8, 6, 6)
+    with pytest.warns(RuntimeWarning, match="torch.jit.trace"):
+        traced = torch.jit.trace(converted, (x,))
+    assert "fused_resnet" not in str(traced.graph)
+    assert torch.equal(traced(x), original(x))
+
+
+def test_fake_tensors_leave_nothing_behind() -> None:
+    """A folded weight made under FakeTensorMode must not be met by a real call."""
+    original, converted = _block("functional")
+    converted.requires_grad_(False)
+    x = torch.randn(1, 8, 6, 6)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert converted(mode.from_tensor(x)).shape == x.shape
+    with torch.no_grad():
+        assert_same(converted, original, x)
+    meta = copy.deepcopy(converted).to("meta")
+    assert meta(x.to("meta")).shape == x.shape
 
 
 def test_global_hooks() -> None:
@@ -529,6 +561,27 @@ def test_a_block_alone_and_a_shared_block() -> None:
     model = nn.Sequential(shared, shared)
     assert [entry.name for entry in fuse_(model).fused] == ["0"]
     assert type(model[1]).__name__ == "FusedFunctional"
+
+
+def test_first_calls_from_several_threads() -> None:
+    """Looking at a block patches nothing global: other threads run models meanwhile."""
+    model = randomise(nn.Sequential(*(fused_resnet.nn.BasicBlock(8, 8) for _ in range(8)))).eval()
+    x = torch.randn(1, 8, 6, 6)
+    with torch.no_grad():
+        expected = copy.deepcopy(model)(x)
+    outputs: list[Tensor] = []
+
+    def call() -> None:
+        with torch.no_grad():
+            outputs.append(model(x))
+
+    threads = [threading.Thread(target=call) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outputs) == 8
+    assert all(torch.equal(output, expected) for output in outputs)
 
 
 # --- the comparison notices ---

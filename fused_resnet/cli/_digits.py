@@ -32,7 +32,7 @@ def sklearn_folder() -> Path:
 
 @dataclass(frozen=True)
 class Digits:
-    """Images [N, 1, 8, 8] in [0, 1] and their classes [N], for training and for the test."""
+    """Images [N, 1, 8, 8] of mean 0 and variance 1 and their classes [N], for training and for the test."""
 
     images: Tensor
     classes: Tensor
@@ -46,7 +46,9 @@ def load(generator: torch.Generator) -> Digits:
 
     table = torch.from_numpy(numpy.loadtxt(sklearn_folder() / "data" / "digits.csv.gz", delimiter=","))
     table = table[torch.randperm(len(table), generator=generator)]
-    images, classes = (table[:, :64] / 16).float().view(-1, 1, 8, 8), table[:, 64].long()
+    images, classes = table[:, :64].float().view(-1, 1, 8, 8), table[:, 64].long()
+    known = images[:TRAINING]
+    images = (images - known.mean()) / known.std()
     return Digits(images[:TRAINING], classes[:TRAINING], images[TRAINING:], classes[TRAINING:])
 
 
@@ -111,8 +113,8 @@ class Training:
 def train(
     network: DigitNet, digits: Digits, epochs: int, generator: torch.Generator, advance: Callable[[str], None]
 ) -> Training:
-    """SGD with momentum and a cosine schedule, batches of 64; ``advance`` is called after each epoch."""
-    batch, rate = 64, 0.05
+    """SGD with momentum and a cosine schedule, batches of 32; ``advance`` is called after each epoch."""
+    batch, rate = 32, 0.05
     steps = epochs * (TRAINING // batch)
     optimizer = torch.optim.SGD(network.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=picture, default=Path("fused-resnet-demo.png"), metavar="FILE", help="default: %(default)s"
     )
-    parser.add_argument("--epochs", type=positive, default=12, help="of the training on digits (default: 12)")
+    parser.add_argument("--epochs", type=positive, default=20, help="of the training on digits (default: 20)")
     parser.add_argument("--image-size", type=positive, default=224, help="of the photograph, in pixels (default: 224)")
     parser.add_argument("--repeat", type=positive, default=15, help="samples of each timing (default: 15)")
     parser.add_argument("--threads", type=positive, help="default: torch's")
