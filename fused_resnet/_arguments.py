@@ -171,3 +171,9 @@ def check_convolution(
     check_bias(bias, k, input)
     check_shortcut(shortcut, (n, k, p, q), input)
     return n, k, p, q
+
+
+def check_pass(input: Tensor, bias: Tensor | None, shortcut: Tensor | None) -> None:
+    check_tensor(input, "input", 4)
+    check_bias(bias, input.shape[1], input)
+    check_shortcut(shortcut, input.shape, input)

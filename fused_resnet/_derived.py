@@ -44,14 +44,14 @@ def _unchanged(t: Tensor | None, stamp: Any) -> bool:
     if t is None or stamp is None:
         return t is stamp
     identity = _identity(t)
-    return bool(identity == stamp[0] and _fingerprint(t, identity) == stamp[1])
+    return bool(stamp[2]() is t and identity == stamp[0] and _fingerprint(t, identity) == stamp[1])
 
 
 def _stamp(t: Tensor | None) -> Any:
     if t is None:
         return None
     identity = _identity(t)
-    return identity, _fingerprint(t, identity)
+    return identity, _fingerprint(t, identity), weakref.ref(t)  # another tensor may come to live at the same address
 
 
 def is_dense(t: Tensor) -> bool:

@@ -174,7 +174,8 @@ def randomise(model: nn.Module, generator: torch.Generator) -> nn.Module:
                 sign = torch.rand(module.num_features, generator=generator).lt(1 / 8).mul(-2).add(1)
                 module.weight.uniform_(0.5, 1.5, generator=generator).mul_(sign)
                 module.bias.normal_(0, 0.1, generator=generator)
-                assert module.running_mean is not None and module.running_var is not None
+                assert module.running_mean is not None
+                assert module.running_var is not None
                 module.running_mean.normal_(0, 0.1, generator=generator)
                 module.running_var.uniform_(0.5, 1.5, generator=generator)
             elif isinstance(module, nn.Linear):

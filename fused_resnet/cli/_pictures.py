@@ -9,10 +9,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402  after the choice of backend
-from matplotlib.axes import Axes  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
-from ._digits import Training  # noqa: E402
+from ._digits import Training
 
 # Distinguishable in grey and by colour-blind readers: eager in greys, the compiler in ochre, ours in blue-green.
 COLOURS = {

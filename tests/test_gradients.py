@@ -1,0 +1,272 @@
+"""Gradients: gradcheck and gradgradcheck in float64, exact integer gradients in every dtype, and no work that nobody asked for.
+
+What is trusted: finite differences of our own forward in float64 (which the exact tests hold to the reference), with
+pre-activations kept away from the kink by ``testing.gradient_cases``; at the kink itself, the reference's autograd on integers.
+``python -m fused_resnet check`` runs gradgradcheck element by element over all cases; here that is done for the quick ones, and
+along random directions (fast_mode) for all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from _calls import CONV, DTYPES, FORMATS, MASK, Calls, laid_out, name
+from torch import Tensor
+from torch.autograd.graph import Node
+
+import fused_resnet
+from fused_resnet import testing
+from fused_resnet.cases import AWKWARD, ConvCase, Operands
+
+CASES = testing.gradient_cases()
+BACKWARD = torch.ops.aten.convolution_backward.default
+CASE = ConvCase(3, 5, (6, 7), (3, 3), padding=(1, 1), shortcut=True, batch=2)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)  # thousands of calls on a few elements; conftest puts it back
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_gradcheck(case: testing.GradientCase, kernels: object) -> None:
+    function, leaves = case.build()
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("case", testing.gradient_cases(quick=True), ids=name)
+def test_gradcheck_isa(case: testing.GradientCase, isa: str) -> None:
+    function, leaves = case.build(seed=1)
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_gradgradcheck(case: testing.GradientCase, kernels: object) -> None:
+    function, leaves = case.build()
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("case", testing.gradient_cases(quick=True), ids=name)
+def test_gradgradcheck_every_element(case: testing.GradientCase, kernels: object) -> None:
+    function, leaves = case.build()
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_gradcheck_sees_a_wrong_gradient(kernels: object) -> None:
+    """The cases themselves: a mask that is turned round must not pass any of them."""
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, y: Tensor) -> Tensor:
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+            return grad * 1.001
+
+    for case in testing.gradient_cases(quick=True):
+        function, leaves = case.build()
+        with pytest.raises(RuntimeError, match="Jacobian mismatch"):
+            torch.autograd.gradcheck(lambda *t, f=function: Wrong.apply(f(*t)), leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_exact_integer_gradients(isa: str, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """All four gradients equal the reference's, zeros of the output included."""
+    generator = torch.Generator().manual_seed(2)
+    failures, zeros = [], 0
+    for case in AWKWARD:
+        operands = laid_out(testing.integer_operands(case, dtype, generator), memory_format)
+        grad = testing.unit_gradient(case.output_shape, dtype, generator).contiguous(memory_format=memory_format)
+        zeros += int((fused_resnet.conv_bias_add_relu(*operands, **case.parameters) == 0).sum())
+        results = testing.compare_gradients(fused_resnet.conv_bias_add_relu, operands, grad, **case.parameters)
+        failures += [f"{case.name}, {of}: {result.reason}" for of, result in results.items() if not result]
+    assert not failures, "\n".join(failures)
+    assert zeros > 0
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_exact_gradients_of_bias_add_relu(isa: str, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    generator = torch.Generator().manual_seed(3)
+    m = testing.MAGNITUDE[dtype]
+    for shape in ((2, 1, 3, 3), (3, 8, 5, 7), (1, 17, 1, 1), (2, 33, 9, 8), (4, 5, 17, 31)):
+        x, s = (torch.randint(-m, m + 1, shape, generator=generator).to(dtype) for _ in range(2))
+        b = torch.randint(-m, m + 1, shape[1:2], generator=generator).to(dtype)
+        x = x.contiguous(memory_format=memory_format)
+        grad = testing.unit_gradient(shape, dtype, generator)
+        for relu in (True, False):
+
+            def run(function: Any, operands: tuple[Tensor, ...] = (x, b, s), relu: bool = relu) -> tuple[Tensor, ...]:
+                leaves = [t.detach().clone().requires_grad_() for t in operands]
+                return torch.autograd.grad(function(*leaves, relu), leaves, grad)  # noqa: B023
+
+            both = run(fused_resnet.bias_add_relu), run(fused_resnet.reference.bias_add_relu)
+            for which, ours, expected in zip(("input", "bias", "shortcut"), *both, strict=True):
+                result = testing.compare_exact(ours, expected)
+                assert result, f"{which} {shape} relu={relu}: {result.reason}"
+
+
+@pytest.mark.parametrize("incoming", ["transposed", "expanded", "stepped", "sliced channels_last", "offset"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_layout_of_the_incoming_gradient(isa: str, dtype: torch.dtype, incoming: str) -> None:
+    generator = torch.Generator().manual_seed(4)
+    for case in (CASE, ConvCase(3, 5, (6, 7), (1, 1), shortcut=True), CASE.at(1)):
+        for memory_format in FORMATS:
+            operands = laid_out(testing.integer_operands(case, dtype, generator), memory_format)
+            grad = testing.unit_gradient(case.output_shape, dtype, generator)
+            if incoming == "expanded":
+                grad = (grad != 0).to(dtype)
+            grad = testing.LAYOUTS[incoming](grad)
+            for relu in (True, False):
+                results = testing.compare_gradients(
+                    fused_resnet.conv_bias_add_relu, operands, grad, **{**case.parameters, "relu": relu}
+                )
+                for of, result in results.items():
+                    assert result, f"{case.name}, {of}, relu={relu}: {result.reason}"
+
+
+def _leaves(needs: tuple[str, ...]) -> Operands:
+    operands = testing.float_operands(CASE, torch.float32, torch.Generator().manual_seed(0))
+    return Operands(*(t.requires_grad_(field in needs) for field, t in operands._asdict().items()))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.shortcut == "tensor" and c.layout == "contiguous"], ids=name)
+@pytest.mark.parametrize("relu", [True, False], ids=["relu", "no relu"])
+def test_no_work_for_gradients_that_nobody_asked_for(
+    case: testing.GradientCase, relu: bool, kernels: object
+) -> None:
+    if case.operator != "conv_bias_add_relu":
+        pytest.skip("the subsets of conv_bias_add_relu are meant here; bias_add_relu does the first half of its work")
+    operands = _leaves(case.needs)
+    output = fused_resnet.conv_bias_add_relu(*operands, padding=1, relu=relu)
+    with Calls() as calls:
+        output.backward(torch.ones_like(output))
+    masks, backwards = calls.of(MASK), calls.of(BACKWARD)
+    assert len(masks) == (1 if relu else 0)
+    if relu:
+        assert masks[0][0][2] is ("bias" in case.needs)
+    if "input" in case.needs or "weight" in case.needs:
+        ((args, _),) = backwards
+        assert list(args[-1]) == ["input" in case.needs, "weight" in case.needs, False]
+    else:
+        assert not backwards
+    for field, t in operands._asdict().items():
+        assert (t.grad is not None) == (field in case.needs)
+    # Nothing else of any size: no copies, no sums, no temporaries.
+    others = [f for f, _, _ in calls.calls if f not in (MASK, BACKWARD, torch.ops.aten.sum.dim_IntList)]
+    assert all(str(f).startswith(("aten.detach", "aten.new_empty", "aten.empty")) for f in others), others
+    if relu or "bias" not in case.needs:
+        assert not calls.of(torch.ops.aten.sum.dim_IntList)
+
+
+def test_shortcut_gradient_is_the_masked_gradient(kernels: object) -> None:
+    """The same memory: no copy. And ``convolution_backward`` reads that tensor too."""
+    operands = _leaves(("input", "weight", "bias", "shortcut"))
+    output = fused_resnet.conv_bias_add_relu(*operands, padding=1)
+    with Calls() as calls:
+        (grad,) = torch.autograd.grad(output, [operands.shortcut], torch.ones_like(output), retain_graph=True)
+        (masked, _) = calls.of(MASK)[0][1]
+        assert grad.data_ptr() == masked.data_ptr()
+        grads = torch.autograd.grad(output, list(operands), torch.ones_like(output))
+    masked = calls.of(MASK)[1][1][0]
+    assert grads[3].data_ptr() == masked.data_ptr() == calls.of(BACKWARD)[0][0][0].data_ptr()
+    # Without a ReLU it is the incoming gradient.
+    output = fused_resnet.conv_bias_add_relu(*operands, padding=1, relu=False)
+    incoming = torch.ones_like(output)
+    assert torch.autograd.grad(output, [operands.shortcut], incoming)[0].data_ptr() == incoming.data_ptr()
+    # bias_add_relu: input and shortcut have the same gradient, and it is one tensor.
+    x, s = (torch.randn(2, 5, 6, 7, requires_grad=True) for _ in range(2))
+    y = fused_resnet.bias_add_relu(x, None, s)
+    gx, gs = torch.autograd.grad(y, [x, s], torch.ones_like(y))
+    assert gx.data_ptr() == gs.data_ptr()
+
+
+def test_accumulated_gradients_do_not_share_memory(kernels: object) -> None:
+    """What lands in ``.grad`` is each leaf's own: an optimizer may write over it."""
+    for relu in (True, False):
+        x, s = (torch.randn(2, 5, 6, 7, requires_grad=True) for _ in range(2))
+        y = fused_resnet.bias_add_relu(x, None, s, relu)
+        incoming = torch.ones_like(y)
+        y.backward(incoming)
+        assert x.grad is not None
+        assert s.grad is not None
+        pointers = {x.grad.data_ptr(), s.grad.data_ptr(), incoming.data_ptr()}
+        assert len(pointers) == 3
+
+
+def _function_nodes(start: Node | None) -> list[str]:
+    found, todo, seen = [], [start], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found.append(node.name())
+        todo += [next_node for next_node, _ in node.next_functions]
+    return found
+
+
+def test_no_node_where_nothing_requires_grad(kernels: object) -> None:
+    operands = _leaves(())
+    output = fused_resnet.conv_bias_add_relu(*operands, padding=1)
+    through_torch = CONV(*operands, (1, 1), (1, 1, 1, 1), (1, 1), 1, True)
+    passed = fused_resnet.bias_add_relu(output, operands.bias, operands.shortcut)
+    for y in (output, through_torch, passed):
+        assert y.grad_fn is None
+        assert not y.requires_grad
+    required = _leaves(("weight",))
+    with torch.no_grad():
+        assert fused_resnet.conv_bias_add_relu(*required, padding=1).grad_fn is None
+    for field in Operands._fields:
+        y = fused_resnet.conv_bias_add_relu(*_leaves((field,)), padding=1)
+        assert _function_nodes(y.grad_fn) == ["ConvBiasAddReLUBackward", "torch::autograd::AccumulateGrad"]
+
+
+def test_what_backward_keeps(kernels: object) -> None:
+    """Saved for backward: input, weight and, for the mask, the output; without a ReLU not the output."""
+    for relu in (True, False):
+        operands = _leaves(("input", "weight", "bias", "shortcut"))
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.data_ptr()), t)[1], lambda t: t):  # noqa: B023
+            y = fused_resnet.conv_bias_add_relu(*operands, padding=1, relu=relu)
+        expected = [operands.input.data_ptr(), operands.weight.data_ptr()] + ([y.data_ptr()] if relu else [])
+        assert saved == expected
+
+
+def test_a_saved_tensor_that_was_changed_is_an_error(kernels: object) -> None:
+    operands = _leaves(("input", "weight", "bias", "shortcut"))
+    for changed in ("weight", "output"):
+        y = fused_resnet.conv_bias_add_relu(*operands, padding=1)
+        with torch.no_grad():
+            (operands.weight if changed == "weight" else y.detach()).mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_forward_mode_is_right_or_an_error(kernels: object) -> None:
+    """A tangent must never be lost in silence."""
+    import torch.autograd.forward_ad as forward
+
+    generator = torch.Generator().manual_seed(0)
+    x, s = (torch.randn(2, 5, 6, 7, dtype=torch.float64, generator=generator) for _ in range(2))
+    w = torch.randn(5, 5, 3, 3, dtype=torch.float64, generator=generator)
+    cases = {
+        "conv": (lambda m, t: m.conv_bias_add_relu(t, w, None, s, padding=1)),
+        "pass": (lambda m, t: m.bias_add_relu(t, None, s)),
+    }
+    lost = []
+    for what, call in cases.items():
+        with forward.dual_level():
+            dual = forward.make_dual(x, torch.ones_like(x))
+            expected = forward.unpack_dual(call(fused_resnet.reference, dual)).tangent
+            try:
+                ours = forward.unpack_dual(call(fused_resnet, dual)).tangent
+            except (NotImplementedError, RuntimeError):
+                continue
+            if ours is None or not torch.allclose(ours, expected):
+                lost.append(what)
+    assert not lost, f"forward-mode AD loses the tangent in silence: {lost}"
