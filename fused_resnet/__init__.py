@@ -1,6 +1,7 @@
 """Residual blocks as fused kernels: convolution + bias + shortcut + ReLU in one pass, forward and backward."""
 
 from . import models, nn, reference
+from ._derived import clear as clear_derived
 from ._version import __version__
 from .fusion import FusionReport, fuse_, unfuse_
 from .ops import bias_add_relu, conv_bias_add_relu, why_not
@@ -9,6 +10,7 @@ __all__ = [
     "FusionReport",
     "__version__",
     "bias_add_relu",
+    "clear_derived",
     "conv_bias_add_relu",
     "fuse_",
     "models",

@@ -166,6 +166,13 @@ def _is_valid(block: Any) -> bool:
 
 
 _warned: set[str] = set()
+# torch's own registries: one of them is not empty as long as a global module hook is registered.
+_GLOBAL_HOOKS = (
+    nn_module._global_forward_pre_hooks,
+    nn_module._global_forward_hooks,
+    nn_module._global_backward_pre_hooks,
+    nn_module._global_backward_hooks,
+)
 
 
 def _obstacle(x: Any) -> bool:
@@ -175,7 +182,7 @@ def _obstacle(x: Any) -> bool:
             reason = f"its input is {x.dim()}-dimensional, {x.dtype}, {x.layout} on {x.device.type}"
         elif forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
             reason = "torch.func transforms and forward-mode gradients need it"
-        elif nn_module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        elif any(_GLOBAL_HOOKS):
             reason = "a global module hook wants to see its submodules"
         elif torch._C._is_tracing():
             reason = "torch.jit.trace records its own operations, which run without this package"

@@ -98,11 +98,12 @@ def cuda() -> dict[str, Any]:
     }
 
 
-def describe() -> dict[str, Any]:
-    """Everything that a measurement depends on and that this process can see."""
+def describe(paths: bool = True) -> dict[str, Any]:
+    """Everything that a measurement depends on and that this process can see. Without ``paths`` files lose their folders:
+    what is published need not name them."""
     from . import __version__
 
-    return {
+    machine: dict[str, Any] = {
         "fused_resnet": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -117,6 +118,10 @@ def describe() -> dict[str, Any]:
         "cuda": cuda(),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("FUSED_RESNET_")},
     }
+    if not paths:
+        machine["openmp_runtimes"] = [os.path.basename(file) for file in machine["openmp_runtimes"]]
+        machine["extension"].pop("file", None)
+    return machine
 
 
 def short() -> str:

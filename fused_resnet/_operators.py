@@ -24,7 +24,11 @@ from ._arguments import Padding, Pair, check_convolution, check_pass, is_channel
 from ._derived import derive
 
 _library = torch.library.Library("fused_resnet", "DEF")
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+# The output's memory format follows the input's, so a compiler must not change that (the tag is new in torch 2.8).
+_TAGS = (
+    torch.Tag.pt2_compliant_tag,
+    getattr(torch.Tag, "needs_exact_strides", None) or torch.Tag.needs_fixed_stride_order,
+)
 _library.define(
     "conv_bias_add_relu(Tensor input, Tensor weight, Tensor? bias, Tensor? shortcut, SymInt[2] stride, "
     "SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool relu) -> Tensor",

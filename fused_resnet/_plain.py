@@ -103,9 +103,7 @@ class ResNet(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(512 * block.expansion, classes)
 
-    def _make_layer(
-        self, block: type[BasicBlock] | type[Bottleneck], planes: int, count: int, stride: int
-    ) -> nn.Sequential:
+    def _make_layer(self, block: type[BasicBlock] | type[Bottleneck], planes: int, count: int, stride: int) -> nn.Sequential:
         outputs = planes * block.expansion
         downsample = None
         if stride != 1 or self.inplanes != outputs:
@@ -131,12 +129,8 @@ class CifarResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU(inplace=True)
         self.layer1 = nn.Sequential(*(BasicBlock(16, 16) for _ in range(count)))
-        self.layer2 = nn.Sequential(
-            BasicBlock(16, 32, 2, PadShortcut(16, 2)), *(BasicBlock(32, 32) for _ in range(count - 1))
-        )
-        self.layer3 = nn.Sequential(
-            BasicBlock(32, 64, 2, PadShortcut(32, 2)), *(BasicBlock(64, 64) for _ in range(count - 1))
-        )
+        self.layer2 = nn.Sequential(BasicBlock(16, 32, 2, PadShortcut(16, 2)), *(BasicBlock(32, 32) for _ in range(count - 1)))
+        self.layer3 = nn.Sequential(BasicBlock(32, 64, 2, PadShortcut(32, 2)), *(BasicBlock(64, 64) for _ in range(count - 1)))
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(64, classes)
 

@@ -1,7 +1,7 @@
 """Timing of several contenders side by side: their samples are interleaved, so that they share whatever the machine is doing.
 
 A round takes one sample of each contender; each round starts with the next one, so that none always runs behind the same
-neighbour. A sample is a loop of enough calls to be well above the clock's resolution. What is reported are medians and the
+neighbour. ``Contention`` says whether anything else wanted the cores meanwhile. A sample is a loop of enough calls to be well above the clock's resolution. What is reported are medians and the
 20 % and 80 % quantiles of the samples, in seconds a call.
 """
 
@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 Call = Callable[[], Any]
@@ -98,6 +99,50 @@ def interleave(
         for name in names[shift:] + names[:shift]:
             samples[name].append(_sample(contenders[name], inner[name], clock))
     return {name: Timing(tuple(values), inner[name]) for name, values in samples.items()}
+
+
+class Contention:
+    """The share of their time that this process's threads spent waiting for a core, since the object was made.
+
+    Threads of one parallel loop wait for each other: where another process holds one of the cores, a loop of 1 ms takes one
+    or more of the scheduler's turns (some 10 ms), and whoever has fewer loops looks faster than it is.
+    """
+
+    MUCH = 0.05  # beyond this share, ratios are not to be trusted
+
+    def __init__(self, folder: Path = Path("/proc/self/task")) -> None:
+        self._folder = folder
+        self._before = self._read()
+
+    def _read(self) -> dict[str, tuple[int, int]]:
+        """Thread -> nanoseconds on a core, nanoseconds ready to run but waiting for one. Empty where the system does not tell."""
+        times = {}
+        for file in self._folder.glob("*/schedstat"):
+            try:
+                on_core, waiting, _ = file.read_text().split()
+            except (OSError, ValueError):  # the thread has ended
+                continue
+            times[file.parent.name] = int(on_core), int(waiting)
+        return times
+
+    def share(self) -> float | None:
+        """Waiting over waiting and running, or None where the system does not tell."""
+        on_core = waiting = 0
+        for thread, (running, ready) in self._read().items():
+            before = self._before.get(thread, (0, 0))
+            on_core += running - before[0]
+            waiting += ready - before[1]
+        return waiting / (on_core + waiting) if on_core + waiting > 0 else None
+
+    def warning(self) -> str:
+        """One sentence if the share is too large to trust a ratio, or ''."""
+        share = self.share()
+        if share is None or share <= self.MUCH:
+            return ""
+        return (
+            f"other processes held the cores for {share:.0%} of the time that this one wanted them: these times and ratios are "
+            "not to be trusted"
+        )
 
 
 def geometric_mean(ratios: Iterable[float]) -> float:

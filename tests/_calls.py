@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fused_resnet
 from fused_resnet import _kernels, reference, testing, why_not
 from fused_resnet._arguments import check_convolution, pad, pair
 from fused_resnet.cases import ConvCase, Operands
@@ -28,7 +29,7 @@ MASK = torch.ops.fused_resnet.relu_backward.default
 
 def name(value: object) -> str:
     """For pytest's ids: a case, dtype or memory format."""
-    return value.name if isinstance(value, ConvCase) else str(value).removeprefix("torch.")
+    return str(getattr(value, "name", value)).removeprefix("torch.")
 
 
 def laid_out(operands: Operands, memory_format: torch.memory_format) -> Operands:
@@ -62,8 +63,6 @@ def kernel_function(input: Tensor, weight: Tensor, bias: Any, shortcut: Any, **p
 
 def functions(operands: Operands, **parameters: Any) -> Iterator[Callable[..., Tensor]]:
     """The public function; and our kernel as well, where a call with groups = 1 would be given to the library."""
-    import fused_resnet
-
     yield fused_resnet.conv_bias_add_relu
     if parameters.get("groups", 1) == 1 and why_not(*operands, **parameters):
         yield kernel_function

@@ -30,6 +30,12 @@ def same_start() -> Iterator[None]:
 
 
 @pytest.fixture
+def one_thread(same_start: None) -> None:
+    """For thousands of calls on a few elements: waking a second thread for each takes longer than all the rest."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 

@@ -41,7 +41,7 @@ def test_resnet_convolutions(case: ConvCase, dtype: torch.dtype, isa: str) -> No
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_awkward_convolutions(isa: str, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+def test_awkward_convolutions(one_thread: None, isa: str, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
     generator = torch.Generator().manual_seed(5)
     count, failures = compare_all(
         AWKWARD, lambda case: laid_out(testing.float_operands(case, dtype, generator), memory_format), exact=False
@@ -69,7 +69,7 @@ def test_bfloat16_rounds_once(isa: str, generator: torch.Generator) -> None:
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_bias_add_relu(isa: str, dtype: torch.dtype, memory_format: torch.memory_format, generator: torch.Generator) -> None:
+def test_bias_add_relu(one_thread: None, isa: str, dtype: torch.dtype, memory_format: torch.memory_format, generator: torch.Generator) -> None:
     """input + bias + shortcut in that order, each rounded in the accumulator's type: equal to the reference, bit for bit."""
     for channels in (1, 7, 16, 33):
         shape = (2, channels, 5, 9)

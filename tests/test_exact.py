@@ -46,7 +46,7 @@ def test_resnet_convolutions(case: ConvCase, dtype: torch.dtype, isa: str) -> No
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_awkward_convolutions(isa: str, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+def test_awkward_convolutions(one_thread: None, isa: str, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
     generator = torch.Generator().manual_seed(1)
     count, failures = compare_all(
         AWKWARD, lambda case: laid_out(testing.integer_operands(case, dtype, generator), memory_format), exact=True
@@ -82,7 +82,7 @@ def test_the_hot_path_is_what_runs(kernels: object, generator: torch.Generator) 
 
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "no relu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_bias_add_relu(isa: str, dtype: torch.dtype, relu: bool, generator: torch.Generator) -> None:
+def test_bias_add_relu(one_thread: None, isa: str, dtype: torch.dtype, relu: bool, generator: torch.Generator) -> None:
     failures = []
     m = testing.MAGNITUDE[dtype]
 
@@ -107,7 +107,7 @@ def test_bias_add_relu(isa: str, dtype: torch.dtype, relu: bool, generator: torc
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_relu_backward(
-    isa: str, dtype: torch.dtype, memory_format: torch.memory_format, generator: torch.Generator
+    one_thread: None, isa: str, dtype: torch.dtype, memory_format: torch.memory_format, generator: torch.Generator
 ) -> None:
     for shape in ((2, 1, 3, 3), (3, 8, 5, 7), (1, 17, 1, 1), (2, 33, 9, 8), (65, 5, 3, 2), (2, 16, 40, 40)):
         grad = testing.unit_gradient(shape, dtype, generator)

@@ -232,7 +232,7 @@ def _module(
         module = copy.deepcopy(plain).to(of).train(mode == "train")
         if name in OURS:
             module = convert(module)
-        module = module.to(memory_format=_format(name))
+        module = module.to(memory_format=_format(name))  # type: ignore[call-overload]
         parameters = list(module.parameters())
         if mode == "forward":
             module.requires_grad_(False)

@@ -149,16 +149,21 @@ def _fused_blocks(report: Any) -> int:
     return len(report.fused)
 
 
+def channels_last(model: nn.Module) -> nn.Module:
+    """A copy of the model with its weights in channels_last."""
+    copied: nn.Module = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return copied
+
+
 def _time(
     name: str, model: nn.Module, fused: nn.Module, image: Tensor, repeat: int, advance: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Each distinct block and the whole network: the better memory format of eager against the better one of ours."""
-    last = torch.channels_last
     forms = {
         "eager": (model, torch.contiguous_format),
-        "eager channels_last": (copy.deepcopy(model).to(memory_format=last), last),
+        "eager channels_last": (channels_last(model), torch.channels_last),
         "fused": (fused, torch.contiguous_format),
-        "fused channels_last": (copy.deepcopy(fused).to(memory_format=last), last),
+        "fused channels_last": (channels_last(fused), torch.channels_last),
     }
     rows = []
     with torch.inference_mode():
@@ -169,7 +174,7 @@ def _time(
                 part = whole.get_submodule(path)
                 mine = x.contiguous(memory_format=memory_format)
                 calls[form] = lambda part=part, mine=mine: part(mine)
-            timings = _timing.interleave(calls, repeat=repeat)
+            timings = _timing.interleave(calls, repeat=repeat, seconds=2)
             eager = min(("eager", "eager channels_last"), key=lambda form: timings[form].median)
             ours = min(("fused", "fused channels_last"), key=lambda form: timings[form].median)
             rows.append(

@@ -77,7 +77,9 @@ class DigitNet(nn.Module):
                     assert module.bias is not None
                     module.bias.zero_()
             for block in self.blocks:
-                block.conv2.weight.zero_()
+                last = block.get_submodule("conv2")
+                assert isinstance(last, nn.Conv2d)
+                last.weight.zero_()
             self.linear.weight.normal_(0, self.linear.in_features**-0.5, generator=generator)
             self.linear.bias.zero_()
 
@@ -91,11 +93,12 @@ class DigitNet(nn.Module):
         convolution = reference.conv_bias_add_relu
         x = convolution(x, self.stem.weight, self.stem.bias, padding=1)
         for block in self.blocks:
-            first, last = block.conv1, block.conv2
+            first, last = block.get_submodule("conv1"), block.get_submodule("conv2")
+            assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d)
             shortcut = x
             if first.stride != (1, 1):  # option A: every second pixel, zeros for the new channels
                 shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, last.out_channels - x.shape[1]))
-            inner = convolution(x, first.weight, first.bias, stride=first.stride, padding=1)
+            inner = convolution(x, first.weight, first.bias, stride=first.stride[0], padding=1)
             x = convolution(inner, last.weight, last.bias, shortcut, padding=1)
         result: Tensor = self.linear(x.mean((2, 3)))
         return result
@@ -110,9 +113,7 @@ class Training:
     seconds: float
 
 
-def train(
-    network: DigitNet, digits: Digits, epochs: int, generator: torch.Generator, advance: Callable[[str], None]
-) -> Training:
+def train(network: DigitNet, digits: Digits, epochs: int, generator: torch.Generator, advance: Callable[[str], None]) -> Training:
     """SGD with momentum and a cosine schedule, batches of 32; ``advance`` is called after each epoch."""
     batch, rate = 32, 0.05
     steps = epochs * (TRAINING // batch)

@@ -100,12 +100,10 @@ def draw_bench(report: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def draw_demo(
-    training: Training, goal: float, photograph: Any, rows: list[dict[str, Any]], machine: str, path: Path
-) -> None:
+def draw_demo(training: Training, goal: float, photograph: Any, rows: list[dict[str, Any]], machine: str, path: Path) -> None:
     """Left: the training and the photograph. Right: each distinct block and the networks, before and after."""
     figure = plt.figure(figsize=(12, 7.2), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.9))
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.9))  # type: ignore[misc]
     curve, image = left.subplots(2, 1)
     epochs = range(1, len(training.losses) + 1)
     curve.plot(epochs, [100 * a for a in training.accuracies], color=COLOURS["fused_channels_last"], marker="o", markersize=3)

@@ -9,7 +9,7 @@ the better eager peer's median over the better one of ours: above 1, ours is fas
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -68,13 +68,14 @@ def run(arguments: argparse.Namespace) -> int:
     counts = arguments.threads or [torch.get_num_threads()]
     jobs = [(case, batch, count) for count in counts for batch in arguments.batch for case in chosen]
     results: list[dict[str, Any]] = []
+    contention = _timing.Contention()
     with progress(len(jobs), "bench") as advance:
         for case, batch, count in jobs:
             with threads(count):
                 results.append(_measure(case, batch, peers, arguments))
             advance(case.name)
     report = {
-        "machine": _machine.describe(),
+        "machine": _machine.describe(paths=False),
         "fma_peak_gflops": _peak(),
         "options": {
             "what": arguments.what or "block",
@@ -86,6 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
         },
         "results": results,
         "geometric_mean": _mean(results),
+        "waited_for_cores": contention.share(),
+        "warning": contention.warning(),
     }
     _print(report, peers)
     write_json(arguments.json, report)
@@ -97,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if all(result["ok"] for result in results) else 1
 
 
-def _choose(arguments: argparse.Namespace) -> list[_contenders.Case]:
+def _choose(arguments: argparse.Namespace) -> Sequence[_contenders.Case]:
     """The cases that the options name, or the sentence that says which there are."""
     what = arguments.what or "block"
     models = arguments.model or list(cases.NETWORKS)
@@ -109,7 +112,7 @@ def _choose(arguments: argparse.Namespace) -> list[_contenders.Case]:
         available = blocks if what == "block" else [c for c in cases.CONVS if _belongs(c, blocks, models)]
     if arguments.case is None:
         return available
-    found = cases.find(arguments.case, available)
+    found: Sequence[Any] = cases.find(arguments.case, available)
     if not found:
         names = "; ".join(case.name for case in available)
         raise Usage(f"--case: no {what} case is called or contains {arguments.case!r}; there are: {names}")
@@ -210,6 +213,8 @@ def _print(report: dict[str, Any], peers: list[str]) -> None:
     if report["geometric_mean"] is not None:
         print(f"geometric mean of the ratios: {report['geometric_mean']:.2f} over {len(results)} cases")
     print(_machine.short())
+    if report["warning"]:
+        print(f"warning: {report['warning']}")
 
 
 def _remarks(report: dict[str, Any]) -> Iterator[str]:
@@ -244,5 +249,3 @@ def _error(result: dict[str, Any], names: tuple[str, ...]) -> str:
     if not there:
         return "-"
     return "not finite" if None in there else f"{max(there):.1e}"
-
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ def _sliced(t: Tensor) -> Tensor:
 def _stepped(t: Tensor) -> Tensor:
     """Every second element of a buffer, along the last two axes (along the only one for a vector)."""
     buffer = t.new_full([*t.shape[:-2], *(2 * n for n in t.shape[-2:])], float("nan"))
-    view = buffer[(..., *(slice(None, None, 2) for _ in t.shape[-2:]))]
+    view = buffer[..., ::2, ::2] if t.dim() > 1 else buffer[::2]
     return view.copy_(t)
 
 
@@ -146,7 +147,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def layout(operands: Operands, **names: str) -> Operands:
     """Lay out some operands anew: ``layout(operands, input="channels_last", shortcut="expanded")``."""
-    changed = {}
+    changed: dict[str, Any] = {}
     for operand, name in names.items():
         t = getattr(operands, operand)
         changed[operand] = None if t is None else LAYOUTS[name](t)

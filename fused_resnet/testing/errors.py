@@ -297,7 +297,5 @@ class EnvironmentCall:
 
 ENVIRONMENT_ERRORS = (
     EnvironmentCall("FUSED_RESNET_ISA", "sse9", "FUSED_RESNET_ISA must be one of scalar", "got 'sse9'", True),
-    EnvironmentCall(
-        "FUSED_RESNET_BACKEND", "fast", "FUSED_RESNET_BACKEND must be fused or reference", "got 'fast'", False
-    ),
+    EnvironmentCall("FUSED_RESNET_BACKEND", "fast", "FUSED_RESNET_BACKEND must be fused or reference", "got 'fast'", False),
 )

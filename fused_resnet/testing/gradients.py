@@ -84,9 +84,7 @@ class GradientCase:
             shapes["weight"] = (self.outputs, self.size[1] // groups, *self.kernel)
         if self.bias:
             shapes["bias"] = (self.outputs,)
-        drawn = {
-            name: torch.randn(shape, dtype=torch.float64, generator=generator) for name, shape in shapes.items()
-        }
+        drawn = {name: torch.randn(shape, dtype=torch.float64, generator=generator) for name, shape in shapes.items()}
         if self.shortcut in ("tensor", "expanded"):
             shape = self._apply(reference, drawn, relu=False, bare=True).shape
             if self.shortcut == "expanded":
@@ -162,7 +160,5 @@ def gradient_cases(quick: bool = False) -> list[GradientCase]:
         names = ("input", "bias") + (("shortcut",) if shortcut in ("tensor", "expanded") else ())
         for layout in layouts:
             for needs in (names,) if quick else _subsets(names):
-                cases.append(
-                    GradientCase(shortcut, layout, needs, parameters=(), kernel=(1, 1), operator="bias_add_relu")
-                )
+                cases.append(GradientCase(shortcut, layout, needs, parameters=(), kernel=(1, 1), operator="bias_add_relu"))
     return list(dict.fromkeys(cases))

@@ -1,0 +1,44 @@
+"""Prints the README's figures from bench/results/: `python bench/table.py`. Nothing in the README is typed by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = ("eager", "channels_last", "compile", "fused", "fused_channels_last")
+
+
+def time(contenders: dict[str, Any], name: str) -> str:
+    return f"{contenders[name]['median_ms']:.2f}" if name in contenders else ""
+
+
+def table(file: Path) -> str:
+    """The medians of one run as a Markdown table, with the machine and the geometric mean below."""
+    data = json.loads(file.read_text(encoding="utf-8"))
+    columns = [name for name in COLUMNS if any(name in r["contenders"] for r in data["results"])]
+    titles = {"eager": "eager", "channels_last": "eager, channels_last", "compile": "torch.compile",
+              "fused": "ours", "fused_channels_last": "ours, channels_last"}  # fmt: skip
+    lines = [
+        "| " + " | ".join([data["options"]["what"], "batch", "threads", *(titles[c] for c in columns), "ratio"]) + " |",
+        "| --- |" + " ---: |" * (len(columns) + 3),
+    ]
+    for r in data["results"]:
+        row = [r["case"], str(r["batch"]), str(r["threads"]), *(time(r["contenders"], c) for c in columns)]
+        lines.append("| " + " | ".join([*row, f"{r['ratio']:.2f}"]) + " |")
+    machine, ratios = data["machine"], [r["ratio"] for r in data["results"]]
+    lines += [
+        "",
+        f"Milliseconds, medians of interleaved samples in one run; ratio: the better eager peer over the better of ours. Geometric "
+        f"mean {data['geometric_mean']:.2f}, lowest {min(ratios):.2f}, over {len(ratios)} cases. {data['options']['dtype']}, "
+        f"{data['options']['mode']}; {machine['cpu']}, {machine['cores']} cores, {machine['extension']['isa']} kernels, "
+        f"FMA peak of one core {data['fma_peak_gflops']:.0f} GFLOP/s, torch {machine['torch']}. (`bench/results/{file.name}`)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    for path in sorted(RESULTS.glob("*.json")):
+        print(table(path))
