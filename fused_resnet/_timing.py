@@ -1,7 +1,8 @@
 """Timing of several contenders side by side: their samples are interleaved, so that they share whatever the machine is doing.
 
 A round takes one sample of each contender; each round starts with the next one, so that none always runs behind the same
-neighbour. ``Contention`` says whether anything else wanted the cores meanwhile. A sample is a loop of enough calls to be well above the clock's resolution. What is reported are medians and the
+neighbour. A sample is a loop of enough calls to be well above the clock's resolution. Rounds in which another process held
+one of our cores are left out, for all contenders alike. What is reported are medians and the
 20 % and 80 % quantiles of the samples, in seconds a call.
 """
 
@@ -18,13 +19,21 @@ from typing import Any
 Call = Callable[[], Any]
 Clock = Callable[[], float]
 
+FEWEST = 3  # rounds under which a median says little
+
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call: median and quantiles over ``len(samples)`` samples of ``inner`` calls each."""
+    """Seconds a call: median and quantiles over ``len(samples)`` samples of ``inner`` calls each.
+
+    ``left_out``: rounds that did not count because another process held a core. ``contested``: there were so many of them
+    that all rounds count after all; the figures are then not to be trusted.
+    """
 
     samples: tuple[float, ...]
     inner: int
+    left_out: int = 0
+    contested: bool = False
 
     @property
     def median(self) -> float:
@@ -45,6 +54,8 @@ class Timing:
             "q80_ms": self.q80 * 1e3,
             "samples": len(self.samples),
             "inner": self.inner,
+            "left_out": self.left_out,
+            "contested": self.contested,
         }
 
 
@@ -73,34 +84,6 @@ def _sample(call: Call, inner: int, clock: Clock) -> float:
     return (clock() - start) / inner
 
 
-def interleave(
-    contenders: Mapping[str, Call],
-    repeat: int = 20,
-    seconds: float = math.inf,
-    least: float = 1e-3,
-    warmup: int = 2,
-    clock: Clock = time.perf_counter,
-) -> dict[str, Timing]:
-    """Time the contenders in rounds: ``repeat`` of them, fewer if ``seconds`` pass first, but never under three.
-
-    ``least``: shortest sample in seconds. ``warmup``: calls of each before anything is measured (compilation, packing, caches).
-    """
-    for call in contenders.values():
-        for _ in range(warmup):
-            call()
-    inner = {name: autorange(call, least, clock) for name, call in contenders.items()}
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    names = list(contenders)
-    begin = clock()
-    for turn in range(repeat):
-        if turn >= 3 and clock() - begin >= seconds:
-            break
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            samples[name].append(_sample(contenders[name], inner[name], clock))
-    return {name: Timing(tuple(values), inner[name]) for name, values in samples.items()}
-
-
 class Contention:
     """The share of their time that this process's threads spent waiting for a core, since the object was made.
 
@@ -108,7 +91,7 @@ class Contention:
     or more of the scheduler's turns (some 10 ms), and whoever has fewer loops looks faster than it is.
     """
 
-    MUCH = 0.05  # beyond this share, ratios are not to be trusted
+    MUCH = 0.05  # beyond this share, a ratio says more of the other process than of ours
 
     def __init__(self, folder: Path = Path("/proc/self/task")) -> None:
         self._folder = folder
@@ -134,15 +117,46 @@ class Contention:
             waiting += ready - before[1]
         return waiting / (on_core + waiting) if on_core + waiting > 0 else None
 
-    def warning(self) -> str:
-        """One sentence if the share is too large to trust a ratio, or ''."""
-        share = self.share()
-        if share is None or share <= self.MUCH:
-            return ""
-        return (
-            f"other processes held the cores for {share:.0%} of the time that this one wanted them: these times and ratios are "
-            "not to be trusted"
-        )
+    def much(self) -> bool:
+        return (self.share() or 0.0) > self.MUCH
+
+
+def interleave(
+    contenders: Mapping[str, Call],
+    repeat: int = 20,
+    seconds: float = math.inf,
+    least: float = 1e-3,
+    warmup: int = 2,
+    clock: Clock = time.perf_counter,
+    contested: Callable[[], Callable[[], bool]] = lambda: Contention().much,
+) -> dict[str, Timing]:
+    """Time the contenders in rounds until ``repeat`` of them count, at most 3 * repeat rounds, fewer if ``seconds`` pass first,
+    but never under FEWEST.
+
+    ``least``: shortest sample in seconds. ``warmup``: calls of each before anything is measured (compilation, packing, caches).
+    ``contested``: called before a round; what it returns is called after it and says whether the round is to be left out.
+    """
+    for call in contenders.values():
+        for _ in range(warmup):
+            call()
+    inner = {name: autorange(call, least, clock) for name, call in contenders.items()}
+    names = list(contenders)
+    rounds: list[tuple[bool, dict[str, float]]] = []
+    calm = 0
+    begin = clock()
+    while calm < repeat and len(rounds) < 3 * repeat:
+        if len(rounds) >= FEWEST and clock() - begin >= seconds:
+            break
+        shift = len(rounds) % len(names)
+        disturbed = contested()
+        samples = {name: _sample(contenders[name], inner[name], clock) for name in names[shift:] + names[:shift]}
+        rounds.append((disturbed(), samples))
+        calm += not rounds[-1][0]
+    all_count = calm < min(FEWEST, repeat)
+    kept = [samples for disturbed_, samples in rounds if all_count or not disturbed_]
+    return {
+        name: Timing(tuple(samples[name] for samples in kept), inner[name], len(rounds) - len(kept), all_count) for name in names
+    }
 
 
 def geometric_mean(ratios: Iterable[float]) -> float:

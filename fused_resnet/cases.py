@@ -9,9 +9,9 @@ convolutions are taken out of the blocks, so the two tables cannot disagree. Siz
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -193,7 +193,7 @@ class BlockCase:
     ) -> Tensor:
         """The block's input: standard normal, then ReLU, as every block in a network sees it."""
         shape = (batch, self.inplanes, *self.size)
-        return _as(torch.relu(_normal(shape, generator)), dtype, memory_format)
+        return torch.relu(_normal(shape, generator)).to(dtype).contiguous(memory_format=memory_format)
 
     def eager(self, generator: torch.Generator | None = None) -> nn.Module:
         """The block as torchvision writes it, in plain PyTorch, with random weights and statistics, in eval mode."""
@@ -304,8 +304,10 @@ def _awkward() -> Iterable[ConvCase]:
 AWKWARD: tuple[ConvCase, ...] = tuple(dict.fromkeys(_awkward()))
 
 
-def find(name: str, cases: Iterable[ConvCase] | Iterable[BlockCase]) -> list[ConvCase | BlockCase]:
+Named = TypeVar("Named", "ConvCase", "BlockCase", Any)
+
+
+def find(name: str, cases: Sequence[Named]) -> list[Named]:
     """The cases with this name, or else those whose name contains it; empty when there are none."""
-    cases = list(cases)
     exact = [case for case in cases if case.name == name]
     return exact or [case for case in cases if name in case.name]

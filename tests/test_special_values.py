@@ -47,15 +47,10 @@ def operands_with(
     case: ConvCase, dtype: torch.dtype, operand: str, place: int, special: str, generator: torch.Generator
 ) -> Operands:
     operands = testing.integer_operands(case, dtype, generator)
-    if special == "denormal":  # only what meets it may be other than zero
-        operands = Operands(
-            *(
-                torch.zeros_like(t) if field in ("bias", "shortcut") else t
-                for field, t in operands._asdict().items()
-                if t is not None
-            )
-        )
-    if special == "max":  # powers of two and ones: nothing that could overflow in only one order
+    if special == "denormal":  # whatever is added to it must be 0
+        absorbing = ("bias", "shortcut") if operand in ("input", "weight") else ("input", "bias", "shortcut")
+        operands = operands._replace(**{field: torch.zeros_like(getattr(operands, field)) for field in absorbing})
+    if special == "max":  # ones: nothing that could overflow in only one order
         operands = operands._replace(input=operands.input.sign(), weight=operands.weight.sign())
     return operands._replace(**{operand: plant(getattr(operands, operand), place, special)})
 

@@ -94,7 +94,8 @@ class DigitNet(nn.Module):
         x = convolution(x, self.stem.weight, self.stem.bias, padding=1)
         for block in self.blocks:
             first, last = block.get_submodule("conv1"), block.get_submodule("conv2")
-            assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d)
+            assert isinstance(first, nn.Conv2d)
+            assert isinstance(last, nn.Conv2d)
             shortcut = x
             if first.stride != (1, 1):  # option A: every second pixel, zeros for the new channels
                 shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, last.out_channels - x.shape[1]))

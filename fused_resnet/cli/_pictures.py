@@ -67,6 +67,15 @@ def _bars(axes: Axes, groups: list[tuple[str, dict[str, dict[str, Any]]]], names
     _plain_axes(axes)
 
 
+def _legend(axes: Axes, labels: list[str] | None = None) -> None:
+    """Above the axes at the right, where no bar can be."""
+    handles, known = axes.get_legend_handles_labels()
+    labels = labels or known
+    axes.legend(
+        handles, labels, fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(labels), borderpad=0
+    )
+
+
 def draw_bench(report: dict[str, Any], path: Path) -> None:
     """One panel for each batch size and thread count; beside each case, how many times faster ours is than eager."""
     results = report["results"]
@@ -82,7 +91,7 @@ def draw_bench(report: dict[str, Any], path: Path) -> None:
         _bars(axes, [(r["case"], r["contenders"]) for r in mine], names, notes)
         plural = "" if threads == 1 else "s"
         axes.set_title(f"batch {batch}, {threads} thread{plural}", fontsize=9, loc="left")
-    panels[0, 0].legend(fontsize=8, frameon=False, loc="best")
+    _legend(panels[0, 0])
     options, machine = report["options"], report["machine"]
     mode = "forward pass" if options["mode"] == "forward" else "forward and backward pass"
     mean = report["geometric_mean"]
@@ -109,6 +118,8 @@ def draw_demo(training: Training, goal: float, photograph: Any, rows: list[dict[
     curve.plot(epochs, [100 * a for a in training.accuracies], color=COLOURS["fused_channels_last"], marker="o", markersize=3)
     curve.axhline(100 * goal, color="#5f6368", linewidth=0.8, linestyle="--")
     curve.text(len(training.losses), 100 * goal, f"goal {goal:.0%} ", fontsize=8, va="top", ha="right", color="#5f6368")
+    curve.set_ylim(0, 103)
+    curve.xaxis.get_major_locator().set_params(integer=True)
     curve.set_xlabel("epoch", fontsize=8)
     curve.set_ylabel("test accuracy, %", fontsize=8)
     curve.set_title("Bias-only residual network of fused blocks, trained on digits", fontsize=9, loc="left")
@@ -121,23 +132,16 @@ def draw_demo(training: Training, goal: float, photograph: Any, rows: list[dict[
         2, 1, height_ratios=(sum(not row["whole"] for row in rows), 1.6 * sum(row["whole"] for row in rows))
     )
     for axes, chosen, title in (
-        (blocks, [row for row in rows if not row["whole"]], "Each distinct residual block of ResNet-18 and ResNet-50"),
-        (networks, [row for row in rows if row["whole"]], "Whole networks"),
+        (blocks, [row for row in rows if not row["whole"]], "Distinct residual blocks"),
+        (networks, [row for row in rows if row["whole"]], "Whole networks (shorter is better)"),
     ):
         # The forms are named by what is better here; the colours stand for before and after.
         groups = [(row["case"], {"channels_last": row["before"], "fused_channels_last": row["after"]}) for row in chosen]
         notes = [f"{row['ratio']:.2f}x" for row in chosen]
         _bars(axes, groups, ["channels_last", "fused_channels_last"], notes)
-        axes.set_title(f"{title}: shorter is better", fontsize=9, loc="left")
+        axes.set_title(title, fontsize=9, loc="left")
     blocks.set_xlabel("")
-    handles, _ = blocks.get_legend_handles_labels()
-    blocks.legend(
-        handles,
-        ["before: eager, the better of contiguous and channels_last", "after fuse_: the better of the two"],
-        fontsize=8,
-        frameon=False,
-        loc="lower right",
-    )
+    _legend(blocks, ["before: eager, better memory format", "after fuse_: better memory format"])
     figure.suptitle(f"fused_resnet demo, one image, float32, forward pass\n{machine}", fontsize=9, x=0.01, ha="left")
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -68,7 +68,6 @@ def run(arguments: argparse.Namespace) -> int:
     counts = arguments.threads or [torch.get_num_threads()]
     jobs = [(case, batch, count) for count in counts for batch in arguments.batch for case in chosen]
     results: list[dict[str, Any]] = []
-    contention = _timing.Contention()
     with progress(len(jobs), "bench") as advance:
         for case, batch, count in jobs:
             with threads(count):
@@ -87,8 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
         },
         "results": results,
         "geometric_mean": _mean(results),
-        "waited_for_cores": contention.share(),
-        "warning": contention.warning(),
+        "warning": _contested(results),
     }
     _print(report, peers)
     write_json(arguments.json, report)
@@ -171,6 +169,17 @@ def _measure(case: _contenders.Case, batch: int, peers: list[str], arguments: ar
         "best_ours": ours,
         "ratio": contenders[eager]["median_ms"] / contenders[ours]["median_ms"] if eager and ours else None,
     }
+
+
+def _contested(results: list[dict[str, Any]]) -> str:
+    """One sentence if cases were timed while other processes held the cores, or ''."""
+    cases = [r["case"] for r in results if any(timing["contested"] for timing in r["contenders"].values())]
+    if not cases:
+        return ""
+    return (
+        f"other processes held the cores while {len(cases)} of {len(results)} cases were timed, whose ratios are not to be "
+        f"trusted: {', '.join(cases[:5])}{', ...' if len(cases) > 5 else ''}"
+    )
 
 
 def _best(contenders: dict[str, dict[str, Any]], names: tuple[str, ...]) -> str | None:

@@ -123,13 +123,14 @@ def plan(dtypes: list[torch.dtype], quick: bool, seed: int) -> Iterator[Check]:
 
 
 def finite_differences(case: testing.GradientCase, seed: int = 0) -> Result:
-    """gradcheck and gradgradcheck of one case, with PyTorch's own tolerances for float64."""
+    """One case against the reference, then gradcheck and gradgradcheck with PyTorch's own tolerances for float64."""
     reason = ""
     try:
         with warnings.catch_warnings():
             # A function that is linear in its inputs has second derivatives of zero, which gradgradcheck remarks upon; and
             # PyTorch remarks on a copy that its own convolution makes, in the reference.
             warnings.simplefilter("ignore")
+            reason = case.compare(seed)
             function, leaves = case.build(seed)
             torch.autograd.gradcheck(function, leaves)
             torch.autograd.gradgradcheck(function, leaves, gen_non_contig_grad_outputs=True)

@@ -63,9 +63,9 @@ def _const(value: Any) -> Callable[[], Any]:
 def _calls() -> list[ErrorCall]:
     table: list[ErrorCall] = []
 
-    def add(name: str, error: type[Exception], message: str, operator: str = "conv_bias_add_relu", **changes: Any) -> None:
+    def add(name: str, error: type[Exception], message: str, *operator: str, **changes: Any) -> None:
         makers = {key: value if callable(value) else _const(value) for key, value in changes.items()}
-        table.append(ErrorCall(name, error, message, makers, operator))
+        table.append(ErrorCall(name, error, message, makers, *operator))
 
     # Not a tensor, or a tensor of the wrong kind.
     add("input is a list", TypeError, "input must be a torch.Tensor, got list", input=[[1.0]])
@@ -149,18 +149,19 @@ def _calls() -> list[ErrorCall]:
         "bias must have one value for each of the 8 output channels, got 7",
         bias=lambda: _tensor(7),
     )
-    for what, shape in (
+    shortcuts: tuple[tuple[str, tuple[int, ...]], ...] = (
         ("of another size", (2, 8, 3, 3)),
         ("of another batch", (1, 8, 6, 6)),
         ("that would broadcast over the map", (2, 8, 1, 1)),
         ("without a batch", (8, 6, 6)),
         ("of one value", ()),
-    ):
+    )
+    for what, other in shortcuts:
         add(
             f"shortcut {what}",
             ValueError,
-            f"shortcut must have the output's shape [2, 8, 6, 6], got {list(shape)}",
-            shortcut=lambda shape=shape: _tensor(*shape),
+            f"shortcut must have the output's shape [2, 8, 6, 6], got {list(other)}",
+            shortcut=lambda other=other: _tensor(*other),
         )
     add(
         "weight for other input channels",
