@@ -30,7 +30,7 @@ def table(file: Path) -> str:
     machine, ratios = data["machine"], [r["ratio"] for r in data["results"]]
     lines += [
         "",
-        f"Milliseconds, medians of interleaved samples in one run; ratio: the better eager peer over the better of ours. Geometric "
+        f"Milliseconds, medians of interleaved samples of one run; ratio: the better eager over the better of ours. Geometric "
         f"mean {data['geometric_mean']:.2f}, lowest {min(ratios):.2f}, over {len(ratios)} cases. {data['options']['dtype']}, "
         f"{data['options']['mode']}; {machine['cpu']}, {machine['cores']} cores, {machine['extension']['isa']} kernels, "
         f"FMA peak of one core {data['fma_peak_gflops']:.0f} GFLOP/s, torch {machine['torch']}. (`bench/results/{file.name}`)",

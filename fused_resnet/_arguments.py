@@ -19,6 +19,7 @@ DTYPES = {
     "meta": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
 }
 _INTS = (int, torch.SymInt)
+_LONGEST = 2**62 - 1  # pixels of a padded side: beyond this 64-bit offsets cannot be formed
 
 
 class Padding(NamedTuple):
@@ -87,11 +88,17 @@ def is_channels_last(t: Tensor) -> bool:
     return True
 
 
-def output_format(input: Tensor, weight: Tensor) -> torch.memory_format:
-    """The memory format of eager ``conv2d``'s output: channels_last if one of the two is; contiguous for an empty batch."""
-    if input.shape[0] != 0 and (is_channels_last(input) or is_channels_last(weight)):
-        return torch.channels_last
-    return torch.contiguous_format
+def output_format(input: Tensor, weight: Tensor, shape: Sequence[int]) -> torch.memory_format:
+    """The memory format of eager ``conv2d``'s output: channels_last if one of the two is.
+
+    For an empty batch eager makes the output from the input by a view: it keeps the input's format where the shape stays.
+    """
+    if input.shape[0] == 0:
+        strides = input.stride()
+        channels_last = tuple(input.shape) == tuple(shape) and strides[1] < strides[3]
+    else:
+        channels_last = is_channels_last(input) or is_channels_last(weight)
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def check_tensor(t: object, name: str, rank: int, like: Tensor | None = None) -> None:
@@ -152,6 +159,11 @@ def check_convolution(
     k, c_group, r, s = weight.shape
     if groups < 1:
         raise ValueError(f"groups must be at least 1, got {groups}")
+    for name, values, least in (("stride", stride, 1), ("dilation", dilation, 1), ("padding", padding, 0)):
+        if min(values) < least:
+            raise ValueError(f"{name} must be at least {least}, got {tuple(values)}")
+    if h + padding.top + padding.bottom > _LONGEST or w + padding.left + padding.right > _LONGEST:
+        raise ValueError(f"padding must keep the padded input's sides below 2**62, got {tuple(padding)}")
     if c % groups or k % groups:
         raise ValueError(f"groups must divide the {c} input and the {k} output channels, got {groups}")
     if c_group * groups != c:
@@ -177,3 +189,10 @@ def check_pass(input: Tensor, bias: Tensor | None, shortcut: Tensor | None) -> N
     check_tensor(input, "input", 4)
     check_bias(bias, input.shape[1], input)
     check_shortcut(shortcut, input.shape, input)
+
+
+def check_relu_backward(grad: Tensor, output: Tensor) -> None:
+    check_tensor(output, "output", 4)
+    check_tensor(grad, "grad", 4, output)
+    if tuple(grad.shape) != tuple(output.shape):
+        raise ValueError(f"grad must have the output's shape {list(output.shape)}, got {list(grad.shape)}")

@@ -52,20 +52,23 @@ def cached(
     *parameters: Any,
 ) -> Plan | None:
     """``make`` with these arguments, or what it returned before for the same layouts and parameters."""
-    key = (
-        input.shape,
-        input.stride(),
-        input.dtype,
-        input.is_cpu,
-        weight.shape,
-        weight.stride(),
-        weight.dtype,
-        weight.is_cpu,
-        None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.is_cpu),
-        None if shortcut is None else (shortcut.shape, shortcut.stride(), shortcut.dtype, shortcut.is_cpu),
-        parameters,
-        torch.get_num_threads(),
-    )
+    try:
+        key = (
+            input.shape,
+            input.stride(),
+            input.dtype,
+            input.is_cpu,
+            weight.shape,
+            weight.stride(),
+            weight.dtype,
+            weight.is_cpu,
+            None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.is_cpu),
+            None if shortcut is None else (shortcut.shape, shortcut.stride(), shortcut.dtype, shortcut.is_cpu),
+            parameters,
+            torch.get_num_threads(),
+        )
+    except AttributeError:  # None, or no tensor at all: making the plan says so
+        return make(input, weight, bias, shortcut, *parameters)
     plan = _plans.get(key, _UNKNOWN)
     if plan is _UNKNOWN:
         plan = make(input, weight, bias, shortcut, *parameters)
@@ -88,7 +91,7 @@ def _plan(
     threads: int,
 ) -> Plan:
     assert cpu is not None
-    output_strides = torch.empty(shape, device="meta", memory_format=output_format(input, weight)).stride()
+    output_strides = torch.empty(shape, device="meta", memory_format=output_format(input, weight, shape)).stride()
     dtype = input.dtype
     kernel = cpu.Convolution(
         _DTYPES[dtype],

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import _kernels
-from ._arguments import Padding, Pair, check_convolution, check_pass, is_channels_last, output_format
+from ._arguments import Padding, Pair, check_convolution, check_pass, check_relu_backward, is_channels_last, output_format
 from ._derived import derive
 
 _library = torch.library.Library("fused_resnet", "DEF")
@@ -87,6 +87,7 @@ def _pass_kernel(input: Tensor, bias: Tensor | None, shortcut: Tensor | None, re
 
 
 def _relu_backward_kernel(grad: Tensor, output: Tensor, bias_grad: bool) -> tuple[Tensor, Tensor]:
+    check_relu_backward(grad, output)
     return _kernels.relu_backward(grad, output, bias_grad)
 
 
@@ -116,7 +117,7 @@ def _conv_fake(
     shape = check_convolution(
         input, weight, bias, shortcut, (stride[0], stride[1]), Padding(*padding), (dilation[0], dilation[1]), groups
     )
-    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=output_format(input, weight))
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=output_format(input, weight, shape))
 
 
 def _empty_as(t: Tensor) -> Tensor:
@@ -133,6 +134,7 @@ def _pass_fake(input: Tensor, bias: Tensor | None, shortcut: Tensor | None, relu
 
 @torch.library.register_fake("fused_resnet::relu_backward", lib=_library)
 def _relu_backward_fake(grad: Tensor, output: Tensor, bias_grad: bool) -> tuple[Tensor, Tensor]:
+    check_relu_backward(grad, output)
     return _empty_as(output), output.new_empty(output.shape[1] if bias_grad else 0)
 
 

@@ -19,6 +19,8 @@ from ._select import reasons
 __all__ = ["bias_add_relu", "conv_bias_add_relu", "why_not"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+# What the dispatcher, or a kernel that gets None for a tensor, raises before any work.
+_REFUSALS = (AttributeError, NotImplementedError, RuntimeError, TypeError)
 
 def conv_bias_add_relu(
     input: Tensor,
@@ -64,7 +66,7 @@ def conv_bias_add_relu(
     stride, padding, dilation = _geometry(weight, stride, padding, dilation, groups)
     try:
         return _operators.conv(input, weight, bias, shortcut, stride, padding, dilation, groups, bool(relu))
-    except (NotImplementedError, RuntimeError, TypeError):
+    except _REFUSALS:
         # The dispatcher refused before any work: not a tensor, sparse, quantized, ... Say it in our words if it is that.
         check_convolution(input, weight, bias, shortcut, stride, padding, dilation, groups)
         raise
@@ -142,7 +144,7 @@ def bias_add_relu(
     """
     try:
         return _operators.bias_add_relu(input, bias, shortcut, bool(relu))
-    except (NotImplementedError, RuntimeError, TypeError):
+    except _REFUSALS:
         check_pass(input, bias, shortcut)
         raise
 
@@ -159,6 +161,7 @@ def why_not(
     relu: bool = True,
 ) -> list[str]:
     """Why this call of ``conv_bias_add_relu`` would not take the hot path: a list of sentences, empty when it will."""
+    check_tensor(input, "input", 4)
     check_tensor(weight, "weight", 4)
     stride, padding, dilation = _geometry(weight, stride, padding, dilation, groups)
     check_convolution(input, weight, bias, shortcut, stride, padding, dilation, groups)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_resnet
@@ -101,6 +102,15 @@ class Calls(TorchDispatchMode):
 
     def of(self, func: Any) -> list[tuple[tuple[Any, ...], Any]]:
         return [(args, result) for f, args, result in self.calls if f is func]
+
+
+def allocated(call: Callable[[], object]) -> list[int]:
+    """Bytes of each allocation that PyTorch's CPU allocator makes during the call."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        kept = call()
+    del kept
+    events = recorded.profiler.kineto_results.events()
+    return [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

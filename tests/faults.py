@@ -1,145 +1,318 @@
-"""The tests themselves: plant known faults in the kernels, one at a time, and see the suite go red.
+"""Plants known faults in the C++ sources and sees that the tests go red. Run by hand: ``python tests/faults.py [NAME ...]``.
 
-    python tests/faults.py [NAME ...]
+Not part of the suite: each fault compiles the kernels again. It needs a C++ compiler and takes about a minute a fault.
 
-For each fault: copies the project to a temporary folder, changes one line of csrc/, compiles, and runs the test files that trust
-that line. A fault that no test notices is a hole in the suite: exit status 1. Run by hand (a few minutes); not part of the suite.
+A copy of the repository is made in a temporary folder and built there as ``setup.py`` builds it, so that the module lies
+beside the copy's own Python files and is the one that is found. Without a fault the tests must be green there (the first
+line of the table), or red would mean nothing. Each fault is a change of text that must be found, so a fault whose text is gone
+is an error and not a pass. Exit status 0: every fault was seen.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("csrc", "fused_resnet", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 
 
-class Fault(NamedTuple):
-    """``old`` stands exactly once in ``file`` and becomes ``new``; ``tests`` are the files that must notice."""
+@dataclass(frozen=True)
+class Fault:
+    """Text to be replaced, in every place where it stands in these files, and the tests (files, or nodes of them) of which
+    each must go red."""
 
-    file: str
+    name: str
+    files: tuple[str, ...]
     old: str
     new: str
-    tests: tuple[str, ...] = ("tests/test_exact.py",)
+    tests: tuple[str, ...]
 
 
-SPECIAL = ("tests/test_special_values.py",)
-GRADIENTS = ("tests/test_gradients.py",)
+VECTORS = ("csrc/cpu/vec_avx2.h", "csrc/cpu/vec_avx512.h")
+EXACT = "tests/test_exact.py::test_awkward_convolutions"
 
-FAULTS = {
-    "bias dropped": Fault(
-        "cpu/direct.h",
+FAULTS = (
+    Fault(
+        "bias dropped, channels_last",
+        ("csrc/cpu/direct.h",),
         "if (a.bias) bias = V::load_n(static_cast<const S*>(a.bias) + k, count);",
         "",
+        (EXACT,),
     ),
-    "shortcut of the first pixel for all": Fault(
-        "cpu/direct.h", "+ a.shortcut_offset[pixel + m] + k;", "+ a.shortcut_offset[pixel] + k;"
+    Fault(
+        "bias dropped, contiguous",
+        ("csrc/cpu/direct.h",),
+        "if (a.bias) value = V::add(value, V::set1(widen(static_cast<const S*>(a.bias)[k + j])));",
+        "",
+        (EXACT,),
     ),
-    "> for >= in the mask": Fault(
-        "cpu/vec_avx512.h",
-        "static reg relu_gradient(reg g, reg y) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, zero(), _CMP_NLE_UQ), g); }",
-        "static reg relu_gradient(reg g, reg y) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, zero(), _CMP_NLT_UQ), g); }",
-        GRADIENTS,
+    Fault(
+        "shortcut dropped",
+        ("csrc/cpu/direct.h",),
+        "value = V::add(value, V::load_n(shortcut, count));",
+        "(void)shortcut;",
+        (EXACT,),
     ),
-    "NaN lost in the ReLU": Fault(
-        "cpu/vec_avx512.h",
-        "static reg relu(reg v) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, zero(), _CMP_NLE_UQ), v); }",
-        "static reg relu(reg v) { return _mm512_max_ps(v, zero()); }",
-        SPECIAL,
+    Fault(
+        "mask < instead of <=, SIMD",
+        VECTORS,
+        "(y, zero(), _CMP_NLE_UQ)",
+        "(y, zero(), _CMP_NLT_UQ)",
+        ("tests/test_exact.py::test_relu_backward", "tests/test_gradients.py::test_exact_integer_gradients"),
     ),
-    "NaN lost in the scalar ReLU": Fault(
-        "epilogue.h", "return value <= T(0) ? T(0) : value;", "return value > T(0) ? value : T(0);", SPECIAL
+    Fault(
+        "mask < instead of <=, scalar",
+        ("csrc/epilogue.h",),
+        "return output <= T(0) ? T(0) : grad;",
+        "return output < T(0) ? T(0) : grad;",
+        ("tests/test_exact.py::test_relu_backward", "tests/test_gradients.py::test_exact_integer_gradients"),
     ),
-    "padding shifted by one": Fault(
-        "cpu/convolution.cpp", "w0 = t.col * s.stride_w - s.pad_left;", "w0 = t.col * s.stride_w - s.pad_left + (s.pad_left > 0);"
+    Fault(
+        "relu loses NaN, SIMD (ordered compare)",
+        VECTORS,
+        "(v, zero(), _CMP_NLE_UQ)",
+        "(v, zero(), _CMP_GT_OQ)",
+        ("tests/test_special_values.py::test_relu_of_nan_is_nan", "tests/test_special_values.py::test_convolution"),
     ),
-    "last tap skipped": Fault(
-        "cpu/direct.h", "tap < t.chunk->count; ++tap", "tap < t.chunk->count - (t.chunk->count > 2); ++tap"
+    Fault(
+        "relu loses NaN, AVX-512 (max instruction)",
+        ("csrc/cpu/vec_avx512.h",),
+        "return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, zero(), _CMP_NLE_UQ), v);",
+        "return _mm512_max_ps(v, zero());",
+        ("tests/test_special_values.py::test_relu_of_nan_is_nan", "tests/test_special_values.py::test_bias_add_relu"),
     ),
-    "channels beyond the vector width lost": Fault(
-        "cpu/direct.h",
-        "const i64 channels = smaller(a.k - k, W);",
-        "const i64 channels = smaller(a.k - k, W - (a.k > W));",
+    Fault(
+        "relu loses NaN, scalar",
+        ("csrc/epilogue.h",),
+        "return value <= T(0) ? T(0) : value;",
+        "return value > T(0) ? value : T(0);",
+        ("tests/test_special_values.py::test_relu_of_nan_is_nan", "tests/test_special_values.py::test_convolution"),
     ),
-    "rounding towards zero in bfloat16": Fault(
-        "cpu/vec_avx512.h",
-        "_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)))",
-        "bits",
-        ("tests/test_envelope.py",),
+    Fault(
+        "mask loses the gradient at NaN",
+        (*VECTORS,),
+        "(y, zero(), _CMP_NLE_UQ)",
+        "(y, zero(), _CMP_GT_OQ)",
+        ("tests/test_special_values.py::test_gradients_through_nan_outputs",),
     ),
-    "bias gradient summed twice": Fault(
-        "cpu/pointwise.h",
-        "V::add(V::load_n(sum + i, count), value)",
-        "V::add(V::load_n(sum + i, count), V::add(value, value))",
-        GRADIENTS,
+    Fault(
+        "relu < instead of <= (-0 and 0 alike: only the sign of a zero may differ)",
+        ("csrc/epilogue.h",),
+        "return value <= T(0) ? T(0) : value;",
+        "return value <= T(1) ? T(0) : value;",
+        (EXACT,),
     ),
-    "a row too few in the workspace": Fault(
-        "cpu/algorithm.cpp",
-        "b.slots = slots_for(b.rows);",
-        "b.slots = slots_for(b.rows) - (b.images > 1);",
+    Fault(
+        "padding shifted by one, rows",
+        ("csrc/cpu/convolution.cpp",),
+        "const i64 h0 = t.row * s.stride_h - s.pad_top,",
+        "const i64 h0 = t.row * s.stride_h - s.pad_top + (s.pad_top > 0),",
+        (EXACT, "tests/test_envelope.py::test_awkward_convolutions"),
     ),
-    "threads overlap": Fault(
-        "cpu/convolution.cpp",
-        "char* const mine = data + omp_get_thread_num() * workspace_;",
-        "char* const mine = data;",
-        ("tests/test_determinism.py",),
+    Fault(
+        "padding shifted by one, columns",
+        ("csrc/cpu/convolution.cpp",),
+        "w0 = t.col * s.stride_w - s.pad_left;",
+        "w0 = t.col * s.stride_w - s.pad_left + (s.pad_left > 0);",
+        (EXACT,),
     ),
-}
+    Fault(
+        "right padding not cleared",
+        ("csrc/cpu/convolution.cpp",),
+        "std::memset(row + right * b.pitch * bytes, 0, std::size_t((width - right) * b.pitch * bytes));",
+        "",
+        (EXACT,),
+    ),
+    Fault(
+        "last tap skipped",
+        ("csrc/cpu/direct.h",),
+        "for (i64 tap = 0; tap < t.chunk->count; ++tap) {",
+        "for (i64 tap = 0; tap < t.chunk->count - (t.last && t.chunk->count > 1); ++tap) {",
+        (EXACT,),
+    ),
+    Fault(
+        "tail mask one too short, AVX-512",
+        ("csrc/cpu/vec_avx512.h",),
+        "__mmask16((1u << n) - 1u)",
+        "__mmask16(((1u << n) - 1u) >> 1)",
+        (EXACT, "tests/test_exact.py::test_bias_add_relu"),
+    ),
+    Fault(
+        "tail mask one too short, AVX2",
+        ("csrc/cpu/vec_avx2.h",),
+        "_mm256_cmpgt_epi32(_mm256_set1_epi32(n >= width ? width : int(n)),",
+        "_mm256_cmpgt_epi32(_mm256_set1_epi32(n >= width ? width : int(n) - 1),",
+        (EXACT, "tests/test_exact.py::test_bias_add_relu"),
+    ),
+    Fault(
+        "panel tail one channel short",
+        ("csrc/cpu/direct.h",),
+        "const i64 rows_here = smaller(a.k - a.k_begin - j, W);",
+        "const i64 rows_here = smaller(a.k - a.k_begin - j - 1, W);",
+        (EXACT,),
+    ),
+    Fault(
+        "last panel not computed when it is half full",
+        ("csrc/cpu/convolution.cpp",),
+        "t.panels_end = std::min(panels, t.panel + b.panels);",
+        "t.panels_end = std::min(std::max<i64>(shape_.k / kernels_->panel, 1), t.panel + b.panels);",
+        (EXACT,),
+    ),
+    Fault(
+        "bias gradient summed twice",
+        ("csrc/cpu/passes.cpp",),
+        "totals[std::size_t(k)] += double(value);",
+        "totals[std::size_t(k)] += 2 * double(value);",
+        ("tests/test_exact.py::test_relu_backward", "tests/test_gradients.py::test_exact_integer_gradients"),
+    ),
+    Fault(
+        "bias gradient summed twice, float64",
+        ("csrc/cpu/passes.cpp",),
+        "totals[std::size_t(k)] += value;",
+        "totals[std::size_t(k)] += 2 * value;",
+        ("tests/test_exact.py::test_relu_backward", "tests/test_gradients.py::test_gradcheck"),
+    ),
+    Fault(
+        "bfloat16 truncated instead of rounded",
+        ("csrc/epilogue.h", *VECTORS),
+        "0x7fff",
+        "0",
+        ("tests/test_envelope.py::test_awkward_convolutions", "tests/test_envelope.py::test_bias_add_relu"),
+    ),
+    Fault(
+        "output's strides taken for the shortcut's",
+        ("csrc/cpu/convolution.cpp",),
+        "t.col * s.shortcut.w;",
+        "t.col * s.y.w;",
+        ("tests/test_exact.py::test_more_images_than_one_task_takes", "tests/test_layouts.py::test_each_operand"),
+    ),
+    Fault(
+        "relu_backward reads the output with the gradient's step",
+        ("csrc/cpu/passes.cpp",),
+        "a.output_step = rows.channels ? s.second.c : s.second.w;",
+        "a.output_step = a.grad_step;",
+        ("tests/test_layouts.py::test_each_operand_of_relu_backward",),
+    ),
+    Fault(
+        "the sum depends on the number of threads",
+        ("csrc/cpu/passes.cpp",),
+        "std::max<i64>(64, (rows.count + kMostPieces - 1) / kMostPieces)",
+        "std::max<i64>(64, (rows.count + threads - 1) / threads)",
+        ("tests/test_determinism.py::test_passes",),
+    ),
+    Fault(
+        "fingerprint misses the last word",
+        ("csrc/cpu/passes.cpp",),
+        "(words - 1) * i / (kSamples - 1)",
+        "(words - 1) * i / kSamples",
+        ("tests/test_derived.py::test_writes_through_data_of_a_large_weight",),
+    ),
+    Fault(
+        "the hot path is never taken",
+        ("fused_resnet/_select.py",),
+        "    return why\n",
+        '    return why or ["a fault"]\n',
+        ("tests/test_isa.py::test_the_plan_is_of_this_instruction_set", "tests/test_registration.py::test_opcheck_conv_bias_add_relu")[:1],
+    ),
+    Fault(
+        "a changed weight is not packed again",
+        ("fused_resnet/_derived.py",),
+        "return bool(stamp[2]() is t and identity == stamp[0] and _fingerprint(t, identity) == stamp[1])",
+        "return bool(stamp[2]() is t)",
+        ("tests/test_derived.py::test_remade_after", "tests/test_derived.py::test_training_loop"),
+    ),
+)
 
 
-def plant(fault: Fault, folder: Path) -> None:
-    shutil.copytree(
-        ROOT,
-        folder,
-        ignore=shutil.ignore_patterns(".git", "build", "dist", "*.egg-info", "*.so", "__pycache__", "results"),
-        dirs_exist_ok=True,
-    )
-    file = folder / "csrc" / fault.file
-    text = file.read_text(encoding="utf-8")
-    if text.count(fault.old) != 1:
-        raise SystemExit(f"{fault.file} has changed: {fault.old!r} stands there {text.count(fault.old)} times")
-    file.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """In the copy, with the copy first on the path and nothing of this checkout on it."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("FUSED_RESNET_")}
+    environment |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-def run(fault: Fault) -> str:
-    """'' if a test went red because of the fault, else what happened."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        plant(fault, folder)
-        built = subprocess.run(
-            [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
-            cwd=folder, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if built.returncode:
-            return f"does not compile: {built.stderr[-500:]}"
-        # The copy comes first on the path, and its compiled module lies beside it.
-        environment = {**os.environ, "PYTHONPATH": str(folder)}
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", *fault.tests],
-            cwd=folder, env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if done.returncode == 1 and " failed" in done.stdout:
-            return ""
-        return "NOT NOTICED" if done.returncode == 0 else f"pytest did not run: {(done.stdout + done.stderr)[-500:]}"
+def _copy(folder: Path) -> None:
+    for part in PARTS:
+        source = ROOT / part
+        if source.is_dir():
+            shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        elif source.exists():
+            shutil.copy2(source, folder / part)
 
 
-def main(names: list[str]) -> int:
-    unknown = [name for name in names if name not in FAULTS]
-    if unknown:
-        print(f"unknown fault {unknown[0]!r}; the faults are: {', '.join(FAULTS)}", file=sys.stderr)
-        return 2
+def _build(folder: Path) -> None:
+    done = _run([sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--build-temp", "build/faults"], folder)
+    if done.returncode:
+        raise SystemExit(f"the copy does not build:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    code = "from fused_resnet._extension import cpu; print(cpu.__file__)"
+    found = _run([sys.executable, "-c", code], folder).stdout.strip()
+    if not found.startswith(str(folder)):
+        raise SystemExit(f"the tests would use {found!r} instead of the module built in {folder}")
+
+
+def _red(test: str, folder: Path) -> bool:
+    """Whether this test fails: a failed assertion, not a collection that broke."""
+    done = _run([sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", test], folder)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"pytest {test} did not run (exit status {done.returncode}):\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    return done.returncode == 1
+
+
+def _plant(fault: Fault, folder: Path) -> dict[Path, str]:
+    """Changes the copy; returns the files as they were."""
+    before = {}
+    for name in fault.files:
+        path = folder / name
+        before[path] = path.read_text()
+        if fault.old not in before[path]:
+            raise SystemExit(f"fault {fault.name!r}: its text is no longer in {name}: {fault.old!r}")
+        path.write_text(before[path].replace(fault.old, fault.new))
+    return before
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="*", help="faults whose name contains this; all by default")
+    parser.add_argument("--list", action="store_true", help="print the names and end")
+    options = parser.parse_args(arguments)
+    faults = [f for f in FAULTS if not options.name or any(word in f.name for word in options.name)]
+    if options.list or not faults:
+        print("\n".join(f.name for f in FAULTS))
+        return 0 if options.list else 2
     missed = 0
-    for name in names or FAULTS:
-        outcome = run(FAULTS[name])
-        missed += bool(outcome)
-        print(f"{name:42s} {outcome or 'noticed'}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="faults-") as name:
+        folder = Path(name).resolve()
+        _copy(folder)
+        _build(folder)
+        green = sorted({test for fault in faults for test in fault.tests})
+        for test in green:
+            if _red(test, folder):
+                print(f"{test} is red without any fault", flush=True)
+                return 1
+        print(f"{'no fault':<75} green ({len(green)} tests)", flush=True)
+        for fault in faults:
+            start = time.perf_counter()
+            before = _plant(fault, folder)
+            try:
+                _build(folder)
+                unseen = [test for test in fault.tests if not _red(test, folder)]
+            finally:
+                for path, text in before.items():
+                    path.write_text(text)
+            missed += bool(unseen)
+            verdict = "red" if not unseen else "NOT SEEN by " + ", ".join(unseen)
+            print(f"{fault.name:<75} {verdict} ({time.perf_counter() - start:.0f} s)", flush=True)
+    print(f"{len(faults) - missed} of {len(faults)} faults seen")
     return 1 if missed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

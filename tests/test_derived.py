@@ -198,6 +198,7 @@ def test_nothing_is_saved() -> None:
 
 @pytest.fixture
 def no_entries() -> Iterator[None]:
+    """No derived values before the test but those that it makes."""
     _kernels._plans.clear()
     _derived.clear()
     gc.collect()
@@ -269,14 +270,15 @@ def test_weights_that_are_not_dense(no_entries: None) -> None:
         check(weight)
     assert len(_derived._entries) == 0
     # Dense in another order of the axes: kept.
-    for weight in (_weight().permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3), _weight().mT.contiguous().mT):
+    dense = (_weight().permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3), _weight().mT.contiguous().mT)
+    for count, weight in enumerate(dense, start=1):
         check(weight)
         weight.data.add_(1)
         check(weight)
-        assert len(_derived._entries) == 1
+        assert len(_derived._entries) == count
 
 
-def test_flipped_is_dense() -> None:
+def test_what_counts_as_dense() -> None:
     """``is_dense`` decides by strides alone; what it says for the shapes that are easy to get wrong."""
     dense = torch.zeros(4, 3, 2, 2)
     yes = (dense, dense.permute(3, 1, 0, 2), dense[:1], torch.zeros(5, 1, 1, 1), torch.zeros(0, 3, 2, 2))

@@ -12,10 +12,9 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
-from _calls import CONV, DTYPES, FORMATS, PASS, functions, laid_out, name, plan_of
+from _calls import CONV, DTYPES, FORMATS, PASS, allocated, functions, laid_out, name, plan_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.profiler import ProfilerActivity, profile
 
 import fused_resnet
 from fused_resnet import reference, testing
@@ -59,6 +58,25 @@ def test_each_operand_of_bias_add_relu(one_thread: None, isa: str, dtype: torch.
             result = testing.compare_exact(ours, reference.bias_add_relu(**arguments))
             assert result, f"{shape}, {others}: {result.reason}"
             assert ours.is_contiguous() or ours.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+@pytest.mark.parametrize("operand", ["grad", "output"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_each_operand_of_relu_backward(one_thread: None, isa: str, dtype: torch.dtype, operand: str, layout: str) -> None:
+    generator = torch.Generator().manual_seed(10)
+    for shape in ((2, 19, 5, 6), (1, 1, 4, 5), (3, 16, 1, 1), (2, 3, 1, 9)):
+        for others in FORMATS:
+            arguments = {
+                "grad": testing.unit_gradient(shape, dtype, generator).contiguous(memory_format=others),
+                "output": torch.randint(-2, 3, shape, generator=generator).to(dtype).contiguous(memory_format=others),
+            }
+            arguments[operand] = testing.LAYOUTS[layout](arguments[operand])
+            masked, sums = torch.ops.fused_resnet.relu_backward(**arguments, bias_grad=True)
+            expected = torch.where(arguments["output"] <= 0, torch.zeros_like(masked), arguments["grad"])
+            for what, ours, theirs in (("mask", masked, expected), ("bias", sums, expected.sum((0, 2, 3)))):
+                result = testing.compare_exact(ours, theirs)
+                assert result, f"{what} {shape}, {others}: {result.reason}"
 
 
 def _same_strides(ours: Tensor, theirs: Tensor) -> bool:
@@ -121,22 +139,10 @@ def test_fake_strides(kernels: ModuleType, dtype: torch.dtype) -> None:
                 assert fake.dtype == true.dtype
 
 
-def _allocated(call: object) -> list[int]:
-    """Bytes of each allocation that PyTorch's CPU allocator makes during the call."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        kept = call()  # type: ignore[operator]
-    del kept
-    sizes = []
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]" and event.nbytes() > 0:
-            sizes.append(event.nbytes())
-    return sizes
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_nothing_is_copied(isa: str, dtype: torch.dtype) -> None:
     """A repeated call allocates its output and nothing else, contiguous or channels_last. (Our workspace: next test.)"""
-    assert sum(_allocated(lambda: torch.empty(1000, dtype=torch.uint8))) >= 1000, "the measurement sees nothing"
+    assert sum(allocated(lambda: torch.empty(1000, dtype=torch.uint8))) >= 1000, "the measurement sees nothing"
     for case in (CASES[0], CASES[1], ConvCase(64, 64, (28, 28), (3, 3), padding=(1, 1), shortcut=True, batch=2)):
         for memory_format in FORMATS:
             operands = laid_out(testing.float_operands(case, dtype, torch.Generator()), memory_format)
@@ -146,7 +152,7 @@ def test_nothing_is_copied(isa: str, dtype: torch.dtype) -> None:
                     return function(*operands, **case.parameters)  # type: ignore[operator]
 
                 output = call()  # packs the weight
-                assert _allocated(call) == [output.nbytes], (case.name, memory_format)
+                assert allocated(call) == [output.nbytes], (case.name, memory_format)
 
 
 def test_workspace_is_bounded(kernels: ModuleType) -> None:

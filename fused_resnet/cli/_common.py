@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,17 @@ def positive(text: str) -> int:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return value
+
+
+def seed(text: str) -> int:
+    """An argument type: what torch.Generator and numpy both take."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to {2**31 - 1}, got {text!r}")
     return value
 
 
@@ -99,8 +111,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     for row in cells:
         lines.append(
             "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+                cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
             ).rstrip()
         )
     lines.insert(1, "  ".join("-" * width for width in widths))
@@ -126,7 +137,8 @@ def progress(total: int, what: str) -> Iterator[Callable[[str], None]]:
         yield count
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         return
-    with tqdm(total=total, desc=what, leave=False, dynamic_ncols=True) as bar:
+    # tqdm would draw nothing on a terminal that says it has 0 columns, as containers' terminals may; this gives 80 there.
+    with tqdm(total=total, desc=what, leave=False, ncols=shutil.get_terminal_size().columns) as bar:
 
         def advance(note: str) -> None:
             bar.set_postfix_str(note, refresh=False)

@@ -156,9 +156,7 @@ def _eager_convolution(x: Tensor, w: Tensor, b: Tensor | None, s: Tensor | None,
     return F.relu_(y) if relu else y
 
 
-def _operator(
-    case: ConvCase, batch: int, dtype: torch.dtype, mode: str, seed: int
-) -> tuple[Callable[[str], Call], tuple[Tensor, ...], int]:
+def _operator(case: ConvCase, batch: int, dtype: torch.dtype, mode: str, seed: int) -> tuple[Callable[[str], Call], tuple[Tensor, ...], int]:
     case = case.at(batch)
     operands = case.make(dtype=dtype, generator=torch.Generator().manual_seed(seed))
     grad = torch.randn(case.output_shape, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)

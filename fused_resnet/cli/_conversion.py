@@ -155,9 +155,7 @@ def channels_last(model: nn.Module) -> nn.Module:
     return copied
 
 
-def _time(
-    name: str, model: nn.Module, fused: nn.Module, image: Tensor, repeat: int, advance: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def _time(name: str, model: nn.Module, fused: nn.Module, image: Tensor, repeat: int, advance: Callable[[str], None]) -> list[dict[str, Any]]:
     """Each distinct block and the whole network: the better memory format of eager against the better one of ours."""
     forms = {
         "eager": (model, torch.contiguous_format),

@@ -71,9 +71,7 @@ def _legend(axes: Axes, labels: list[str] | None = None) -> None:
     """Above the axes at the right, where no bar can be."""
     handles, known = axes.get_legend_handles_labels()
     labels = labels or known
-    axes.legend(
-        handles, labels, fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(labels), borderpad=0
-    )
+    axes.legend(handles, labels, fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(labels), borderpad=0)
 
 
 def draw_bench(report: dict[str, Any], path: Path) -> None:
@@ -82,9 +80,7 @@ def draw_bench(report: dict[str, Any], path: Path) -> None:
     settings = list(dict.fromkeys((r["batch"], r["threads"]) for r in results))
     names = [name for name in COLOURS if any(name in r["contenders"] for r in results)]
     cases = len(results) // len(settings)
-    figure, panels = plt.subplots(
-        len(settings), 1, figsize=(9, len(settings) * (1.2 + 0.14 * cases * len(names)) + 0.8), squeeze=False
-    )
+    figure, panels = plt.subplots(len(settings), 1, figsize=(9, len(settings) * (1.2 + 0.14 * cases * len(names)) + 0.8), squeeze=False)
     for axes, (batch, threads) in zip(panels[:, 0], settings, strict=True):
         mine = [r for r in results if (r["batch"], r["threads"]) == (batch, threads)]
         notes = ["" if r["ratio"] is None else f"{r['ratio']:.2f}x" for r in mine]
@@ -128,9 +124,7 @@ def draw_demo(training: Training, goal: float, photograph: Any, rows: list[dict[
     image.set_title(f"The input: china.jpg, {photograph.shape[1]}x{photograph.shape[0]} pixels", fontsize=9, loc="left")
     image.axis("off")
 
-    blocks, networks = right.subplots(
-        2, 1, height_ratios=(sum(not row["whole"] for row in rows), 1.6 * sum(row["whole"] for row in rows))
-    )
+    blocks, networks = right.subplots(2, 1, height_ratios=(sum(not row["whole"] for row in rows), 1.6 * sum(row["whole"] for row in rows)))
     for axes, chosen, title in (
         (blocks, [row for row in rows if not row["whole"]], "Distinct residual blocks"),
         (networks, [row for row in rows if row["whole"]], "Whole networks (shorter is better)"),

@@ -26,6 +26,7 @@ from ._common import (
     positive,
     positive_seconds,
     progress,
+    seed,
     table,
     threads,
     write_json,
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeat", type=positive, default=30, help="samples of each contender (default: 30)")
     parser.add_argument("--seconds", type=positive_seconds, default=20.0, help="stop a case after this long (default: 20)")
     parser.add_argument("--quick", action="store_true", help="fewer samples, no torch.compile")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the data (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the data (default: 0)")
     add_json(parser)
     parser.add_argument("--picture", type=picture, metavar="FILE", help="draw the times (needs matplotlib)")
 

@@ -24,12 +24,14 @@ from .. import _machine, _plain, _timing, testing
 from ..testing.compare import unit_roundoff
 from . import _conversion, _digits
 from ._common import (
+    Usage,
     add_json,
     milliseconds,
     need,
     picture,
     positive,
     progress,
+    seed,
     table,
     threads,
     write_json,
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", type=positive, default=224, help="of the photograph, in pixels (default: 224)")
     parser.add_argument("--repeat", type=positive, default=15, help="samples of each timing (default: 15)")
     parser.add_argument("--threads", type=positive, help="default: torch's")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and data (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of weights and data (default: 0)")
     add_json(parser)
 
 
@@ -56,6 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         need(module, "demo")
     _digits.sklearn_folder()
     picture(str(arguments.out))  # the default has not been through the argument's type
+    if arguments.image_size < 32:  # ResNet's stages halve the image five times
+        raise Usage(f"--image-size must be at least 32, got {arguments.image_size}")
     start = time.perf_counter()
     with threads(arguments.threads):
         print(_machine.short())
@@ -231,8 +235,5 @@ def _say_end(
             "were timed. Run it again when the machine is idle."
         )
     else:
-        print(
-            f"Here the blocks run at {mean:.2f}x the speed of the better eager memory format (geometric mean); whole networks: "
-            f"{networks}."
-        )
+        print(f"Here the blocks run at {mean:.2f}x the speed of the better eager memory format (geometric mean); whole networks: {networks}.")
     print(f"Picture: {out}. {seconds:.0f} s.")

@@ -1,0 +1,335 @@
+"""The command line: help, wrong usage (status 2, one sentence, before any work), files, pipes and terminals, exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from _calls import ROOT
+
+from fused_resnet import _machine, cli
+from fused_resnet.cases import BLOCKS
+from fused_resnet.cli import _common, _contenders, bench, check, demo
+
+COMMANDS = tuple(cli.COMMANDS)
+pytestmark = pytest.mark.usefixtures("one_thread")
+TINY = "basic 64 @ 8x8"
+
+
+def environment(**changes: str) -> dict[str, str]:
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **changes}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"usage: fused-resnet {command}" in shown
+    assert "--json FILE" in shown
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n    {command} " in shown for command in COMMANDS)
+
+
+WRONG = [
+    ([], "the following arguments are required: COMMAND"),
+    (["train"], "invalid choice: 'train'"),
+    (["env", "--fast"], "unrecognized arguments: --fast"),
+    (["check", "--json", "no/such/folder/x.json"], "--json: cannot write 'no/such/folder/x.json': there is no folder"),
+    (["check", "--json", "."], "--json: cannot write '.': it is a folder"),
+    (["check", "--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+    (["check", "--seed", "-1"], "--seed: must be a whole number from 0 to 2147483647, got '-1'"),
+    (["bench", "--seed", "-1"], "--seed: must be a whole number from 0 to 2147483647, got '-1'"),
+    (["demo", "--seed", "99999999999"], "--seed: must be a whole number from 0 to 2147483647, got '99999999999'"),
+    (["bench", "--threads", "0"], "--threads: must be a whole number of at least 1, got '0'"),
+    (["bench", "--batch", "two"], "--batch: must be a whole number of at least 1, got 'two'"),
+    (["bench", "--seconds", "nan"], "--seconds: must be a number of seconds above 0, got 'nan'"),
+    (["bench", "--case", "basic 63"], f"contains 'basic 63'; there are: {BLOCKS[0].name}; "),
+    (["bench", "--what", "network", "--case", "vgg"], "there are: resnet18; resnet50; cifar20"),
+    (["bench", "--peers", "eager,tvm"], "--peers: unknown peer 'tvm'; there are eager, channels_last, compile, fused"),
+    (["bench", "--peers", ","], "--peers must name at least one of"),
+    (["bench", "--picture", "times.txt"], "--picture: the name of a picture must end in .pdf, .png, .svg, got 'times.txt'"),
+    (["demo", "--out", "no/such/folder/x.png"], "--out: cannot write 'no/such/folder/x.png': there is no folder"),
+    (["demo", "--threads", "0"], "--threads: must be a whole number of at least 1, got '0'"),
+    (["demo", "--image-size", "8"], "--image-size must be at least 32, got 8"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_wrong_usage(argv: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence on stderr, nothing on stdout, status 2, and no work done."""
+
+    def work(*arguments: Any, **keywords: Any) -> None:
+        raise AssertionError("work was started")
+
+    monkeypatch.setattr(check, "plan", work)
+    monkeypatch.setattr(bench, "_measure", work)
+    monkeypatch.setattr(demo, "_train", work)
+    assert cli.main(argv) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("fused-resnet: ")
+    assert shown.err.count("\n") == 1
+    assert message in shown.err
+
+
+def test_missing_package_names_the_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for command, extra in ((["demo"], "demo"), (["bench", "--case", TINY, "--picture", "x.png"], "bench")):
+        assert cli.main(command) == 2
+        assert f'needs matplotlib, which is not installed: pip install "fused-resnet[{extra}]"' in capsys.readouterr().err
+
+
+def test_env(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "env.json"
+    assert cli.main(["env", "--json", str(file)]) == 0
+    shown, found = capsys.readouterr().out, json.loads(file.read_text())
+    assert found["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+    assert found["cpu"] in shown
+    if found["extension"]["loaded"]:
+        assert found["extension"]["isa"] in found["extension"]["available_isas"]
+        assert found["extension"]["file"] in shown
+    else:
+        assert found["extension"]["why"] in shown
+
+
+def test_env_variables_and_one_openmp_runtime() -> None:
+    """In a process of its own: this one has imported packages that bring runtimes."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "fused_resnet", "env"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment(FUSED_RESNET_BACKEND="reference"),
+    )
+    assert "FUSED_RESNET_BACKEND=reference" in done.stdout
+    assert "FUSED_RESNET_BACKEND=reference turns the kernels off" in done.stdout
+    assert "OpenMP runtimes are loaded where one is expected" not in done.stdout
+
+
+def test_two_runtimes_are_found_and_said() -> None:
+    maps = "\n".join(
+        [
+            "7f00-7f01 r-xp 00000000 fd:00 12 /venv/torch/lib/libgomp.so.1",
+            "7f02-7f03 r--p 00001000 fd:00 12 /venv/torch/lib/libgomp.so.1",
+            "7f04-7f05 r-xp 00000000 fd:00 13 /opt/intel/lib/libiomp5.so",
+            "7f06-7f07 r-xp 00000000 fd:00 14 /venv/lib/libompression.so",
+            "7f08-7f09 rw-p 00000000 00:00 0 ",
+        ]
+    )
+    assert _machine.find_runtimes(maps) == ["/opt/intel/lib/libiomp5.so", "/venv/torch/lib/libgomp.so.1"]
+    found = {**_machine.describe(), "openmp_runtimes": _machine.find_runtimes(maps)}
+    assert any(sentence.startswith("2 OpenMP runtimes are loaded") for sentence in cli.env.warnings(found))
+
+
+def test_check_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "check.json"
+    assert cli.main(["check", "--quick", "--json", str(file)]) == 0
+    shown, found = capsys.readouterr(), json.loads(file.read_text())
+    assert shown.err == ""  # captured, so not a terminal
+    assert found["ok"] is True
+    assert found["failures"] == []
+    groups = {group["group"]: group["cases"] for group in found["groups"]}
+    for dtype in ("float64", "float32", "bfloat16"):
+        assert groups[f"forward {dtype}, integers"] > 0
+        assert groups[f"integer gradients {dtype}"] > 0
+    for shortcut in ("none", "tensor", "input", "view", "expanded"):
+        assert groups[f"finite differences, shortcut {shortcut}"] > 0
+        assert f"finite differences, shortcut {shortcut}" in shown.out
+
+
+def test_check_reports_a_crash_as_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*tensors: Any, **parameters: Any) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(check.ops, "conv_bias_add_relu", crash)
+    file = tmp_path / "check.json"
+    assert cli.main(["check", "--quick", "--dtype", "float64", "--json", str(file)]) == 1
+    assert "RuntimeError: boom" in capsys.readouterr().out
+    assert json.loads(file.read_text())["ok"] is False
+
+
+def bench_json(tmp_path: Path, *options: str) -> dict[str, Any]:
+    file = tmp_path / "bench.json"
+    argv = ["bench", "--quick", "--threads", "1", "--peers", "eager,channels_last,fused,fused_channels_last"]
+    assert cli.main([*argv, *options, "--json", str(file)]) == 0
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def test_bench_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "bench.png"
+    found = bench_json(tmp_path, "--case", TINY, "--batch", "1", "2", "--picture", str(picture))
+    shown = capsys.readouterr().out
+    assert [(r["case"], r["batch"], r["threads"]) for r in found["results"]] == [(TINY, 1, 1), (TINY, 2, 1)]
+    for result in found["results"]:
+        assert set(result["contenders"]) == {"eager", "channels_last", "fused", "fused_channels_last"}
+        for timing in result["contenders"].values():
+            assert 0 < timing["q20_ms"] <= timing["median_ms"] <= timing["q80_ms"]
+            assert timing["samples"] >= 3
+            assert 0 <= timing["error"] <= result["allowed_error"]
+        times = {name: timing["median_ms"] for name, timing in result["contenders"].items()}
+        eager, ours = min(times["eager"], times["channels_last"]), min(times["fused"], times["fused_channels_last"])
+        assert result["ratio"] == pytest.approx(eager / ours)
+        assert f"{result['ratio']:.2f}" in shown
+    product = found["results"][0]["ratio"] * found["results"][1]["ratio"]
+    assert found["geometric_mean"] == pytest.approx(product**0.5)
+    assert found["machine"]["torch"] == torch.__version__
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--what", "conv", "--case", "3x3 64->64 @ 8x8"),
+        ("--what", "conv", "--case", "3x3 64->64 @ 8x8 + shortcut", "--mode", "train"),
+        ("--what", "conv", "--case", "3x3 64->64 @ 8x8", "--dtype", "bfloat16"),
+        ("--what", "conv", "--case", "3x3 64->64 @ 8x8", "--dtype", "float64"),
+        ("--what", "block", "--case", "basic 32->64 /2 @ 16x16", "--mode", "train", "--batch", "2"),
+        ("--what", "block", "--case", TINY, "--dtype", "bfloat16"),
+        ("--what", "network", "--model", "cifar20"),
+    ],
+    ids=" ".join,
+)
+def test_bench_kinds(options: tuple[str, ...], tmp_path: Path) -> None:
+    found = bench_json(tmp_path, *options)
+    assert len(found["results"]) == 1
+    assert found["results"][0]["ok"]
+    if "train" in options:
+        assert all("gradient_error" in timing for timing in found["results"][0]["contenders"].values())
+
+
+def test_bench_without_eager_has_no_ratio(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "bench.json"
+    argv = ["bench", "--quick", "--threads", "1", "--case", TINY, "--peers", "fused", "--json", str(file)]
+    assert cli.main(argv) == 0
+    assert json.loads(file.read_text())["results"][0]["ratio"] is None
+    assert "geometric mean" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("what", "case"), [("conv", "3x3 64->64 @ 8x8 + shortcut"), ("block", TINY)])
+def test_bench_ends_with_1_for_a_wrong_result(
+    what: str, case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thousandth too much: too little to see in a picture, much more than rounding."""
+
+    class Wrong(torch.nn.Module):
+        def __init__(self, module: torch.nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 1.001 * self.module(x)  # type: ignore[no-any-return]
+
+    right = _contenders.conv_bias_add_relu
+    monkeypatch.setattr(_contenders, "convert", Wrong)
+    monkeypatch.setattr(_contenders, "conv_bias_add_relu", lambda *a, **k: 1.001 * right(*a, **k))
+    file = tmp_path / "bench.json"
+    argv = ["bench", "--quick", "--threads", "1", "--what", what, "--case", case, "--peers", "eager,fused"]
+    assert cli.main([*argv, "--json", str(file)]) == 1
+    result = json.loads(file.read_text())["results"][0]
+    assert result["wrong"] == ["fused"]
+    assert "WRONG  " in capsys.readouterr().out
+
+
+def test_threads_are_put_back() -> None:
+    before = torch.get_num_threads()
+    with _common.threads(before + 2) as count:
+        assert count == torch.get_num_threads() == before + 2
+    assert torch.get_num_threads() == before
+
+
+DEMO = ("demo", "--epochs", "12", "--image-size", "64", "--repeat", "3", "--threads", "1")
+
+
+@pytest.fixture(scope="module")
+def demonstrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """A short demo, in a pipe."""
+    folder = tmp_path_factory.mktemp("demo")
+    done = subprocess.run(
+        [sys.executable, "-m", "fused_resnet", *DEMO, "--json", "demo.json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env=environment(),
+    )
+    return done, folder
+
+
+def test_demo(demonstrated: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    done, folder = demonstrated
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((folder / "demo.json").read_text())
+    assert found["ok"] is True
+    assert len(found["training"]["accuracies"]) == 12
+    assert found["training"]["accuracies"][-1] >= demo.GOAL
+    assert found["gradients"]["ok"] is True
+    assert [(c["network"], c["fused_blocks"], c["blocks"]) for c in found["conversions"]] == [
+        ("ResNet-18", 8, 8),
+        ("ResNet-50", 16, 16),
+    ]
+    for conversion in found["conversions"]:
+        assert conversion["keys_kept"] is True
+        assert 0 < conversion["error"] <= conversion["allowed_error"]
+        distinct = [row["case"] for row in conversion["times"] if not row["whole"]]
+        assert len(distinct) == len(set(distinct)) == {"ResNet-18": 7, "ResNet-50": 8}[conversion["network"]]
+    assert (folder / "fused-resnet-demo.png").read_bytes().startswith(b"\x89PNG")
+    assert found["machine"]["openmp_runtimes"] == found["machine"]["openmp_runtimes"][:1]
+    assert "all as they should be" in done.stdout
+
+
+def test_no_progress_bar_in_a_pipe(demonstrated: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    done, _ = demonstrated
+    assert "\r" not in done.stdout + done.stderr
+    assert "%|" not in done.stdout + done.stderr
+
+
+def test_demo_ends_with_1_under_the_goal(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "GOAL", 1.01)
+    monkeypatch.setattr(demo, "_convert", lambda arguments: ([], SimpleNamespace(pixels=None)))
+    monkeypatch.setattr("fused_resnet.cli._pictures.draw_demo", lambda *arguments: None)
+    assert cli.main(["demo", "--epochs", "1", "--threads", "1", "--out", str(tmp_path / "demo.png")]) == 1
+    shown = capsys.readouterr().out
+    assert "FAILED  the accuracy" in shown
+    assert "NOT as they should be: the accuracy" in shown
+
+
+def test_progress_bar_on_a_terminal() -> None:
+    """The same program with a terminal for its stderr: there the bar appears."""
+    master, slave = pty.openpty()
+    try:
+        os.set_blocking(master, False)
+        done = subprocess.run(
+            [sys.executable, "-m", "fused_resnet", "check", "--quick", "--dtype", "bfloat16"],
+            stdout=subprocess.PIPE,
+            stderr=slave,
+            check=False,
+            env=environment(TERM="xterm", COLUMNS="100"),
+        )
+        shown = b""
+        # The terminal's buffer holds what a bar of a few seconds writes; it is read while the other end is still open.
+        with contextlib.suppress(BlockingIOError):
+            while part := os.read(master, 65536):
+                shown += part
+    finally:
+        os.close(master)
+        os.close(slave)
+    assert done.returncode == 0
+    assert b"check: " in shown
+    assert b"%|" in shown
+    assert b"\r" not in done.stdout
