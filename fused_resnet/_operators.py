@@ -56,6 +56,13 @@ def _library_convolution(
     return F.conv2d(input, weight, bias, stride, (padding.top, padding.left), dilation, groups)
 
 
+def _two(values: Sequence[int], name: str) -> Pair:
+    """A pair from a list: the schema's ``SymInt[2]`` lets other lengths through."""
+    if len(values) != 2:
+        raise ValueError(f"{name} must have 2 numbers, got {len(values)}: {tuple(values)}")
+    return values[0], values[1]
+
+
 def _conv_kernel(
     input: Tensor,
     weight: Tensor,
@@ -67,7 +74,7 @@ def _conv_kernel(
     groups: int,
     relu: bool,
 ) -> Tensor:
-    stride, padding, dilation = (stride[0], stride[1]), Padding(*padding), (dilation[0], dilation[1])
+    stride, padding, dilation = _two(stride, "stride"), Padding(*padding), _two(dilation, "dilation")
     plan = _kernels.cached(
         _kernels.convolution, input, weight, bias, shortcut, stride, padding, dilation, groups, relu
     )
@@ -115,7 +122,7 @@ def _conv_fake(
     relu: bool,
 ) -> Tensor:
     shape = check_convolution(
-        input, weight, bias, shortcut, (stride[0], stride[1]), Padding(*padding), (dilation[0], dilation[1]), groups
+        input, weight, bias, shortcut, _two(stride, "stride"), Padding(*padding), _two(dilation, "dilation"), groups
     )
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=output_format(input, weight, shape))
 

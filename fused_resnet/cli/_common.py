@@ -137,8 +137,9 @@ def progress(total: int, what: str) -> Iterator[Callable[[str], None]]:
         yield count
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         return
-    # tqdm would draw nothing on a terminal that says it has 0 columns, as containers' terminals may; this gives 80 there.
-    with tqdm(total=total, desc=what, leave=False, ncols=shutil.get_terminal_size().columns) as bar:
+    # tqdm draws nothing on a terminal that gives its size as 0 x 0, as containers' terminals may; this gives 80 x 24 there.
+    columns, rows = shutil.get_terminal_size()
+    with tqdm(total=total, desc=what, leave=False, ncols=columns, nrows=rows) as bar:
 
         def advance(note: str) -> None:
             bar.set_postfix_str(note, refresh=False)
