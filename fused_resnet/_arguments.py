@@ -68,12 +68,8 @@ def output_size(size: int, kernel: int, stride: int, before: int, after: int, di
     return (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def is_channels_last(t: Tensor) -> bool:
-    """Whether PyTorch takes a 4-d tensor for channels_last: by its strides, contiguous where they are ambiguous.
-
-    The rule of ``c10::is_channels_last_strides_2d``; Python has no binding for it.
-    """
-    shape, strides = t.shape, t.stride()
+def _channels_last_strides(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """The rule of ``c10::is_channels_last_strides_2d``; Python has no binding for it."""
     if strides[1] == 0:
         return False
     least = 0
@@ -88,8 +84,21 @@ def is_channels_last(t: Tensor) -> bool:
     return True
 
 
+def is_channels_last(t: Tensor) -> bool:
+    """Whether PyTorch takes a 4-d tensor for channels_last: by its strides, contiguous where they are ambiguous."""
+    return _channels_last_strides(t.shape, t.stride())
+
+
+def _stays_channels_last(t: Tensor) -> bool:
+    """The same after ``t.contiguous(memory_format=torch.channels_last)``, which can make the strides ambiguous."""
+    if t.is_contiguous(memory_format=torch.channels_last):
+        return is_channels_last(t)
+    _, c, h, w = t.shape
+    return _channels_last_strides(t.shape, (c * h * w, 1, w * c, c))
+
+
 def output_format(input: Tensor, weight: Tensor, shape: Sequence[int]) -> torch.memory_format:
-    """The memory format of eager ``conv2d``'s output: channels_last if one of the two is.
+    """The memory format of eager ``conv2d``'s output: channels_last if one of the two is, before and after both are made so.
 
     For an empty batch eager makes the output from the input by a view: it keeps the input's format where the shape stays.
     """
@@ -97,7 +106,9 @@ def output_format(input: Tensor, weight: Tensor, shape: Sequence[int]) -> torch.
         strides = input.stride()
         channels_last = tuple(input.shape) == tuple(shape) and strides[1] < strides[3]
     else:
-        channels_last = is_channels_last(input) or is_channels_last(weight)
+        channels_last = (is_channels_last(input) or is_channels_last(weight)) and (
+            _stays_channels_last(input) or _stays_channels_last(weight)
+        )
     return torch.channels_last if channels_last else torch.contiguous_format
 
 

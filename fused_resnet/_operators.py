@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import _kernels
@@ -277,6 +278,17 @@ def _convolution_backward(
     return grad_input, grad_weight
 
 
+def _refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """There are no forward-mode derivatives; losing a tangent in silence would be worse than an error."""
+    if forward_ad._current_level >= 0 and (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    ):
+        raise NotImplementedError(
+            "fused_resnet has no forward-mode derivatives (jvp): use the function of the same name in fused_resnet.reference"
+        )
+
+
 def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -284,6 +296,7 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 def _conv_autograd(
     input: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Tensor | None, *rest: Any
 ) -> Tensor:
+    _refuse_forward_mode(input, weight, bias, shortcut)
     if _needs_grad(input, weight, bias, shortcut):
         output: Tensor = ConvBiasAddReLU.apply(input, weight, bias, shortcut, *rest)
         return output
@@ -291,6 +304,7 @@ def _conv_autograd(
 
 
 def _pass_autograd(input: Tensor, bias: Tensor | None, shortcut: Tensor | None, relu: bool) -> Tensor:
+    _refuse_forward_mode(input, bias, shortcut)
     if _needs_grad(input, bias, shortcut):
         output: Tensor = BiasAddReLU.apply(input, bias, shortcut, relu)
         return output
@@ -298,6 +312,7 @@ def _pass_autograd(input: Tensor, bias: Tensor | None, shortcut: Tensor | None, 
 
 
 def _relu_backward_autograd(grad: Tensor, output: Tensor, bias_grad: bool) -> tuple[Tensor, Tensor]:
+    _refuse_forward_mode(grad)
     if _needs_grad(grad):
         return ReLUBackward.apply(grad, output, bias_grad)
     return _below_autograd(relu_backward, grad, output, bias_grad)
@@ -347,8 +362,29 @@ def _autocast(device: str) -> Any:
     return kernel
 
 
-_library.impl("conv_bias_add_relu", _autocast("cpu"), "AutocastCPU")
-_library.impl("conv_bias_add_relu", _autocast("cuda"), "AutocastCUDA")
+def _pass_autocast(device: str) -> Any:
+    """Addition promotes in eager mode: a bfloat16 map and a float32 shortcut give float32."""
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+    def kernel(input: Tensor, bias: Tensor | None, shortcut: Tensor | None, relu: bool) -> Tensor:
+        dtype = input.dtype
+        for t in (bias, shortcut):
+            if t is not None:
+                dtype = torch.promote_types(dtype, t.dtype)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return bias_add_relu(
+                input.to(dtype),
+                None if bias is None else bias.to(dtype),
+                None if shortcut is None else shortcut.to(dtype),
+                relu,
+            )
+
+    return kernel
+
+
+for _device in ("cpu", "cuda"):
+    _library.impl("conv_bias_add_relu", _autocast(_device), f"Autocast{_device.upper()}")
+    _library.impl("bias_add_relu", _pass_autocast(_device), f"Autocast{_device.upper()}")
 
 
 @register_flop_formula(torch.ops.fused_resnet.conv_bias_add_relu)

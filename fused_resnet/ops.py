@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _kernels, _operators
 from ._arguments import Padding, Pair, check_convolution, check_pass, check_tensor, pad, pair
@@ -93,6 +94,7 @@ def _nobody_listens(input: Any, weight: Any, bias: Any, shortcut: Any) -> bool:
         or torch._C._autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
     ):
         return False
     grad = torch.is_grad_enabled()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,21 @@ def _bars(axes: Axes, groups: list[tuple[str, dict[str, dict[str, Any]]]], names
 
 
 def _legend(axes: Axes, labels: list[str] | None = None) -> None:
-    """Above the axes at the right, where no bar can be."""
+    """Above the axes, where no bar can be; the title moves up for it."""
     handles, known = axes.get_legend_handles_labels()
     labels = labels or known
-    axes.legend(handles, labels, fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(labels), borderpad=0)
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0, "borderpad": 0.2}
+    axes.legend(handles, labels, fontsize=8, frameon=False, ncols=len(labels), **place)
+    axes.set_title(axes.get_title(loc="left"), fontsize=9, loc="left", pad=20)
+
+
+BUSY = "?: timed while other processes held the cores, not to be trusted"
+
+
+def _note(ratio: float | None, timings: Iterable[dict[str, Any]]) -> str:
+    """The ratio at the end of a group of bars, with a mark where it cannot be trusted."""
+    mark = "?" if any(timing["contested"] for timing in timings) else ""
+    return "" if ratio is None else f"{ratio:.2f}x{mark}"
 
 
 def draw_bench(report: dict[str, Any], path: Path) -> None:
@@ -83,7 +95,7 @@ def draw_bench(report: dict[str, Any], path: Path) -> None:
     figure, panels = plt.subplots(len(settings), 1, figsize=(9, len(settings) * (1.2 + 0.14 * cases * len(names)) + 0.8), squeeze=False)
     for axes, (batch, threads) in zip(panels[:, 0], settings, strict=True):
         mine = [r for r in results if (r["batch"], r["threads"]) == (batch, threads)]
-        notes = ["" if r["ratio"] is None else f"{r['ratio']:.2f}x" for r in mine]
+        notes = [_note(r["ratio"], r["contenders"].values()) for r in mine]
         _bars(axes, [(r["case"], r["contenders"]) for r in mine], names, notes)
         plural = "" if threads == 1 else "s"
         axes.set_title(f"batch {batch}, {threads} thread{plural}", fontsize=9, loc="left")
@@ -99,7 +111,8 @@ def draw_bench(report: dict[str, Any], path: Path) -> None:
         ha="left",
     )
     isa = machine["extension"].get("isa", "no compiled module")
-    figure.text(0.01, 0.004, f"{machine['cpu']}, torch {machine['torch']}, {isa}", fontsize=7, color="#5f6368")
+    warning = f". {BUSY}" if report["warning"] else ""
+    figure.text(0.01, 0.004, f"{machine['cpu']}, torch {machine['torch']}, {isa}{warning}", fontsize=7, color="#5f6368")
     figure.tight_layout(rect=(0, 0.015, 1, 0.99))
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -125,17 +138,20 @@ def draw_demo(training: Training, goal: float, photograph: Any, rows: list[dict[
     image.axis("off")
 
     blocks, networks = right.subplots(2, 1, height_ratios=(sum(not row["whole"] for row in rows), 1.6 * sum(row["whole"] for row in rows)))
+    busy = False
     for axes, chosen, title in (
         (blocks, [row for row in rows if not row["whole"]], "Distinct residual blocks"),
         (networks, [row for row in rows if row["whole"]], "Whole networks (shorter is better)"),
     ):
         # The forms are named by what is better here; the colours stand for before and after.
         groups = [(row["case"], {"channels_last": row["before"], "fused_channels_last": row["after"]}) for row in chosen]
-        notes = [f"{row['ratio']:.2f}x" for row in chosen]
+        notes = [_note(row["ratio"], (row["before"], row["after"])) for row in chosen]
+        busy = busy or any(note.endswith("?") for note in notes)
         _bars(axes, groups, ["channels_last", "fused_channels_last"], notes)
         axes.set_title(title, fontsize=9, loc="left")
     blocks.set_xlabel("")
     _legend(blocks, ["before: eager, better memory format", "after fuse_: better memory format"])
-    figure.suptitle(f"fused_resnet demo, one image, float32, forward pass\n{machine}", fontsize=9, x=0.01, ha="left")
+    warning = f" ({BUSY})" if busy else ""
+    figure.suptitle(f"fused_resnet demo, one image, float32, forward pass{warning}\n{machine}", fontsize=9, x=0.01, ha="left")
     figure.savefig(path, dpi=130)
     plt.close(figure)

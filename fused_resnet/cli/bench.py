@@ -172,13 +172,17 @@ def _measure(case: _contenders.Case, batch: int, peers: list[str], arguments: ar
     }
 
 
+def _is_contested(result: dict[str, Any]) -> bool:
+    return any(timing["contested"] for timing in result["contenders"].values())
+
+
 def _contested(results: list[dict[str, Any]]) -> str:
     """One sentence if cases were timed while other processes held the cores, or ''."""
-    cases = [r["case"] for r in results if any(timing["contested"] for timing in r["contenders"].values())]
+    cases = [result["case"] for result in results if _is_contested(result)]
     if not cases:
         return ""
     return (
-        f"other processes held the cores while {len(cases)} of {len(results)} cases were timed, whose ratios are not to be "
+        f"other processes held the cores while {len(cases)} of {len(results)} cases were timed, whose ratios (?) are not to be "
         f"trusted: {', '.join(cases[:5])}{', ...' if len(cases) > 5 else ''}"
     )
 
@@ -208,7 +212,7 @@ def _print(report: dict[str, Any], peers: list[str]) -> None:
     for result in results:
         row: list[object] = [result["case"], result["batch"], result["threads"]]
         row += [_cell(result["contenders"][name]) for name in peers]
-        row.append("-" if result["ratio"] is None else f"{result['ratio']:.2f}")
+        row.append("-" if result["ratio"] is None else f"{result['ratio']:.2f}{'?' if _is_contested(result) else ''}")
         if "% of FMA peak" in header:
             row.append(_share(result, peak))
         row += [_error(result, _contenders.OURS), _error(result, _contenders.EAGER)]

@@ -201,7 +201,7 @@ def _convert(arguments: argparse.Namespace) -> tuple[list[_conversion.Conversion
                 row["case"],
                 milliseconds(row["before"]["median_ms"] / 1e3),
                 milliseconds(row["after"]["median_ms"] / 1e3),
-                f"{row['ratio']:.2f}x",
+                f"{row['ratio']:.2f}x{'?' if row['before']['contested'] else ''}",
             )
             for row in result.rows
         ]
