@@ -72,8 +72,7 @@ def _legend(axes: Axes, labels: list[str] | None = None) -> None:
     """Above the axes, where no bar can be; the title moves up for it."""
     handles, known = axes.get_legend_handles_labels()
     labels = labels or known
-    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0, "borderpad": 0.2}
-    axes.legend(handles, labels, fontsize=8, frameon=False, ncols=len(labels), **place)
+    axes.legend(handles, labels, fontsize=8, frameon=False, ncols=len(labels), loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
     axes.set_title(axes.get_title(loc="left"), fontsize=9, loc="left", pad=20)
 
 
