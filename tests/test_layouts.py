@@ -20,11 +20,12 @@ import fused_resnet
 from fused_resnet import reference, testing
 from fused_resnet.cases import BLOCKS, CONVS, ConvCase, Operands
 
-# Channels that fill no vector, rows packed and read in place, one pixel and several images.
+# Channels that fill no vector, rows packed and read in place, several images; rows so long that they are cut.
 CASES = (
     ConvCase(5, 19, (6, 7), (3, 3), padding=(1, 1), shortcut=True, batch=2),
     ConvCase(18, 33, (5, 6), (1, 1), shortcut=True, batch=2),
     ConvCase(16, 16, (9, 9), (3, 3), (2, 2), (0, 1), shortcut=True),
+    ConvCase(2, 3, (2, 400), (3, 3), padding=(1, 1), shortcut=True),
     ConvCase(6, 4, (5, 6), (3, 3), padding=(1, 1), groups=2, shortcut=True),
 )
 
@@ -176,7 +177,7 @@ def test_workspace_is_bounded(kernels: ModuleType) -> None:
                 assert used <= threads * l2, f"{at.name}, {dtype}: {used} bytes for {threads} threads"
 
 
-def test_ambiguous_strides_give_the_right_values(isa: str) -> None:
+def test_ambiguous_strides_give_the_right_values(one_thread: None, isa: str) -> None:
     for c, k, size in product((1, 2), (1, 3), ((1, 1), (1, 4), (4, 1))):
         for input_kind, weight_kind, shortcut_kind in product(testing.LAYOUTS, testing.LAYOUTS, ("contiguous", "channels_last")):
             case = ConvCase(c, k, size, (1, 1), shortcut=True, batch=2)
@@ -187,7 +188,7 @@ def test_ambiguous_strides_give_the_right_values(isa: str) -> None:
             assert result, f"{case.name} {input_kind} {weight_kind} {shortcut_kind}: {result.reason}"
 
 
-def test_shortcut_that_is_the_input_or_a_view_of_it(isa: str) -> None:
+def test_shortcut_that_is_the_input_or_a_view_of_it(one_thread: None, isa: str) -> None:
     for dtype, memory_format in product(DTYPES, FORMATS):
         case = ConvCase(9, 9, (6, 7), (3, 3), padding=(1, 1), batch=2)
         x, w, b, _ = laid_out(testing.integer_operands(case, dtype, torch.Generator().manual_seed(8)), memory_format)
