@@ -34,10 +34,26 @@ fr::DType dtype(const std::string& name) {
   throw std::invalid_argument("dtype must be float32, float64 or bfloat16, got '" + name + "'");
 }
 
+fr::Request request(const std::string& algorithm, bool strict) {
+  fr::Request r;
+  r.strict = strict;
+  r.automatic = algorithm == "auto";
+  if (algorithm == "direct" || r.automatic) {
+    r.algorithm = fr::Algorithm::direct;
+  } else if (algorithm == "winograd2") {
+    r.algorithm = fr::Algorithm::winograd2;
+  } else if (algorithm == "winograd4") {
+    r.algorithm = fr::Algorithm::winograd4;
+  } else {
+    throw std::invalid_argument("algorithm must be auto, direct, winograd2 or winograd4, got '" + algorithm + "'");
+  }
+  return r;
+}
+
 std::unique_ptr<fr::Convolution> convolution(const std::string& type, const Four& input, const Four& weight, const Four& output,
                             const Two& stride, const Two& pad, const Two& dilation, const Four& input_strides,
                             const Four& output_strides, const std::optional<Four>& shortcut_strides, bool has_bias,
-                            bool relu, int threads) {
+                            bool relu, int threads, const std::string& algorithm, bool strict) {
   fr::ConvShape s;
   s.n = input[0];
   s.c = input[1];
@@ -60,7 +76,7 @@ std::unique_ptr<fr::Convolution> convolution(const std::string& type, const Four
   if (shortcut_strides) s.shortcut = strides(*shortcut_strides);
   s.has_bias = has_bias;
   s.relu = relu;
-  return std::make_unique<fr::Convolution>(s, dtype(type), threads);
+  return fr::Convolution::make(s, dtype(type), threads, request(algorithm, strict));
 }
 
 fr::PassShape pass_shape(const std::string& type, const Four& shape, const Four& result, const Four& first,
@@ -117,24 +133,26 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<fr::Convolution>(m, "Convolution")
       .def(py::init(&convolution), py::arg("dtype"), py::arg("input"), py::arg("weight"), py::arg("output"),
            py::arg("stride"), py::arg("pad"), py::arg("dilation"), py::arg("input_strides"), py::arg("output_strides"),
-           py::arg("shortcut_strides"), py::arg("has_bias"), py::arg("relu"), py::arg("threads"))
+           py::arg("shortcut_strides"), py::arg("has_bias"), py::arg("relu"), py::arg("threads"),
+           py::arg("algorithm") = "auto", py::arg("strict") = false)
       .def(
           "run",
           [](const fr::Convolution& c, Pointer x, Pointer weight, Pointer bias, Pointer shortcut, Pointer y) {
-            c.run(in(x), in(weight), in(bias), in(shortcut), out(y));
+            c.run({in(x), in(weight), in(bias), in(shortcut), out(y)});
           },
           py::arg("input"), py::arg("packed_weight"), py::arg("bias"), py::arg("shortcut"), py::arg("output"),
           py::call_guard<py::gil_scoped_release>())
       .def(
           "pack",
           [](const fr::Convolution& c, Pointer weight, const Four& stride, Pointer packed) {
-            c.pack(in(weight), strides(stride), out(packed));
+            return c.pack(in(weight), strides(stride), out(packed));
           },
           py::arg("weight"), py::arg("strides"), py::arg("packed_weight"), py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("packed_bytes", &fr::Convolution::packed_bytes)
       .def_property_readonly("workspace_bytes", &fr::Convolution::workspace_bytes)
       .def_property_readonly("isa", &fr::Convolution::isa)
-      .def("describe", [](const fr::Convolution& c) { return c.blocking().describe(); });
+      .def("describe", &fr::Convolution::describe)
+      .def_property_readonly("reason", [](const fr::Convolution& c) { return c.choice().reason; });
 
   m.def(
       "bias_add_relu",

@@ -7,6 +7,8 @@ namespace {
 
 i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
+// Of the L2 cache, for what a task of a Winograd convolution reads again and again.
+constexpr double kWinogradShare = 0.6;
 // Pixels of a task: enough that a panel of weights, which comes from the L2 or L3 cache, is used many times.
 constexpr i64 kTargetPixels = 168;
 // Weights of one chunk of a panel: small enough that two of them and the input of a task share the L2 cache.
@@ -15,6 +17,60 @@ constexpr i64 kChunkBytes = 128 << 10;
 constexpr i64 kBadPitch = 2048;
 
 }  // namespace
+
+namespace {
+
+// Whether F(m x m, 3x3) can compute the shape.
+bool winograd_fits(const ConvShape& s) {
+  return s.r == 3 && s.s == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1;
+}
+
+}  // namespace
+
+Choice choose_algorithm(const ConvShape& s, const DTypeKernels& kernels, const CacheSizes& caches, int threads,
+                        const Request& request) {
+  (void)kernels, (void)caches, (void)threads;
+  Choice choice;
+  if (s.empty() || !winograd_fits(s)) return choice;
+  if (!request.automatic) choice.algorithm = request.algorithm;
+  return choice;
+}
+
+WinogradBlocking choose_winograd_blocking(const ConvShape& s, int m, const DTypeKernels& kernels, const CacheSizes& caches,
+                                          int threads) {
+  WinogradBlocking b;
+  b.m = m;
+  b.rows = ceil_div(s.p, m);
+  b.cols = ceil_div(s.q, m);
+  const i64 all = s.n * b.rows * b.cols, panels = ceil_div(s.k, kernels.panel), bytes = kernels.accumulator_bytes;
+  const i64 channels = ceil_div(s.c, kernels.vector) * kernels.vector;
+  // A task's transformed input and one panel of products stay in the L2 cache, beside the weights that stream through it.
+  const double per_tile = double(b.positions()) * double(channels + kernels.panel) * double(bytes);
+  const i64 most = std::max<i64>(i64(kWinogradShare * double(caches.l2) / per_tile), 1);
+  const i64 few = 2 * kernels.tile_pixels;
+  b.shared = most < few || (threads > 1 && all < 2 * few * threads);
+  b.tiles = std::clamp<i64>(b.shared ? few : most, 1, std::max<i64>(all, 1));
+  b.tile_parts = ceil_div(all, b.tiles);
+  b.panel_parts = 1;
+  if (threads > 1 && b.tile_parts < 8 * threads && b.tile_parts % threads != 0) {
+    if (b.shared) {
+      b.panel_parts = std::min<i64>(panels, 4 * threads);
+    } else {
+      b.tile_parts = ceil_div(b.tile_parts, threads) * threads;
+    }
+  }
+  b.tiles = ceil_div(all, b.tile_parts);
+  b.tile_parts = ceil_div(all, b.tiles);
+  b.panels = ceil_div(panels, b.panel_parts);
+  b.panel_parts = ceil_div(panels, b.panels);
+  return b;
+}
+
+std::string WinogradBlocking::describe() const {
+  const auto n = [](i64 value) { return std::to_string(value); };
+  return "Winograd F(" + n(m) + "x" + n(m) + ", 3x3): tasks of " + n(tiles) + " tile(s) x " + n(panels) + " panel(s), " +
+         n(tasks()) + " task(s)" + (shared ? ", the input transformed first" : "");
+}
 
 bool readable_in_place(const ConvShape& s, const DTypeKernels& kernels) {
   return kernels.storage_bytes == kernels.accumulator_bytes && (s.x.c == 1 || s.c == 1) && s.pad_top == 0 &&

@@ -1,5 +1,5 @@
-// From a shape to a blocking: a pure function, printable, testable without running a kernel. The blocking decides speed and
-// workspace, never the result: each output is the same chain of FMAs in every blocking.
+// From a shape to an algorithm and its blocking: pure functions, printable, testable without running a kernel. The blocking
+// decides speed and workspace, never the result: each output is the same operations in the same order in every blocking.
 #pragma once
 
 #include <string>
@@ -9,7 +9,42 @@
 
 namespace fused_resnet {
 
-// A convolution is cut into tasks: a group of whole images, or some rows and columns of one; times a range of output channels.
+enum class Algorithm { direct, winograd2, winograd4 };
+
+// What the caller wants. `automatic`: the fastest that is allowed; otherwise `algorithm`, wherever it can compute the shape.
+struct Request {
+  bool automatic = true;
+  Algorithm algorithm = Algorithm::direct;
+  bool strict = false;  // no F(4x4, 3x3)
+};
+
+struct Choice {
+  Algorithm algorithm = Algorithm::direct;
+  std::string reason;  // a sentence
+};
+
+Choice choose_algorithm(const ConvShape& shape, const DTypeKernels& kernels, const CacheSizes& caches, int threads,
+                        const Request& request);
+
+// Winograd: runs of tiles, times ranges of panels of output channels. Either one phase, whose tasks each transform the input of
+// their tiles for themselves; or two, the first of which transforms the whole input for the tasks of the second.
+struct WinogradBlocking {
+  int m = 4;
+  i64 rows = 0, cols = 0;    // tiles of one image
+  i64 tiles = 1;             // of one task
+  i64 panels = 1;            // of one task
+  bool shared = false;       // two phases
+  i64 tile_parts = 1, panel_parts = 1;
+
+  i64 positions() const { return (m + 2) * (m + 2); }
+  i64 tasks() const { return tile_parts * panel_parts; }
+  std::string describe() const;
+};
+
+WinogradBlocking choose_winograd_blocking(const ConvShape& shape, int m, const DTypeKernels& kernels,
+                                          const CacheSizes& caches, int threads);
+
+// Direct: a convolution is cut into tasks: a group of whole images, or some rows and columns of one; times a range of output channels.
 struct Blocking {
   bool packed = true;  // input rows are copied into the workspace (padded, widened); false: read where they are
   i64 images = 1, rows = 1, cols = 1;  // output rows and columns of one task; rows < P only where images == 1

@@ -1,49 +1,66 @@
-// One convolution with its epilogue, planned once and run many times.
+// One convolution with its epilogue, planned once and run many times: what every algorithm offers. A convolution is a few
+// phases, one after the other; a phase is many tasks, in any order and on any thread.
 #pragma once
 
+#include <memory>
 #include <string>
-#include <vector>
 
 #include "algorithm.h"
 
 namespace fused_resnet {
 
+// Pointers to the first element of each operand; bias and shortcut may be null where the shape has none.
+struct Operands {
+  const void* x = nullptr;
+  const void* weight = nullptr;  // packed
+  const void* bias = nullptr;
+  const void* shortcut = nullptr;
+  void* y = nullptr;
+};
+
 class Convolution {
  public:
   // Throws std::invalid_argument or std::overflow_error for a shape that cannot be computed.
-  Convolution(const ConvShape& shape, DType dtype, int threads);
-  Convolution(const Convolution&) = delete;  // chunks_ points into taps_
+  static std::unique_ptr<Convolution> make(const ConvShape& shape, DType dtype, int threads, const Request& request = {});
+  virtual ~Convolution() = default;
+  Convolution(const Convolution&) = delete;
   Convolution& operator=(const Convolution&) = delete;
 
-  // Pointers to the first element of each operand; bias and shortcut may be null where the shape has none. Throws
-  // std::bad_alloc, before any work, where there is no memory for the workspace.
-  void run(const void* x, const void* packed_weight, const void* bias, const void* shortcut, void* y) const;
+  // Throws std::bad_alloc, before any work, where there is no memory for the workspace.
+  void run(const Operands& operands) const;
 
-  // Writes the packed weight, packed_bytes() bytes.
-  void pack(const void* weight, const Strides& stride, void* out) const;
+  // Writes the packed weight, packed_bytes() bytes. False: it is of no use, because a value that this algorithm derives from
+  // the weight is not finite; only direct convolution gives then what the definition says.
+  virtual bool pack(const void* weight, const Strides& stride, void* out) const = 0;
+  virtual i64 packed_bytes() const = 0;
+  virtual std::string describe() const = 0;
 
-  i64 packed_bytes() const;
-  i64 workspace_bytes() const { return workspace_ * threads_; }
-  const Blocking& blocking() const { return blocking_; }
+  // For whoever runs several convolutions in one parallel region. `shared`: shared_bytes() for all threads together, `mine`:
+  // thread_bytes() for each; both 64-byte aligned. Between two phases all threads must meet.
+  virtual int phases() const = 0;
+  virtual i64 tasks(int phase) const = 0;
+  virtual void run_task(int phase, i64 index, const Operands& operands, char* shared, char* mine) const = 0;
+  virtual i64 shared_bytes() const { return 0; }
+  virtual i64 thread_bytes() const = 0;
+
+  i64 workspace_bytes() const { return shared_bytes() + thread_bytes() * threads_; }
+  int threads() const { return threads_; }
+  const ConvShape& shape() const { return shape_; }
+  const Choice& choice() const { return choice_; }
   const char* isa() const { return isa_; }
 
- private:
-  struct Task;
-  Task task(i64 index) const;
-  void run_task(const Task& task, const void* x, const void* weight, const void* bias, const void* shortcut, void* y,
-                char* workspace) const;
-  void pack_input(const Task& task, const void* x, char* out) const;
+ protected:
+  Convolution(const ConvShape& shape, DType dtype, int threads, const Choice& choice);
+
+  const void* element(const void* data, i64 offset) const {
+    return static_cast<const char*>(data) + offset * kernels_->storage_bytes;
+  }
 
   ConvShape shape_;
   const DTypeKernels* kernels_;
   const char* isa_;
-  Blocking blocking_;
   int threads_;
-  std::vector<Tap> taps_;
-  std::vector<Chunk> chunks_;
-  i64 scratch_ = 0;    // bytes of packed rows in one thread's workspace
-  i64 partial_ = 0;    // ... of accumulators
-  i64 workspace_ = 0;  // ... of all of it
+  Choice choice_;
 };
 
 }  // namespace fused_resnet

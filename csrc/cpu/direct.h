@@ -8,30 +8,10 @@
 #pragma once
 
 #include "kernels.h"
-
-#define FR_UNROLL _Pragma("GCC unroll 32")
+#include "registers.h"
 
 namespace fused_resnet {
 namespace {
-
-inline i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
-
-// Rows of a V::width x V::width matrix in registers become its columns: log2(width) rounds of perfect shuffles.
-template <class V>
-inline void transpose(typename V::reg (&rows)[V::width]) {
-  constexpr int half = V::width / 2;
-  FR_UNROLL
-  for (int round = 1; round < V::width; round *= 2) {
-    typename V::reg next[V::width];
-    FR_UNROLL
-    for (int i = 0; i < half; ++i) {
-      next[2 * i] = V::interleave_low(rows[i], rows[i + half]);
-      next[2 * i + 1] = V::interleave_high(rows[i], rows[i + half]);
-    }
-    FR_UNROLL
-    for (int i = 0; i < V::width; ++i) rows[i] = next[i];
-  }
-}
 
 inline bool consecutive(const i64* offset, i64 count) {
   for (i64 i = 1; i < count; ++i) {

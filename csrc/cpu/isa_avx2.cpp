@@ -1,6 +1,6 @@
 // AVX2 + FMA: 16 registers hold a tile of 6 pixels x 2 vectors, 2 of weights and a broadcast.
 #include "vec_avx2.h"
-#include "pointwise.h"
+#include "table.h"
 
 namespace fused_resnet {
 const KernelTable kAvx2Table = {

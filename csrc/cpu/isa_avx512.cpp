@@ -1,6 +1,6 @@
 // AVX-512: 32 registers hold a tile of 14 pixels x 2 vectors, 2 of weights and a broadcast.
 #include "vec_avx512.h"
-#include "pointwise.h"
+#include "table.h"
 
 namespace fused_resnet {
 const KernelTable kAvx512Table = {

@@ -1,6 +1,6 @@
 // The floor: plain C++ for any machine. A tile of 4 pixels and 2 channels.
 #include "vec_scalar.h"
-#include "pointwise.h"
+#include "table.h"
 
 namespace fused_resnet {
 const KernelTable kScalarTable = {

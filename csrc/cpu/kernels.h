@@ -81,6 +81,62 @@ struct MaskRowArgs {
   i64 grad_step = 1, output_step = 1, sum_step = 1, length = 0;
 };
 
+// Winograd: the transform of one panel of the weight [K, C, 3, 3] to out[position][C][width], zeros beyond K.
+struct WinogradWeightArgs {
+  const void* weight = nullptr;
+  Strides stride;  // n: of K, c: of C, h: of R, w: of S
+  i64 k = 0, c = 0;
+  i64 k_begin = 0, width = 0;
+  void* out = nullptr;
+};
+
+// The input transform of a strip, tiles side by side in one row of tiles, and `channels` channels (a vector at most).
+// Columns run from 0 to tiles * m + 2; those outside [left, right) are zeros.
+struct WinogradInputArgs {
+  const void* row[6] = {};  // column 0 of each of the m + 2 rows; only columns [left, right) are read
+  i64 step[6] = {};         // elements from column to column
+  i64 left = 0, right = 0;
+  i64 tiles = 0, channels = 0;
+  void* scratch = nullptr;  // [m + 2][columns][vector]
+  void* out = nullptr;      // position 0 of the first tile: [position][tile][vector]
+  i64 position_stride = 0;  // elements
+};
+
+// The products at all positions, of one panel of output channels.
+struct WinogradMultiplyArgs {
+  const void* input = nullptr;  // [position][block of channels][tile][vector]
+  i64 position_stride = 0, block_stride = 0;
+  const void* weight = nullptr;  // [position][channel][width]
+  void* product = nullptr;       // [position][tile][width]
+  i64 tiles = 0, channels = 0, width = 0;
+  int positions = 0;
+};
+
+// The output transform of a strip and one panel, and what follows it.
+struct WinogradOutputArgs {
+  const void* product = nullptr;  // position 0 of the first tile
+  i64 position_stride = 0;
+  i64 tiles = 0, width = 0;
+  i64 rows = 0, columns = 0;   // pixels of the strip that exist: rows <= m, columns <= tiles * m
+  i64 k = 0, channel = 0;      // output channels in all; the panel's first
+  const void* bias = nullptr;  // of channel 0; null: none
+  const void* shortcut = nullptr;  // the strip's first pixel, channel 0
+  Strides shortcut_stride;
+  void* y = nullptr;
+  Strides y_stride;
+  bool relu = true;
+  void* scratch = nullptr;  // [m][tiles * m rounded up to a vector][vector]; only where channels are not side by side
+};
+
+// F(m x m, 3x3).
+struct WinogradKernels {
+  int m;
+  bool (*weight)(const WinogradWeightArgs&);  // false: a transformed weight is not finite
+  void (*input)(const WinogradInputArgs&);    // rows in the storage dtype, channels side by side
+  void (*input_packed)(const WinogradInputArgs&);  // rows in the accumulator's type
+  void (*output)(const WinogradOutputArgs&);
+};
+
 struct DTypeKernels {
   int storage_bytes, accumulator_bytes;
   int tile_pixels;   // at most this many pixels share the accumulators
@@ -92,6 +148,8 @@ struct DTypeKernels {
   void (*pass_row)(const PassRowArgs&);
   void (*mask_row)(const MaskRowArgs&);
   void (*store)(void* out, const double* values, i64 count);  // to the storage dtype, rounded once
+  WinogradKernels winograd2, winograd4;
+  void (*winograd_multiply)(const WinogradMultiplyArgs&);
 };
 
 struct KernelTable {

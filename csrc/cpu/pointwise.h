@@ -1,19 +1,11 @@
 // The passes without a convolution, row by row: bias + shortcut + ReLU forward, mask + bias gradient backward.
 #pragma once
 
-#include "direct.h"
+#include "kernels.h"
+#include "registers.h"
 
 namespace fused_resnet {
 namespace {
-
-// `count` elements, `step` apart, as a register.
-template <class V, class S>
-inline typename V::reg load_steps(const S* p, i64 step, i64 count) {
-  if (step == 1) return V::load_n(p, count);
-  S gathered[V::width];
-  for (i64 i = 0; i < count; ++i) gathered[i] = p[i * step];
-  return V::load_n(gathered, count);
-}
 
 template <class V, class S, class X>
 void pass_row_from(const PassRowArgs& a) {
@@ -92,13 +84,6 @@ __attribute__((noinline)) double fma_peak(i64 iterations) {
   V::store(total, sum);
   // A result that is used: the compiler must keep the loop.
   return total[0] == 12345.0f ? 0.0 : double(iterations) * chains * V::width * 2.0;
-}
-
-template <class V, class S, int M>
-constexpr DTypeKernels dtype_kernels() {
-  return DTypeKernels{int(sizeof(S)), int(sizeof(typename V::type)), M, V::width, 2 * V::width, block<V, S, M>,
-                      pack_row<V, S>,  pack_weight<V, S>,             pass_row<V, S>, mask_row<V, S>,
-                      store_values<V, S>};
 }
 
 }  // namespace

@@ -34,6 +34,8 @@ struct Avx512Float {
     _mm256_mask_storeu_epi16(p, mask(n), _mm512_cvtepi32_epi16(chosen));
   }
   static reg add(reg a, reg b) { return _mm512_add_ps(a, b); }
+  static reg sub(reg a, reg b) { return _mm512_sub_ps(a, b); }
+  static reg mul(reg a, reg b) { return _mm512_mul_ps(a, b); }
   static reg fma(reg a, reg b, reg c) { return _mm512_fmadd_ps(a, b, c); }
   static reg relu(reg v) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, zero(), _CMP_NLE_UQ), v); }
   static reg relu_gradient(reg g, reg y) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, zero(), _CMP_NLE_UQ), g); }
@@ -57,6 +59,8 @@ struct Avx512Double {
   static void store(double* p, reg v) { _mm512_storeu_pd(p, v); }
   static void store_n(double* p, reg v, i64 n) { _mm512_mask_storeu_pd(p, mask(n), v); }
   static reg add(reg a, reg b) { return _mm512_add_pd(a, b); }
+  static reg sub(reg a, reg b) { return _mm512_sub_pd(a, b); }
+  static reg mul(reg a, reg b) { return _mm512_mul_pd(a, b); }
   static reg fma(reg a, reg b, reg c) { return _mm512_fmadd_pd(a, b, c); }
   static reg relu(reg v) { return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(v, zero(), _CMP_NLE_UQ), v); }
   static reg relu_gradient(reg g, reg y) { return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(y, zero(), _CMP_NLE_UQ), g); }

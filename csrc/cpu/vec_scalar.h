@@ -25,6 +25,8 @@ struct ScalarVec {
     narrow(v, p);
   }
   static reg add(reg a, reg b) { return a + b; }
+  static reg sub(reg a, reg b) { return a - b; }
+  static reg mul(reg a, reg b) { return a * b; }
   static reg fma(reg a, reg b, reg c) { return a * b + c; }
   static reg relu(reg v) { return fused_resnet::relu(v); }
   static reg relu_gradient(reg g, reg y) { return fused_resnet::relu_gradient(g, y); }

@@ -1,0 +1,201 @@
+#include "direct_convolution.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace fused_resnet {
+namespace {
+
+i64 align64(i64 bytes) { return (bytes + 63) / 64 * 64; }
+
+}  // namespace
+
+struct DirectConvolution::Task {
+  i64 image, images;   // first image and how many
+  i64 row, rows;       // output rows of each image
+  i64 col, cols;       // output columns of each row
+  i64 panel, panels_end;
+};
+
+DirectConvolution::DirectConvolution(const ConvShape& shape, DType dtype, int threads, const Choice& choice)
+    : Convolution(shape, dtype, threads, choice) {
+  blocking_ = choose_blocking(shape_, *kernels_, cache_sizes(), threads_);
+  if (shape_.empty()) return;
+  threads_ = int(std::min<i64>(threads_, blocking_.tasks()));
+
+  const ConvShape& s = shape_;
+  const bool packed = blocking_.packed;
+  const i64 tap_h = packed ? s.dilation_h * blocking_.row_elements() : s.dilation_h * s.x.h;
+  const i64 tap_w = packed ? s.dilation_w * blocking_.pitch : s.dilation_w * s.x.w;
+  // Where a row of taps is one run of memory, it is one tap. A run longer than a chunk is cut.
+  const bool merged = s.s == 1 || (tap_w == s.c && s.dilation_w == 1);
+  const i64 run = merged ? s.s * s.c : s.c;
+  const i64 most = blocking_.chunk;
+  const i64 pieces = (run + most - 1) / most;
+  for (i64 r = 0; r < s.r; ++r) {
+    for (i64 t = 0; t < (merged ? 1 : s.s); ++t) {
+      for (i64 i = 0; i < pieces; ++i) {
+        const i64 begin = run * i / pieces, end = run * (i + 1) / pieces;
+        taps_.push_back({r * tap_h + t * tap_w + begin, end - begin});
+      }
+    }
+  }
+  for (std::size_t i = 0; i < taps_.size(); ++i) {
+    if (chunks_.empty() || chunks_.back().elements + taps_[i].length > most) chunks_.push_back({&taps_[i], 0, 0});
+    ++chunks_.back().count;
+    chunks_.back().elements += taps_[i].length;
+  }
+  if (packed) {
+    const i64 row_bytes =
+        checked_product(checked_product(blocking_.width, blocking_.pitch), kernels_->accumulator_bytes);
+    scratch_ = align64(checked_product(checked_product(blocking_.images, blocking_.slots), row_bytes));
+  }
+  const i64 per_pixel = checked_product(blocking_.pixels(), 3 * sizeof(i64));
+  if (chunks_.size() > 1) {
+    partial_ = checked_product(blocking_.pixels(), kernels_->panel * kernels_->accumulator_bytes);
+  }
+  workspace_ = align64(scratch_ + partial_ + per_pixel);
+  checked_product(workspace_, threads_);
+}
+
+i64 DirectConvolution::packed_bytes() const {
+  const i64 vectors = (shape_.k + kernels_->vector - 1) / kernels_->vector;
+  const i64 reduction = shape_.c * shape_.r * shape_.s;
+  return checked_product(checked_product(vectors * kernels_->vector, reduction), kernels_->accumulator_bytes);
+}
+
+bool DirectConvolution::pack(const void* weight, const Strides& stride, void* out) const {
+  const i64 panels = (shape_.k + kernels_->panel - 1) / kernels_->panel;
+  const i64 reduction = shape_.c * shape_.r * shape_.s;
+  const i64 elements = shape_.k * reduction;
+#pragma omp parallel for schedule(static) num_threads(threads_) if (elements > 65536)
+  for (i64 p = 0; p < panels; ++p) {
+    PackWeightArgs a;
+    a.weight = weight;
+    a.stride = stride;
+    a.k = shape_.k;
+    a.c = shape_.c;
+    a.r = shape_.r;
+    a.s = shape_.s;
+    a.k_begin = p * kernels_->panel;
+    a.width = shape_.k - a.k_begin <= kernels_->vector ? kernels_->vector : kernels_->panel;
+    a.out = static_cast<char*>(out) + a.k_begin * reduction * kernels_->accumulator_bytes;
+    kernels_->pack_weight(a);
+  }
+  return true;
+}
+
+DirectConvolution::Task DirectConvolution::task(i64 index) const {
+  const Blocking& b = blocking_;
+  const i64 panels = (shape_.k + kernels_->panel - 1) / kernels_->panel;
+  Task t;
+  t.panel = index % b.panel_parts * b.panels;
+  index /= b.panel_parts;
+  t.col = index % b.col_parts * b.cols;
+  index /= b.col_parts;
+  t.row = index % b.row_parts * b.rows;
+  index /= b.row_parts;
+  t.image = index * b.images;
+  t.panels_end = std::min(panels, t.panel + b.panels);
+  t.cols = std::min(b.cols, shape_.q - t.col);
+  t.rows = std::min(b.rows, shape_.p - t.row);
+  t.images = std::min(b.images, shape_.n - t.image);
+  return t;
+}
+
+// The input rows that a task needs, with zeros where they fall outside: [images][slots][width][pitch]. A kernel of height
+// (width) 1 takes only the rows (columns) that it reads.
+void DirectConvolution::pack_input(const Task& t, const void* x, char* out) const {
+  const ConvShape& s = shape_;
+  const Blocking& b = blocking_;
+  const i64 bytes = kernels_->accumulator_bytes;
+  const i64 step_h = s.r == 1 ? s.stride_h : 1, step_w = s.s == 1 ? s.stride_w : 1;
+  const i64 slots = s.r == 1 ? t.rows : (t.rows - 1) * s.stride_h + (s.r - 1) * s.dilation_h + 1;
+  const i64 width = s.s == 1 ? t.cols : (t.cols - 1) * s.stride_w + (s.s - 1) * s.dilation_w + 1;
+  const i64 h0 = t.row * s.stride_h - s.pad_top, w0 = t.col * s.stride_w - s.pad_left;
+  // Pixels [left, right) of a row lie inside the input.
+  const i64 left = std::clamp<i64>((-w0 + step_w - 1) / step_w, 0, width);
+  const i64 right = w0 >= s.w ? left : std::clamp<i64>((s.w - 1 - w0) / step_w + 1, left, width);
+  for (i64 image = 0; image < t.images; ++image) {
+    for (i64 slot = 0; slot < slots; ++slot) {
+      char* row = out + (image * b.slots + slot) * b.row_elements() * bytes;
+      const i64 h = h0 + slot * step_h;
+      if (h < 0 || h >= s.h || left >= right) {
+        std::memset(row, 0, std::size_t(width * b.pitch * bytes));
+        continue;
+      }
+      std::memset(row, 0, std::size_t(left * b.pitch * bytes));
+      std::memset(row + right * b.pitch * bytes, 0, std::size_t((width - right) * b.pitch * bytes));
+      PackRowArgs a;
+      const i64 offset = (t.image + image) * s.x.n + h * s.x.h + (w0 + left * step_w) * s.x.w;
+      a.x = static_cast<const char*>(x) + offset * kernels_->storage_bytes;
+      a.stride_c = s.x.c;
+      a.stride_w = s.x.w * step_w;
+      a.pixels = right - left;
+      a.channels = s.c;
+      a.out = row + left * b.pitch * bytes;
+      a.pitch = b.pitch;
+      kernels_->pack_row(a);
+    }
+  }
+}
+
+void DirectConvolution::run_task(int, i64 index, const Operands& operands, char*, char* workspace) const {
+  const Task t = task(index);
+  const ConvShape& s = shape_;
+  const Blocking& b = blocking_;
+  const char* a_data = static_cast<const char*>(operands.x);
+  i64 a_image, a_row, a_col;  // elements of A between images, rows and columns of the output
+  if (b.packed) {
+    pack_input(t, operands.x, workspace);
+    a_data = workspace;
+    a_image = b.slots * b.row_elements();
+    a_row = (s.r == 1 ? 1 : s.stride_h) * b.row_elements();
+    a_col = (s.s == 1 ? 1 : s.stride_w) * b.pitch;
+  } else {
+    a_image = s.x.n;
+    a_row = s.stride_h * s.x.h;
+    a_col = s.stride_w * s.x.w;
+    a_data += (t.image * a_image + t.row * a_row + t.col * a_col) * kernels_->accumulator_bytes;
+  }
+  const i64 pixels = t.images * t.rows * t.cols;
+  const void** base = reinterpret_cast<const void**>(workspace + scratch_ + partial_);
+  i64* y_offset = reinterpret_cast<i64*>(base + pixels);
+  i64* shortcut_offset = y_offset + pixels;
+  i64 m = 0;
+  for (i64 image = 0; image < t.images; ++image) {
+    for (i64 row = 0; row < t.rows; ++row) {
+      const char* a = a_data + (image * a_image + row * a_row) * kernels_->accumulator_bytes;
+      const i64 y0 = (t.image + image) * s.y.n + (t.row + row) * s.y.h + t.col * s.y.w;
+      const i64 shortcut0 = (t.image + image) * s.shortcut.n + (t.row + row) * s.shortcut.h + t.col * s.shortcut.w;
+      for (i64 col = 0; col < t.cols; ++col, ++m) {
+        base[m] = a + col * a_col * kernels_->accumulator_bytes;
+        y_offset[m] = y0 + col * s.y.w;
+        shortcut_offset[m] = shortcut0 + col * s.shortcut.w;
+      }
+    }
+  }
+  BlockArgs args;
+  args.base = base;
+  args.pixels = pixels;
+  args.chunks = chunks_.data();
+  args.chunk_count = i64(chunks_.size());
+  args.partial = workspace + scratch_;
+  args.weight = operands.weight;
+  args.k = s.k;
+  args.panel_begin = t.panel;
+  args.panel_end = t.panels_end;
+  args.bias = s.has_bias ? operands.bias : nullptr;
+  args.shortcut = s.has_shortcut ? operands.shortcut : nullptr;
+  args.shortcut_offset = shortcut_offset;
+  args.shortcut_stride_k = s.shortcut.c;
+  args.y = operands.y;
+  args.y_offset = y_offset;
+  args.y_stride_k = s.y.c;
+  args.relu = s.relu;
+  args.tiles_outside = b.tiles_outside;
+  args.input_run = !b.packed && s.r == 1 && s.s == 1 && a_col == s.c;
+  kernels_->block(args);
+}
+
+}  // namespace fused_resnet

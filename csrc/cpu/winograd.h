@@ -1,0 +1,408 @@
+// Winograd convolution F(m x m, 3x3) on one thread's tiles: the four steps, templates over a vector type V (vec_*.h), a
+// storage type S and the transform F (Winograd2, Winograd4). Included once by each isa_*.cpp; everything has internal linkage.
+//
+//     Y = A' [ sum over c of (G g G') * (B' d B) ] A        Lavin and Gray 2015, arXiv:1509.09308, eq. 12
+//
+// An output tile of m x m pixels needs an input tile d of a x a, a = m + 2. Of each there are a * a "positions", and at each
+// position a product of matrices: [tiles x C] by [C x K]. Every output is the same sequence of operations whatever the
+// blocking, and whichever tiles share a call.
+#pragma once
+
+#include "kernels.h"
+#include "registers.h"
+
+namespace fused_resnet {
+namespace {
+
+// One-dimensional transforms, on registers `stride` apart in an array.
+
+// F(2, 3): points 0, 1, -1 and infinity. Additions only; as exact as direct convolution.
+template <class V>
+struct Winograd2 {
+  using reg = typename V::reg;
+  static constexpr int m = 2, alpha = 4;
+
+  static FR_INLINE void input(const reg (&d)[alpha], reg (&t)[alpha]) {
+    t[0] = V::sub(d[0], d[2]);
+    t[1] = V::add(d[1], d[2]);
+    t[2] = V::sub(d[2], d[1]);
+    t[3] = V::sub(d[1], d[3]);
+  }
+  static FR_INLINE void output(const reg (&p)[alpha], reg (&y)[m]) {
+    y[0] = V::add(V::add(p[0], p[1]), p[2]);
+    y[1] = V::sub(V::sub(p[1], p[2]), p[3]);
+  }
+  template <class T>
+  static FR_INLINE void weight(T g0, T g1, T g2, T (&u)[alpha]) {
+    const T even = (g0 + g2) * T(0.5), odd = g1 * T(0.5);
+    u[0] = g0;
+    u[1] = even + odd;
+    u[2] = even - odd;
+    u[3] = g2;
+  }
+};
+
+// F(4, 3): points 0, +-5/8, +-3/2 and infinity, which lose about half as much as 0, +-1, +-2 and infinity: the powers of the
+// points and of their inverses stay near 1.
+template <class V>
+struct Winograd4 {
+  using reg = typename V::reg;
+  using type = typename V::type;
+  static constexpr int m = 4, alpha = 6;
+  static constexpr double a = 0.625, b = 1.5, a2 = a * a, b2 = b * b;
+
+  static FR_INLINE reg c(double value) { return V::set1(type(value)); }
+
+  // Rows of B': the products of (x - point) over all finite points but one, and over all of them.
+  static FR_INLINE void input(const reg (&d)[alpha], reg (&t)[alpha]) {
+    t[0] = V::fma(d[0], c(a2 * b2), V::fma(d[2], c(-a2 - b2), d[4]));
+    const reg even_a = V::fma(d[2], c(-b2), d[4]), odd_a = V::fma(d[1], c(-b2), d[3]);
+    t[1] = V::fma(odd_a, c(a), even_a);
+    t[2] = V::fma(odd_a, c(-a), even_a);
+    const reg even_b = V::fma(d[2], c(-a2), d[4]), odd_b = V::fma(d[1], c(-a2), d[3]);
+    t[3] = V::fma(odd_b, c(b), even_b);
+    t[4] = V::fma(odd_b, c(-b), even_b);
+    t[5] = V::fma(d[1], c(a2 * b2), V::fma(d[3], c(-a2 - b2), d[5]));
+  }
+  // Rows of A': the powers 0 to 3 of the points.
+  static FR_INLINE void output(const reg (&p)[alpha], reg (&y)[m]) {
+    const reg even_a = V::add(p[1], p[2]), odd_a = V::sub(p[1], p[2]);
+    const reg even_b = V::add(p[3], p[4]), odd_b = V::sub(p[3], p[4]);
+    y[0] = V::add(V::add(p[0], even_a), even_b);
+    y[1] = V::fma(odd_b, c(b), V::mul(odd_a, c(a)));
+    y[2] = V::fma(even_b, c(b2), V::mul(even_a, c(a2)));
+    y[3] = V::fma(odd_b, c(b2 * b), V::fma(odd_a, c(a2 * a), p[5]));
+  }
+  // Rows of G: the powers 0 to 2 of a point over the product of its differences from the other finite points.
+  template <class T>
+  static FR_INLINE void weight(T g0, T g1, T g2, T (&u)[alpha]) {
+    constexpr double na = 1 / (2 * a2 * (a2 - b2)), nb = 1 / (2 * b2 * (b2 - a2));
+    const T even_a = (g0 + g2 * T(a2)) * T(na), odd_a = g1 * T(a * na);
+    const T even_b = (g0 + g2 * T(b2)) * T(nb), odd_b = g1 * T(b * nb);
+    u[0] = g0 * T(1 / (a2 * b2));
+    u[1] = even_a + odd_a;
+    u[2] = even_a - odd_a;
+    u[3] = even_b + odd_b;
+    u[4] = even_b - odd_b;
+    u[5] = g2;
+  }
+};
+
+// Step 0, once for each weight: U = G g G' of one panel, in double precision, rounded once. Returns false where a value is
+// not finite; denormals become 0.
+template <class V, class S, class F>
+bool winograd_weight(const WinogradWeightArgs& a) {
+  using T = typename V::type;
+  constexpr int A = F::alpha, W = V::width;
+  constexpr double tiny = sizeof(T) == sizeof(float) ? 1.17549435e-38 : 2.2250738585072014e-308;
+  constexpr double huge = sizeof(T) == sizeof(float) ? 3.40282347e+38 : 1.7976931348623157e+308;
+  T* out = static_cast<T*>(a.out);
+  bool finite = true;
+  for (i64 j = 0; j < a.width; j += W) {
+    const i64 lanes = smaller(a.k - a.k_begin - j, W);
+    const S* first = static_cast<const S*>(a.weight) + (a.k_begin + j) * a.stride.n;
+    for (i64 c = 0; c < a.c; ++c) {
+      double g[3][3][W] = {};
+      for (i64 k = 0; k < lanes; ++k) {
+        const S* from = first + k * a.stride.n + c * a.stride.c;
+        for (int r = 0; r < 3; ++r) {
+          for (int s = 0; s < 3; ++s) g[r][s][k] = widen(from[r * a.stride.h + s * a.stride.w]);
+        }
+      }
+      double u[A][A][W];
+      bool good = true;
+      for (int k = 0; k < W; ++k) {
+        double rows[3][A];
+        FR_UNROLL
+        for (int s = 0; s < 3; ++s) F::weight(g[0][s][k], g[1][s][k], g[2][s][k], rows[s]);
+        FR_UNROLL
+        for (int i = 0; i < A; ++i) {
+          double line[A];
+          F::weight(rows[0][i], rows[1][i], rows[2][i], line);
+          FR_UNROLL
+          for (int l = 0; l < A; ++l) {
+            const double size = line[l] < 0 ? -line[l] : line[l];
+            good = good & (size <= huge);
+            u[i][l][k] = size < tiny ? 0.0 : line[l];
+          }
+        }
+      }
+      finite = finite && good;
+      for (int i = 0; i < A * A; ++i) {
+        T* to = out + (i * a.c + c) * a.width + j;
+        const double* from = &u[0][0][0] + i * W;
+        for (int k = 0; k < W; ++k) to[k] = T(from[k]);
+      }
+    }
+  }
+  return finite;
+}
+
+// Step 1: V = B' d B of one strip (tiles side by side in one row of tiles) and up to W channels. X is what the rows hold:
+// the storage type, or the accumulator's where rows were packed.
+template <class V, class X, class F>
+void winograd_input(const WinogradInputArgs& a) {
+  using T = typename V::type;
+  using reg = typename V::reg;
+  constexpr int A = F::alpha, W = V::width;
+  const i64 columns = a.tiles * F::m + 2;
+  T* const lines = static_cast<T*>(a.scratch);  // [A][columns][W]: every column transformed once, though tiles share them
+  const i64 pitch = columns * W;
+  const auto vertical = [&](i64 column, auto load) {
+    reg d[A], t[A];
+    FR_UNROLL
+    for (int i = 0; i < A; ++i) d[i] = load(static_cast<const X*>(a.row[i]) + column * a.step[i]);
+    F::input(d, t);
+    FR_UNROLL
+    for (int i = 0; i < A; ++i) V::store(lines + i * pitch + column * W, t[i]);
+  };
+  const auto outside = [&](i64 column) {
+    FR_UNROLL
+    for (int i = 0; i < A; ++i) V::store(lines + i * pitch + column * W, V::zero());
+  };
+  for (i64 column = 0; column < a.left; ++column) outside(column);
+  if (a.channels == W) {
+    for (i64 column = a.left; column < a.right; ++column) vertical(column, [](const X* p) { return V::load_n(p, W); });
+  } else {
+    const i64 n = a.channels;
+    for (i64 column = a.left; column < a.right; ++column) vertical(column, [n](const X* p) { return V::load_n(p, n); });
+  }
+  for (i64 column = a.right; column < columns; ++column) outside(column);
+  T* out = static_cast<T*>(a.out);
+  for (i64 tile = 0; tile < a.tiles; ++tile, out += W) {
+    const T* from = lines + tile * F::m * W;
+    FR_UNROLL
+    for (int i = 0; i < A; ++i) {
+      reg d[A], t[A];
+      FR_UNROLL
+      for (int l = 0; l < A; ++l) d[l] = V::load(from + i * pitch + l * W);
+      F::input(d, t);
+      FR_UNROLL
+      for (int l = 0; l < A; ++l) V::store(out + (i * A + l) * a.position_stride, t[l]);
+    }
+  }
+}
+
+// Step 2: products at every position, of one panel. A register tile is M tiles by NV vectors of output channels.
+template <class V>
+struct MultiplyArgs {
+  const typename V::type* input;   // [block of W channels][tiles][W]
+  i64 block;                       // elements from block to block
+  const typename V::type* weight;  // [C][NV * W]
+  typename V::type* product;       // [tiles][NV * W]
+  i64 channels;
+  const char* prefetch;            // what comes next, on its way into the L2 cache:
+  i64 prefetch_step;               // bytes for each channel
+};
+
+template <class V, int M, int NV>
+__attribute__((noinline)) void multiply_tile(const MultiplyArgs<V>& t) {
+  using T = typename V::type;
+  constexpr int W = V::width, U = W < 4 ? W : 4;
+  typename V::reg acc[M][NV];
+  FR_UNROLL
+  for (int m = 0; m < M; ++m) {
+    FR_UNROLL
+    for (int v = 0; v < NV; ++v) acc[m][v] = V::zero();
+  }
+  const T* weight = t.weight;
+  const char* prefetch = t.prefetch;
+  const auto step = [&](const T* input) FR_INLINE_LAMBDA {
+    typename V::reg w[NV];
+    FR_UNROLL
+    for (int v = 0; v < NV; ++v) w[v] = V::load(weight + v * W);
+    weight += NV * W;
+    __builtin_prefetch(prefetch, 0, 2);
+    prefetch += t.prefetch_step;
+    FR_UNROLL
+    for (int m = 0; m < M; ++m) {
+      const typename V::reg x = V::set1(input[m * W]);
+      FR_UNROLL
+      for (int v = 0; v < NV; ++v) acc[m][v] = V::fma(x, w[v], acc[m][v]);
+    }
+  };
+  const T* block = t.input;
+  i64 left = t.channels;
+  for (; left >= W; left -= W, block += t.block) {
+    for (int j = 0; j < W; j += U) {
+      FR_UNROLL
+      for (int u = 0; u < U; ++u) step(block + j + u);
+    }
+  }
+  for (i64 j = 0; j < left; ++j) step(block + j);
+  FR_UNROLL
+  for (int m = 0; m < M; ++m) {
+    FR_UNROLL
+    for (int v = 0; v < NV; ++v) V::store(t.product + (m * NV + v) * W, acc[m][v]);
+  }
+}
+
+template <class V, int NV, int M, int... Rest>
+struct MultiplyTable : MultiplyTable<V, NV, M - 1, M, Rest...> {};
+template <class V, int NV, int... Rest>
+struct MultiplyTable<V, NV, 0, Rest...> {
+  static constexpr void (*function[sizeof...(Rest)])(const MultiplyArgs<V>&) = {multiply_tile<V, Rest, NV>...};
+};
+
+template <class V, int M>
+void winograd_multiply(const WinogradMultiplyArgs& a) {
+  using T = typename V::type;
+  constexpr int W = V::width;
+  const auto* functions = a.width == W ? MultiplyTable<V, 1, M>::function : MultiplyTable<V, 2, M>::function;
+  const i64 groups = (a.tiles + M - 1) / M;
+  MultiplyArgs<V> t;
+  t.block = a.block_stride;
+  t.channels = a.channels;
+  t.prefetch_step = (a.width * i64(sizeof(T)) + groups - 1) / groups;
+  for (int position = 0; position < a.positions; ++position) {
+    t.weight = static_cast<const T*>(a.weight) + position * a.channels * a.width;
+    const T* input = static_cast<const T*>(a.input) + position * a.position_stride;
+    T* product = static_cast<T*>(a.product) + position * a.tiles * a.width;
+    const char* next = reinterpret_cast<const char*>(t.weight + a.channels * a.width);
+    for (i64 g = 0; g < groups; ++g) {
+      const i64 begin = a.tiles * g / groups, end = a.tiles * (g + 1) / groups;
+      t.input = input + begin * W;
+      t.product = product + begin * a.width;
+      t.prefetch = next + g * t.prefetch_step * a.channels;
+      functions[end - begin - 1](t);
+    }
+  }
+}
+
+// Y = A' M A of one tile and one vector of channels: `product` at a tile, positions `stride` apart.
+template <class V, class F>
+FR_INLINE void inverse(const typename V::type* product, i64 stride, typename V::reg (&y)[F::m][F::m]) {
+  using reg = typename V::reg;
+  constexpr int A = F::alpha;
+  reg half[F::m][A];
+  FR_UNROLL
+  for (int l = 0; l < A; ++l) {
+    reg p[A], t[F::m];
+    FR_UNROLL
+    for (int i = 0; i < A; ++i) p[i] = V::load(product + (i * A + l) * stride);
+    F::output(p, t);
+    FR_UNROLL
+    for (int i = 0; i < F::m; ++i) half[i][l] = t[i];
+  }
+  FR_UNROLL
+  for (int i = 0; i < F::m; ++i) F::output(half[i], y[i]);
+}
+
+// Step 3 for channels side by side in memory: inverse transform, bias, shortcut, ReLU, store.
+template <class V, class S, class F>
+void winograd_output_channels(const WinogradOutputArgs& a) {
+  using T = typename V::type;
+  using reg = typename V::reg;
+  constexpr int W = V::width, m = F::m;
+  for (i64 v = 0; v < a.width; v += W) {
+    const i64 channel = a.channel + v, count = smaller(a.k - channel, W);
+    if (count <= 0) break;
+    const reg bias = a.bias ? V::load_n(static_cast<const S*>(a.bias) + channel, count) : V::zero();
+    const T* product = static_cast<const T*>(a.product) + v;
+    for (i64 tile = 0; tile < a.tiles; ++tile, product += a.width) {
+      reg y[m][m];
+      inverse<V, F>(product, a.position_stride, y);
+      const i64 columns = smaller(a.columns - tile * m, m);
+      S* out = static_cast<S*>(a.y) + tile * m * a.y_stride.w + channel;
+      const S* shortcut = a.shortcut ? static_cast<const S*>(a.shortcut) + tile * m * a.shortcut_stride.w + channel : nullptr;
+      const auto put = [&](int i, int l, auto load, auto store) FR_INLINE_LAMBDA {
+        reg value = V::add(y[i][l], bias);
+        if (shortcut) value = V::add(value, load(shortcut + i * a.shortcut_stride.h + l * a.shortcut_stride.w));
+        if (a.relu) value = V::relu(value);
+        store(out + i * a.y_stride.h + l * a.y_stride.w, value);
+      };
+      if (columns == m && a.rows == m && count == W) {
+        FR_UNROLL
+        for (int i = 0; i < m; ++i) {
+          FR_UNROLL
+          for (int l = 0; l < m; ++l) {
+            put(i, l, [](const S* p) { return V::load_n(p, W); }, [](S* p, reg r) { V::store_n(p, r, W); });
+          }
+        }
+      } else {
+        FR_UNROLL
+        for (int i = 0; i < m; ++i) {
+          FR_UNROLL
+          for (int l = 0; l < m; ++l) {
+            if (i < a.rows && l < columns) {
+              put(i, l, [count](const S* p) { return V::load_n(p, count); },
+                  [count](S* p, reg r) { V::store_n(p, r, count); });
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// Step 3 for any strides: the strip's pixels are turned, so that one register holds the pixels of one channel.
+template <class V, class S, class F>
+void winograd_output_pixels(const WinogradOutputArgs& a) {
+  using T = typename V::type;
+  using reg = typename V::reg;
+  constexpr int W = V::width, m = F::m;
+  T* const lines = static_cast<T*>(a.scratch);  // [m][columns rounded up to W][W]
+  const i64 pitch = (a.tiles * m + W - 1) / W * W * W;
+  for (i64 v = 0; v < a.width; v += W) {
+    const i64 channel = a.channel + v, count = smaller(a.k - channel, W);
+    if (count <= 0) break;
+    const T* product = static_cast<const T*>(a.product) + v;
+    for (i64 tile = 0; tile < a.tiles; ++tile, product += a.width) {
+      reg y[m][m];
+      inverse<V, F>(product, a.position_stride, y);
+      FR_UNROLL
+      for (int i = 0; i < m; ++i) {
+        FR_UNROLL
+        for (int l = 0; l < m; ++l) V::store(lines + i * pitch + (tile * m + l) * W, y[i][l]);
+      }
+    }
+    for (i64 i = 0; i < a.rows; ++i) {
+      for (i64 first = 0; first < a.columns; first += W) {
+        const i64 pixels = smaller(a.columns - first, W);
+        reg rows[W];
+        FR_UNROLL
+        for (int p = 0; p < W; ++p) rows[p] = p < pixels ? V::load(lines + i * pitch + (first + p) * W) : V::zero();
+        transpose<V>(rows);
+        alignas(64) T turned[W][W];
+        FR_UNROLL
+        for (int c = 0; c < W; ++c) V::store(turned[c], rows[c]);
+        for (i64 c = 0; c < count; ++c) {
+          reg value = V::load(turned[c]);
+          if (a.bias) value = V::add(value, V::set1(widen(static_cast<const S*>(a.bias)[channel + c])));
+          if (a.shortcut) {
+            const S* shortcut = static_cast<const S*>(a.shortcut) + (channel + c) * a.shortcut_stride.c +
+                                i * a.shortcut_stride.h + first * a.shortcut_stride.w;
+            value = V::add(value, load_steps<V>(shortcut, a.shortcut_stride.w, pixels));
+          }
+          if (a.relu) value = V::relu(value);
+          S* y = static_cast<S*>(a.y) + (channel + c) * a.y_stride.c + i * a.y_stride.h + first * a.y_stride.w;
+          if (a.y_stride.w == 1) {
+            V::store_n(y, value, pixels);
+          } else {
+            S scattered[W];
+            V::store_n(scattered, value, pixels);
+            for (i64 p = 0; p < pixels; ++p) y[p * a.y_stride.w] = scattered[p];
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class V, class S, class F>
+void winograd_output(const WinogradOutputArgs& a) {
+  if (a.y_stride.c == 1 && (!a.shortcut || a.shortcut_stride.c == 1)) {
+    winograd_output_channels<V, S, F>(a);
+  } else {
+    winograd_output_pixels<V, S, F>(a);
+  }
+}
+
+template <class V, class S, class F>
+constexpr WinogradKernels winograd_kernels() {
+  return WinogradKernels{F::m, winograd_weight<V, S, F>, winograd_input<V, S, F>, winograd_input<V, typename V::type, F>,
+                         winograd_output<V, S, F>};
+}
+
+}  // namespace
+}  // namespace fused_resnet

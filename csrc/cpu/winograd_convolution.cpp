@@ -1,0 +1,206 @@
+#include "winograd_convolution.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+namespace fused_resnet {
+namespace {
+
+i64 align64(i64 bytes) { return (bytes + 63) / 64 * 64; }
+
+// So many columns of a strip, transformed, stay in the L1 cache.
+constexpr i64 kStripPixels = 56;
+
+alignas(64) const char kZeros[64] = {};
+
+}  // namespace
+
+WinogradConvolution::WinogradConvolution(const ConvShape& shape, DType dtype, int threads, const Choice& choice)
+    : Convolution(shape, dtype, threads, choice) {
+  const int m = choice.algorithm == Algorithm::winograd2 ? 2 : 4;
+  winograd_ = m == 2 ? &kernels_->winograd2 : &kernels_->winograd4;
+  blocking_ = choose_winograd_blocking(shape_, m, *kernels_, cache_sizes(), threads_);
+  threads_ = int(std::min<i64>(threads_, blocking_.tasks()));
+  checked_product(thread_bytes(), threads_);
+}
+
+i64 WinogradConvolution::position_stride(i64 tiles) const {
+  // Not a multiple of 4 KiB: the stores of one tile go to all positions, and would fall into one set of the L1 cache.
+  const i64 elements = checked_product(checked_product(blocks(), tiles), kernels_->vector);
+  return elements * kernels_->accumulator_bytes % 4096 == 0 ? elements + 64 / kernels_->accumulator_bytes : elements;
+}
+
+i64 WinogradConvolution::transformed_bytes(i64 tiles) const {
+  return align64(checked_product(checked_product(position_stride(tiles), blocking_.positions()), kernels_->accumulator_bytes));
+}
+
+i64 WinogradConvolution::strip_columns() const {
+  return std::min(std::min(kStripPixels / blocking_.m, blocking_.tiles), blocking_.cols) * blocking_.m + 2;
+}
+
+i64 WinogradConvolution::thread_bytes() const {
+  const i64 bytes = kernels_->accumulator_bytes, columns = strip_columns() + kernels_->vector;
+  // Lines of a strip, transformed in one direction or before they are turned; and as many packed rows.
+  const i64 strip = align64(2 * (blocking_.m + 2) * columns * kernels_->vector * bytes);
+  const i64 product = align64(checked_product(blocking_.positions() * blocking_.tiles, kernels_->panel * bytes));
+  return strip + product + (blocking_.shared ? 0 : transformed_bytes(blocking_.tiles));
+}
+
+i64 WinogradConvolution::packed_bytes() const {
+  const i64 vectors = (shape_.k + kernels_->vector - 1) / kernels_->vector * kernels_->vector;
+  return checked_product(checked_product(vectors * blocking_.positions(), shape_.c), kernels_->accumulator_bytes);
+}
+
+bool WinogradConvolution::pack(const void* weight, const Strides& stride, void* out) const {
+  std::atomic<bool> finite{true};
+  const i64 per_channel = blocking_.positions() * shape_.c * kernels_->accumulator_bytes;
+#pragma omp parallel for schedule(static) num_threads(threads_) if (shape_.k * shape_.c > 4096)
+  for (i64 p = 0; p < panels(); ++p) {
+    WinogradWeightArgs a;
+    a.weight = weight;
+    a.stride = stride;
+    a.k = shape_.k;
+    a.c = shape_.c;
+    a.k_begin = p * kernels_->panel;
+    a.width = shape_.k - a.k_begin <= kernels_->vector ? kernels_->vector : kernels_->panel;
+    a.out = static_cast<char*>(out) + a.k_begin * per_channel;
+    if (!winograd_->weight(a)) finite = false;
+  }
+  return finite;
+}
+
+WinogradConvolution::Strip WinogradConvolution::strip(i64 tile, i64 end) const {
+  const i64 per_image = blocking_.rows * blocking_.cols;
+  Strip s;
+  s.image = tile / per_image;
+  s.row = tile % per_image / blocking_.cols;
+  s.col = tile % blocking_.cols;
+  s.tiles = std::min({end - tile, blocking_.cols - s.col, std::max<i64>(kStripPixels / blocking_.m, 1)});
+  return s;
+}
+
+// The transformed input of tiles [begin, end) and one block of channels. `out` holds `tiles` tiles, tile `first` the first.
+void WinogradConvolution::transform(i64 begin, i64 end, i64 block, const void* x, char* out, i64 first, i64 tiles,
+                                    char* scratch) const {
+  const ConvShape& s = shape_;
+  const i64 m = blocking_.m, bytes = kernels_->accumulator_bytes, vector = kernels_->vector;
+  const i64 channels = std::min(vector, s.c - block * vector);
+  const bool in_place = s.x.c == 1 || channels == 1;
+  char* const packed = scratch + (m + 2) * (strip_columns() + vector) * vector * bytes;
+  for (i64 tile = begin; tile < end;) {
+    const Strip t = strip(tile, end);
+    const i64 h0 = t.row * m - s.pad_top, w0 = t.col * m - s.pad_left, columns = t.tiles * m + 2;
+    WinogradInputArgs a;
+    a.left = std::clamp<i64>(-w0, 0, columns);
+    a.right = std::clamp<i64>(s.w - w0, a.left, columns);
+    a.tiles = t.tiles;
+    a.channels = channels;
+    a.scratch = scratch;
+    a.position_stride = position_stride(tiles);
+    a.out = out + (block * tiles + tile - first) * vector * bytes;
+    for (i64 i = 0; i < m + 2; ++i) {
+      const i64 h = h0 + i;
+      a.row[i] = kZeros;
+      if (h < 0 || h >= s.h || a.left >= a.right) continue;
+      const i64 offset = t.image * s.x.n + block * vector * s.x.c + h * s.x.h + w0 * s.x.w;
+      a.row[i] = element(x, offset);
+      a.step[i] = s.x.w;
+      if (!in_place) {
+        PackRowArgs p;
+        p.x = element(x, offset + a.left * s.x.w);
+        p.stride_c = s.x.c;
+        p.stride_w = s.x.w;
+        p.pixels = a.right - a.left;
+        p.channels = channels;
+        p.pitch = vector;
+        char* const row = packed + i * columns * vector * bytes;
+        p.out = row + a.left * vector * bytes;
+        kernels_->pack_row(p);
+        a.row[i] = row;
+        a.step[i] = vector;
+      }
+    }
+    (in_place ? winograd_->input : winograd_->input_packed)(a);
+    tile += t.tiles;
+  }
+}
+
+// From the products of tiles [begin, end) and one panel to the output.
+void WinogradConvolution::finish(i64 begin, i64 end, i64 panel, const Operands& operands, const char* product,
+                                 char* scratch) const {
+  const ConvShape& s = shape_;
+  const i64 m = blocking_.m, bytes = kernels_->accumulator_bytes;
+  WinogradOutputArgs a;
+  a.k = s.k;
+  a.channel = panel * kernels_->panel;
+  a.width = s.k - a.channel <= kernels_->vector ? kernels_->vector : kernels_->panel;
+  a.position_stride = (end - begin) * a.width;
+  a.bias = s.has_bias ? operands.bias : nullptr;
+  a.shortcut_stride = s.shortcut;
+  a.y_stride = s.y;
+  a.relu = s.relu;
+  a.scratch = scratch;
+  for (i64 tile = begin; tile < end;) {
+    const Strip t = strip(tile, end);
+    const i64 p = t.row * m, q = t.col * m;
+    a.product = product + (tile - begin) * a.width * bytes;
+    a.tiles = t.tiles;
+    a.rows = std::min(m, s.p - p);
+    a.columns = std::min(t.tiles * m, s.q - q);
+    a.y = const_cast<void*>(element(operands.y, t.image * s.y.n + p * s.y.h + q * s.y.w));
+    if (s.has_shortcut) {
+      a.shortcut = element(operands.shortcut, t.image * s.shortcut.n + p * s.shortcut.h + q * s.shortcut.w);
+    }
+    winograd_->output(a);
+    tile += t.tiles;
+  }
+}
+
+i64 WinogradConvolution::tasks(int phase) const {
+  if (shape_.empty()) return 0;
+  return blocking_.shared && phase == 0 ? blocks() * shape_.n * blocking_.rows : blocking_.tasks();
+}
+
+void WinogradConvolution::run_task(int phase, i64 index, const Operands& operands, char* shared, char* mine) const {
+  const WinogradBlocking& b = blocking_;
+  const i64 bytes = kernels_->accumulator_bytes, vector = kernels_->vector;
+  const i64 product_bytes = align64(b.positions() * b.tiles * kernels_->panel * bytes);
+  char* const product = mine;
+  char* const transformed = mine + product_bytes;
+  char* const scratch = b.shared ? transformed : transformed + transformed_bytes(b.tiles);
+  if (b.shared && phase == 0) {
+    // One row of tiles, one block of channels.
+    const i64 begin = index / blocks() * b.cols;
+    transform(begin, begin + b.cols, index % blocks(), operands.x, shared, 0, all_tiles(), scratch);
+    return;
+  }
+  const i64 part = index / b.panel_parts, panel_begin = index % b.panel_parts * b.panels;
+  const i64 panel_end = std::min(panels(), panel_begin + b.panels);
+  const i64 begin = part * b.tiles, end = std::min(begin + b.tiles, all_tiles());
+  const char* input = shared + begin * vector * bytes;
+  i64 held = all_tiles();
+  if (!b.shared) {
+    held = end - begin;
+    for (i64 block = 0; block < blocks(); ++block) {
+      transform(begin, end, block, operands.x, transformed, begin, held, scratch);
+    }
+    input = transformed;
+  }
+  for (i64 panel = panel_begin; panel < panel_end; ++panel) {
+    WinogradMultiplyArgs a;
+    a.input = input;
+    a.position_stride = position_stride(held);
+    a.block_stride = held * vector;
+    a.width = shape_.k - panel * kernels_->panel <= vector ? vector : kernels_->panel;
+    a.weight = static_cast<const char*>(operands.weight) + panel * kernels_->panel * b.positions() * shape_.c * bytes;
+    a.product = product;
+    a.tiles = end - begin;
+    a.channels = shape_.c;
+    a.positions = int(b.positions());
+    kernels_->winograd_multiply(a);
+    finish(begin, end, panel, operands, product, scratch);
+  }
+}
+
+}  // namespace fused_resnet

@@ -1,0 +1,42 @@
+// Winograd convolution F(2x2, 3x3) and F(4x4, 3x3): 3x3 kernels with stride and dilation 1.
+#pragma once
+
+#include "convolution.h"
+
+namespace fused_resnet {
+
+class WinogradConvolution final : public Convolution {
+ public:
+  WinogradConvolution(const ConvShape& shape, DType dtype, int threads, const Choice& choice);
+
+  bool pack(const void* weight, const Strides& stride, void* out) const override;
+  i64 packed_bytes() const override;
+  std::string describe() const override { return blocking_.describe(); }
+
+  int phases() const override { return blocking_.shared ? 2 : 1; }
+  i64 tasks(int phase) const override;
+  void run_task(int phase, i64 index, const Operands& operands, char* shared, char* mine) const override;
+  i64 shared_bytes() const override { return blocking_.shared ? transformed_bytes(all_tiles()) : 0; }
+  i64 thread_bytes() const override;
+
+ private:
+  // Tiles side by side in one row of tiles.
+  struct Strip {
+    i64 image, row, col, tiles;
+  };
+  Strip strip(i64 tile, i64 end) const;  // the first tiles of [tile, end)
+  i64 all_tiles() const { return shape_.n * blocking_.rows * blocking_.cols; }
+  i64 blocks() const { return (shape_.c + kernels_->vector - 1) / kernels_->vector; }  // of channels, a vector each
+  i64 panels() const { return (shape_.k + kernels_->panel - 1) / kernels_->panel; }
+  i64 position_stride(i64 tiles) const;  // of the transformed input of so many tiles: elements
+  i64 transformed_bytes(i64 tiles) const;
+  i64 strip_columns() const;             // the most that a strip reads
+
+  void transform(i64 begin, i64 end, i64 block, const void* x, char* out, i64 first, i64 tiles, char* scratch) const;
+  void finish(i64 begin, i64 end, i64 panel, const Operands& operands, const char* product, char* scratch) const;
+
+  WinogradBlocking blocking_;
+  const WinogradKernels* winograd_;
+};
+
+}  // namespace fused_resnet
