@@ -21,7 +21,7 @@ using Two = std::array<i64, 2>;
 
 namespace {
 
-constexpr int kInterface = 1;  // fused_resnet/_extension.py holds the same number
+constexpr int kInterface = 2;  // fused_resnet/_extension.py holds the same number
 
 const void* in(Pointer p) { return reinterpret_cast<const void*>(p); }
 void* out(Pointer p) { return reinterpret_cast<void*>(p); }
@@ -151,6 +151,14 @@ PYBIND11_MODULE(_cpu, m) {
       .def_property_readonly("packed_bytes", &fr::Convolution::packed_bytes)
       .def_property_readonly("workspace_bytes", &fr::Convolution::workspace_bytes)
       .def_property_readonly("isa", &fr::Convolution::isa)
+      .def_property_readonly("algorithm",
+                             [](const fr::Convolution& c) {
+                               switch (c.choice().algorithm) {
+                                 case fr::Algorithm::winograd2: return "winograd2";
+                                 case fr::Algorithm::winograd4: return "winograd4";
+                                 default: return "direct";
+                               }
+                             })
       .def("describe", &fr::Convolution::describe)
       .def_property_readonly("reason", [](const fr::Convolution& c) { return c.choice().reason; });
 

@@ -2,6 +2,7 @@
 
 from . import models, nn, reference
 from ._derived import clear as clear_derived
+from ._numerics import get_numerics, set_numerics
 from ._version import __version__
 from .fusion import FusionReport, fuse_, unfuse_
 from .ops import bias_add_relu, conv_bias_add_relu, why_not
@@ -13,9 +14,11 @@ __all__ = [
     "clear_derived",
     "conv_bias_add_relu",
     "fuse_",
+    "get_numerics",
     "models",
     "nn",
     "reference",
+    "set_numerics",
     "unfuse_",
     "why_not",
 ]

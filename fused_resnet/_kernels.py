@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._arguments import Padding, Pair, check_convolution, is_channels_last, output_format
 from ._derived import derive
+from . import _numerics
 from ._extension import cpu
 from ._select import reasons
 
@@ -23,6 +24,7 @@ _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "
 _MOST_PLANS = 4096  # beyond this many shapes, start over: a plan is cheap to make again
 _UNKNOWN: Any = object()
 _plans: dict[Any, Any] = {}  # layouts and parameters -> Plan, or None for the general path
+_algorithm = "auto"
 
 
 def convolution(
@@ -66,6 +68,7 @@ def cached(
             None if shortcut is None else (shortcut.shape, shortcut.stride(), shortcut.dtype, shortcut.is_cpu),
             parameters,
             torch.get_num_threads(),
+            _numerics.current,
         )
     except AttributeError:  # None, or no tensor at all: making the plan says so
         return make(input, weight, bias, shortcut, *parameters)
@@ -93,36 +96,46 @@ def _plan(
     assert cpu is not None
     output_strides = torch.empty(shape, device="meta", memory_format=output_format(input, weight, shape)).stride()
     dtype = input.dtype
-    kernel = cpu.Convolution(
-        _DTYPES[dtype],
-        tuple(input.shape),
-        tuple(weight.shape),
-        shape,
-        stride,
-        (padding.top, padding.left),
-        dilation,
-        input.stride(),
-        output_strides,
-        None if shortcut is None else shortcut.stride(),
-        bias is not None,
-        relu,
-        threads,
-    )
-    run, packed_bytes, tag = kernel.run, kernel.packed_bytes, ("packed", kernel.isa)
-    bias_strided = bias is not None and not bias.is_contiguous()
+    has_bias, bias_strided = bias is not None, bias is not None and not bias.is_contiguous()
+
+    def make(algorithm: str) -> Any:
+        assert cpu is not None
+        return cpu.Convolution(
+            _DTYPES[dtype],
+            tuple(input_shape),
+            tuple(weight_shape),
+            shape,
+            stride,
+            (padding.top, padding.left),
+            dilation,
+            input_strides,
+            output_strides,
+            shortcut_strides,
+            has_bias,
+            relu,
+            threads,
+            algorithm,
+            _numerics.current == "strict",
+        )
+
+    input_shape, input_strides, weight_shape = input.shape, input.stride(), weight.shape
+    shortcut_strides = None if shortcut is None else shortcut.stride()
+    kernel = make(_algorithm)
+    run, pack = kernel.run, _packer(kernel)
+    fallback: list[Any] = []
 
     def call(input: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Tensor | None) -> Tensor:
-        def pack() -> Tensor:
-            packed = torch.empty(packed_bytes, dtype=torch.uint8)
-            kernel.pack(weight.data_ptr(), weight.stride(), packed.data_ptr())
-            return packed
-
-        packed = derive(tag, (weight,), pack)
+        execute, packed = run, pack(weight)
+        if packed is None:  # what Winograd derives from this weight is not finite: only direct convolution is right then
+            if not fallback:
+                direct = make("direct")
+                fallback.extend((direct.run, _packer(direct)))
+            execute, packed = fallback[0], fallback[1](weight)
         output = torch.empty_strided(shape, output_strides, dtype=dtype)
         if bias_strided:
             assert bias is not None
             bias = bias.contiguous()
-        run(
+        execute(
             input.data_ptr(),
             packed.data_ptr(),
             0 if bias is None else bias.data_ptr(),
@@ -133,6 +146,20 @@ def _plan(
 
     call.kernel = kernel  # type: ignore[attr-defined]  # what tests and `env` ask: instruction set, blocking, workspace
     return call
+
+
+def _packer(kernel: Any) -> Callable[[Tensor], Tensor | None]:
+    """The packed weight of a kernel, kept until the weight changes; None where it is of no use (see ``pack``)."""
+    tag, packed_bytes, pack = ("packed", kernel.isa, kernel.algorithm), kernel.packed_bytes, kernel.pack
+
+    def packed(weight: Tensor) -> Tensor | None:
+        def make() -> Tensor | None:
+            buffer = torch.empty(packed_bytes, dtype=torch.uint8)
+            return buffer if pack(weight.data_ptr(), weight.stride(), buffer.data_ptr()) else None
+
+        return derive(tag, (weight,), make)
+
+    return packed
 
 
 def bias_add_relu(
@@ -222,4 +249,11 @@ def use_isa(name: str) -> None:
     """Compute with this instruction set from now on. For tests and benchmarks; users set FUSED_RESNET_ISA."""
     assert cpu is not None
     cpu.set_isa(name)
+    _plans.clear()
+
+
+def use_algorithm(name: str) -> None:
+    """Compute with this algorithm wherever it can: auto, direct, winograd2 or winograd4. For tests and benchmarks."""
+    global _algorithm
+    _algorithm = name
     _plans.clear()

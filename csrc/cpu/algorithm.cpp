@@ -1,6 +1,8 @@
 #include "algorithm.h"
 
 #include <algorithm>
+#include <cmath>
+#include <cstdio>
 
 namespace fused_resnet {
 namespace {
@@ -9,6 +11,14 @@ i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
 // Of the L2 cache, for what a task of a Winograd convolution reads again and again.
 constexpr double kWinogradShare = 0.6;
+// Winograd's transforms of one tile and one vector of channels, input or output, in FMA slots: measured, and about twice the
+// instructions, for they load and store as much as they calculate.
+constexpr double kTransform4Slots = 300, kTransform2Slots = 100;
+// Bytes that come from the L3 cache and from memory while one FMA issues (AMD Zen 5: 97 and 41 GB/s, 8.3e9 FMAs a second).
+constexpr double kL3BytesPerSlot = 11.6, kMemoryBytesPerSlot = 5;
+// What one process can hope to find in the L3 cache, whatever the system says of its size: it is shared.
+constexpr i64 kUsableL3 = 32 << 20;
+constexpr double kWorthWhile = 0.95;  // an estimate closer to direct than this is no reason to change
 // Pixels of a task: enough that a panel of weights, which comes from the L2 or L3 cache, is used many times.
 constexpr i64 kTargetPixels = 168;
 // Weights of one chunk of a panel: small enough that two of them and the input of a task share the L2 cache.
@@ -25,14 +35,89 @@ bool winograd_fits(const ConvShape& s) {
   return s.r == 3 && s.s == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1;
 }
 
+// What limits a convolution, counted in FMA instructions that one thread could have issued meanwhile.
+struct Cost {
+  double arithmetic = 0;  // FMAs and what waits for them
+  double weights = 0;     // the packed weights on their way to the L2 cache, while the FMAs run
+  double total() const { return std::max(arithmetic, weights); }
+};
+
+// FMA slots of one step of a register tile: its FMAs; or its loads, two at a time as the FMAs; or the latency of an FMA.
+double tile_slots(double rows, double vectors) { return std::max({rows * vectors, rows + vectors, 8.0}); }
+
+// Slots for `rows` rows (pixels or tiles) times all output channels times `steps` elements of the reduction.
+double product_slots(double rows, const ConvShape& s, const DTypeKernels& kernels, double steps) {
+  if (rows <= 0) return 0;
+  const double groups = std::ceil(rows / kernels.tile_pixels), vectors = std::ceil(double(s.k) / kernels.vector);
+  const double pairs = std::floor(vectors / 2), single = vectors - 2 * pairs, each = rows / groups;
+  return groups * steps * (pairs * tile_slots(each, 2) + single * tile_slots(each, 1));
+}
+
+double weight_slots(double bytes, const CacheSizes& caches) {
+  if (bytes < 0.5 * double(caches.l2)) return 0;
+  return bytes / (bytes < 0.5 * double(kUsableL3) ? kL3BytesPerSlot : kMemoryBytesPerSlot);
+}
+
+Cost direct_cost(const ConvShape& s, const DTypeKernels& kernels, const CacheSizes& caches, int threads) {
+  const double pixels = double(s.n) * double(s.p) * double(s.q), reduction = double(s.c) * double(s.r) * double(s.s);
+  const double vectors = std::ceil(double(s.k) / kernels.vector) * kernels.vector;
+  Cost cost;
+  cost.arithmetic = product_slots(pixels, s, kernels, reduction) / threads;
+  cost.weights = weight_slots(vectors * reduction * kernels.accumulator_bytes, caches);
+  return cost;
+}
+
+Cost winograd_cost(const ConvShape& s, int m, const DTypeKernels& kernels, const CacheSizes& caches, int threads) {
+  const WinogradBlocking b = choose_winograd_blocking(s, m, kernels, caches, threads);
+  const double tiles = double(s.n) * double(b.rows) * double(b.cols), positions = double(b.positions());
+  const double in = std::ceil(double(s.c) / kernels.vector), out = std::ceil(double(s.k) / kernels.vector);
+  const double transforms = tiles * (in + out) * (m == 4 ? kTransform4Slots : kTransform2Slots);
+  const double passes = b.shared ? std::ceil(tiles / double(b.tiles)) : double(b.tile_parts);
+  Cost cost;
+  cost.arithmetic = (positions * product_slots(tiles, s, kernels, double(s.c)) + transforms) / threads;
+  cost.weights =
+      passes / threads * weight_slots(positions * out * kernels.vector * double(s.c) * kernels.accumulator_bytes, caches);
+  return cost;
+}
+
+std::string two_digits(double value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.2f", value);
+  return text;
+}
+
 }  // namespace
 
 Choice choose_algorithm(const ConvShape& s, const DTypeKernels& kernels, const CacheSizes& caches, int threads,
                         const Request& request) {
-  (void)kernels, (void)caches, (void)threads;
   Choice choice;
-  if (s.empty() || !winograd_fits(s)) return choice;
-  if (!request.automatic) choice.algorithm = request.algorithm;
+  if (s.empty()) {
+    choice.reason = "the output is empty";
+    return choice;
+  }
+  if (!winograd_fits(s)) {
+    choice.reason = "direct: Winograd is for 3x3 kernels with stride and dilation 1";
+    return choice;
+  }
+  if (!request.automatic) {
+    choice.algorithm = request.algorithm;
+    choice.reason = "as requested";
+    return choice;
+  }
+  if (kernels.accumulator_bytes != sizeof(float)) {
+    choice.reason = "direct: float64 is for precision";
+    return choice;
+  }
+  const double direct = direct_cost(s, kernels, caches, threads).total();
+  const double two = winograd_cost(s, 2, kernels, caches, threads).total() / direct;
+  const double four = winograd_cost(s, 4, kernels, caches, threads).total() / direct;
+  choice.reason = "estimated time over direct: F(2x2, 3x3) " + two_digits(two) + ", F(4x4, 3x3) " + two_digits(four);
+  if (request.strict) choice.reason += " (not with strict numerics)";
+  if (!request.strict && four < two && four < kWorthWhile) {
+    choice.algorithm = Algorithm::winograd4;
+  } else if (two < kWorthWhile) {
+    choice.algorithm = Algorithm::winograd2;
+  }
   return choice;
 }
 

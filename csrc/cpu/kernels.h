@@ -102,6 +102,13 @@ struct WinogradInputArgs {
   i64 position_stride = 0;  // elements
 };
 
+// Memory that will be wanted soon: `count` pieces of `lines` cache lines, `stride` bytes apart.
+struct AheadRun {
+  const char* first;
+  i64 stride, count, lines;
+  bool write;
+};
+
 // The products at all positions, of one panel of output channels.
 struct WinogradMultiplyArgs {
   const void* input = nullptr;  // [position][block of channels][tile][vector]
@@ -110,6 +117,8 @@ struct WinogradMultiplyArgs {
   void* product = nullptr;       // [position][tile][width]
   i64 tiles = 0, channels = 0, width = 0;
   int positions = 0;
+  const AheadRun* ahead = nullptr;  // fetched into the L2 cache meanwhile
+  i64 ahead_runs = 0;
 };
 
 // The output transform of a strip and one panel, and what follows it.

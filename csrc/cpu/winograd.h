@@ -244,6 +244,41 @@ struct MultiplyTable<V, NV, 0, Rest...> {
   static constexpr void (*function[sizeof...(Rest)])(const MultiplyArgs<V>&) = {multiply_tile<V, Rest, NV>...};
 };
 
+// Fetches runs of memory a few pieces at a time, between two calculations that need none.
+class Ahead {
+ public:
+  Ahead(const AheadRun* runs, i64 count, i64 calls) : run_(runs), end_(runs + count) {
+    i64 pieces = 0;
+    for (i64 i = 0; i < count; ++i) pieces += runs[i].count;
+    quota_ = (pieces + calls - 1) / calls;
+  }
+  void fetch() {
+    for (i64 left = quota_; left > 0 && run_ < end_;) {
+      const i64 count = smaller(left, run_->count - piece_);
+      const char* p = run_->first + piece_ * run_->stride;
+      for (i64 i = 0; i < count; ++i, p += run_->stride) {
+        for (i64 line = 0; line < run_->lines; ++line) {
+          if (run_->write) {
+            __builtin_prefetch(p + line * 64, 1, 2);
+          } else {
+            __builtin_prefetch(p + line * 64, 0, 2);
+          }
+        }
+      }
+      left -= count;
+      piece_ += count;
+      if (piece_ == run_->count) {
+        ++run_;
+        piece_ = 0;
+      }
+    }
+  }
+
+ private:
+  const AheadRun *run_, *end_;
+  i64 piece_ = 0, quota_;
+};
+
 template <class V, int M>
 void winograd_multiply(const WinogradMultiplyArgs& a) {
   using T = typename V::type;
@@ -254,6 +289,7 @@ void winograd_multiply(const WinogradMultiplyArgs& a) {
   t.block = a.block_stride;
   t.channels = a.channels;
   t.prefetch_step = (a.width * i64(sizeof(T)) + groups - 1) / groups;
+  Ahead ahead(a.ahead, a.ahead_runs, a.positions * groups);
   for (int position = 0; position < a.positions; ++position) {
     t.weight = static_cast<const T*>(a.weight) + position * a.channels * a.width;
     const T* input = static_cast<const T*>(a.input) + position * a.position_stride;
@@ -264,6 +300,7 @@ void winograd_multiply(const WinogradMultiplyArgs& a) {
       t.input = input + begin * W;
       t.product = product + begin * a.width;
       t.prefetch = next + g * t.prefetch_step * a.channels;
+      ahead.fetch();
       functions[end - begin - 1](t);
     }
   }

@@ -157,6 +157,42 @@ void WinogradConvolution::finish(i64 begin, i64 end, i64 panel, const Operands& 
   }
 }
 
+// What the epilogue of this panel will touch, and a share of the input of the tiles from `next` on.
+void WinogradConvolution::look_ahead(i64 begin, i64 end, i64 next, i64 panel, const Operands& operands,
+                                     std::vector<AheadRun>& runs) const {
+  const ConvShape& s = shape_;
+  const i64 m = blocking_.m, size = kernels_->storage_bytes, first = panel * kernels_->panel;
+  const i64 lines = (std::min(kernels_->panel + i64(0), s.k - first) * size + 63) / 64;
+  runs.clear();
+  const auto add = [&](const void* data, const Strides& stride, const Strip& t, bool write) {
+    const i64 columns = std::min(t.tiles * m, s.q - t.col * m);
+    for (i64 p = t.row * m; p < std::min(t.row * m + m, s.p); ++p) {
+      const i64 offset = t.image * stride.n + first * stride.c + p * stride.h + t.col * m * stride.w;
+      runs.push_back({static_cast<const char*>(element(data, offset)), stride.w * size, columns, lines, write});
+    }
+  };
+  for (i64 tile = begin; tile < end;) {
+    const Strip t = strip(tile, end);
+    if (s.has_shortcut && s.shortcut.c == 1) add(operands.shortcut, s.shortcut, t, false);
+    if (s.y.c == 1) add(operands.y, s.y, t, true);
+    tile += t.tiles;
+  }
+  if (s.x.c != 1) return;
+  const i64 next_end = std::min(next + end - begin, all_tiles());
+  i64 line = 0;
+  for (i64 tile = next; tile < next_end;) {
+    const Strip t = strip(tile, next_end);
+    const i64 w0 = std::max<i64>(t.col * m - s.pad_left, 0), w1 = std::min(t.col * m - s.pad_left + t.tiles * m + 2, s.w);
+    for (i64 i = 0; i < m; ++i, ++line) {
+      const i64 h = t.row * m - s.pad_top + i + 1;
+      if (line % panels() != panel || h < 0 || h >= s.h || w0 >= w1) continue;
+      const char* from = static_cast<const char*>(element(operands.x, t.image * s.x.n + h * s.x.h + w0 * s.x.w));
+      runs.push_back({from, s.x.w * size, w1 - w0, (s.c * size + 63) / 64, false});
+    }
+    tile += t.tiles;
+  }
+}
+
 i64 WinogradConvolution::tasks(int phase) const {
   if (shape_.empty()) return 0;
   return blocking_.shared && phase == 0 ? blocks() * shape_.n * blocking_.rows : blocking_.tasks();
@@ -187,8 +223,13 @@ void WinogradConvolution::run_task(int phase, i64 index, const Operands& operand
     }
     input = transformed;
   }
+  static thread_local std::vector<AheadRun> runs;
+  const i64 next = b.shared ? all_tiles() : (part + threads_) * b.tiles;
   for (i64 panel = panel_begin; panel < panel_end; ++panel) {
+    look_ahead(begin, end, next, panel, operands, runs);
     WinogradMultiplyArgs a;
+    a.ahead = runs.data();
+    a.ahead_runs = i64(runs.size());
     a.input = input;
     a.position_stride = position_stride(held);
     a.block_stride = held * vector;

@@ -1,6 +1,8 @@
 // Winograd convolution F(2x2, 3x3) and F(4x4, 3x3): 3x3 kernels with stride and dilation 1.
 #pragma once
 
+#include <vector>
+
 #include "convolution.h"
 
 namespace fused_resnet {
@@ -34,6 +36,8 @@ class WinogradConvolution final : public Convolution {
 
   void transform(i64 begin, i64 end, i64 block, const void* x, char* out, i64 first, i64 tiles, char* scratch) const;
   void finish(i64 begin, i64 end, i64 panel, const Operands& operands, const char* product, char* scratch) const;
+
+  void look_ahead(i64 begin, i64 end, i64 next, i64 panel, const Operands& operands, std::vector<AheadRun>& runs) const;
 
   WinogradBlocking blocking_;
   const WinogradKernels* winograd_;
