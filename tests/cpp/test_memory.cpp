@@ -102,11 +102,12 @@ void convolution_case(const Case& g, DType dtype, bool x_last, bool w_last, bool
   fill<S>(z, shortcut_count, 4, most);
   poison<S>(y, outputs);
 
-  const Convolution convolution(s, dtype, threads);
+  const auto made = Convolution::make(s, dtype, threads);
+  const Convolution& convolution = *made;
   Guarded packed(convolution.packed_bytes());
   convolution.pack(w.get(), ws, packed.get());
   expect(w.intact() && packed.intact(), "guard bytes after packing");
-  convolution.run(x.get(), packed.get(), b.get(), s.has_shortcut ? z.get() : nullptr, y.get());
+  convolution.run({x.get(), packed.get(), b.get(), s.has_shortcut ? z.get() : nullptr, y.get()});
   expect(x.intact() && w.intact() && b.intact() && z.intact() && y.intact() && packed.intact(), "guard bytes");
 
   const auto read = [](Guarded& buffer, i64 i) { return double(widen(reinterpret_cast<S*>(buffer.get())[i])); };
