@@ -27,6 +27,7 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
 SOURCES: dict[str, list[str]] = {
     "csrc/bindings.cpp": [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", "-O2"],
     "csrc/cpu/algorithm.cpp": ["-O2"],
+    "csrc/cpu/block.cpp": ["-O2"],
     "csrc/cpu/convolution.cpp": ["-O2"],
     "csrc/cpu/direct_convolution.cpp": ["-O2"],
     "csrc/cpu/dispatch.cpp": ["-O2"],

@@ -9,6 +9,7 @@
 #include <memory>
 #include <optional>
 
+#include "cpu/block.h"
 #include "cpu/convolution.h"
 #include "cpu/passes.h"
 
@@ -79,6 +80,60 @@ std::unique_ptr<fr::Convolution> convolution(const std::string& type, const Four
   return fr::Convolution::make(s, dtype(type), threads, request(algorithm, strict));
 }
 
+// (weight [K, C, R, S], output [N, K, P, Q], stride, pad, dilation, has_bias, relu)
+using LayerTuple = std::tuple<Four, Four, Two, Two, Two, bool, bool>;
+
+fr::Layer layer(const LayerTuple& t) {
+  const auto& [weight, output, stride, pad, dilation, has_bias, relu] = t;
+  fr::Layer l;
+  l.k = weight[0];
+  l.r = weight[2];
+  l.s = weight[3];
+  l.p = output[2];
+  l.q = output[3];
+  l.stride_h = stride[0];
+  l.stride_w = stride[1];
+  l.pad_top = pad[0];
+  l.pad_left = pad[1];
+  l.dilation_h = dilation[0];
+  l.dilation_w = dilation[1];
+  l.has_bias = has_bias;
+  l.relu = relu;
+  return l;
+}
+
+std::unique_ptr<fr::Block> block(const std::string& type, const Four& input, const Four& input_strides,
+                                 const std::vector<LayerTuple>& main, const std::optional<LayerTuple>& projection,
+                                 const std::string& shortcut, const Four& shortcut_strides, const Four& output_strides,
+                                 int threads, const std::string& algorithm, bool strict) {
+  fr::BlockShape s;
+  s.n = input[0];
+  s.c = input[1];
+  s.h = input[2];
+  s.w = input[3];
+  s.x = strides(input_strides);
+  s.y = strides(output_strides);
+  s.shortcut = strides(shortcut_strides);
+  for (const LayerTuple& t : main) s.main.push_back(layer(t));
+  if (projection) {
+    s.kind = fr::Shortcut::projection;
+    s.projection = layer(*projection);
+  } else if (shortcut == "identity") {
+    s.kind = fr::Shortcut::identity;
+  } else if (shortcut == "external") {
+    s.kind = fr::Shortcut::external;
+  }
+  return std::make_unique<fr::Block>(s, dtype(type), threads, request(algorithm, strict));
+}
+
+const char* algorithm_name(const fr::Convolution& c) {
+  switch (c.choice().algorithm) {
+    case fr::Algorithm::winograd2: return "winograd2";
+    case fr::Algorithm::winograd4: return "winograd4";
+    default: return "direct";
+  }
+}
+
 fr::PassShape pass_shape(const std::string& type, const Four& shape, const Four& result, const Four& first,
                          const Four& second, bool relu, bool wide_input) {
   fr::PassShape s;
@@ -144,23 +199,42 @@ PYBIND11_MODULE(_cpu, m) {
           py::call_guard<py::gil_scoped_release>())
       .def(
           "pack",
-          [](const fr::Convolution& c, Pointer weight, const Four& stride, Pointer packed) {
-            return c.pack(in(weight), strides(stride), out(packed));
+          [](const fr::Convolution& c, Pointer weight, const Four& stride, Pointer packed, Pointer joined,
+             const Four& joined_stride) {
+            return c.pack({in(weight), strides(stride)}, {in(joined), strides(joined_stride)}, out(packed));
           },
-          py::arg("weight"), py::arg("strides"), py::arg("packed_weight"), py::call_guard<py::gil_scoped_release>())
+          py::arg("weight"), py::arg("strides"), py::arg("packed_weight"), py::arg("joined_weight") = 0,
+          py::arg("joined_strides") = Four{}, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("packed_bytes", &fr::Convolution::packed_bytes)
       .def_property_readonly("workspace_bytes", &fr::Convolution::workspace_bytes)
       .def_property_readonly("isa", &fr::Convolution::isa)
-      .def_property_readonly("algorithm",
-                             [](const fr::Convolution& c) {
-                               switch (c.choice().algorithm) {
-                                 case fr::Algorithm::winograd2: return "winograd2";
-                                 case fr::Algorithm::winograd4: return "winograd4";
-                                 default: return "direct";
-                               }
-                             })
+      .def_property_readonly("algorithm", &algorithm_name)
       .def("describe", &fr::Convolution::describe)
       .def_property_readonly("reason", [](const fr::Convolution& c) { return c.choice().reason; });
+
+  py::class_<fr::Block>(m, "Block")
+      .def(py::init(&block), py::arg("dtype"), py::arg("input"), py::arg("input_strides"), py::arg("main"),
+           py::arg("projection"), py::arg("shortcut"), py::arg("shortcut_strides"), py::arg("output_strides"),
+           py::arg("threads"), py::arg("algorithm") = "auto", py::arg("strict") = false)
+      .def(
+          "run",
+          [](const fr::Block& b, Pointer x, const std::vector<Pointer>& weights, const std::vector<Pointer>& biases,
+             Pointer shortcut, Pointer y) {
+            fr::BlockOperands o;
+            o.x = in(x);
+            for (const Pointer p : weights) o.weight.push_back(in(p));
+            for (const Pointer p : biases) o.bias.push_back(in(p));
+            o.shortcut = in(shortcut);
+            o.y = out(y);
+            b.run(o);
+          },
+          py::arg("input"), py::arg("packed_weights"), py::arg("biases"), py::arg("shortcut"), py::arg("output"),
+          py::call_guard<py::gil_scoped_release>())
+      .def("convolution", &fr::Block::convolution, py::arg("index"), py::return_value_policy::reference_internal)
+      .def_property_readonly("convolutions", &fr::Block::convolutions)
+      .def_property_readonly("joined", &fr::Block::joined)
+      .def_property_readonly("workspace_bytes", &fr::Block::workspace_bytes)
+      .def("describe", &fr::Block::describe);
 
   m.def(
       "bias_add_relu",

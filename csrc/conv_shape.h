@@ -17,6 +17,12 @@ inline i64 checked_product(i64 a, i64 b) {
   return result;
 }
 
+// A 1x1 convolution of another tensor with `c` channels whose result is added: more terms of the same sums.
+struct Joined {
+  i64 c = 0, stride_h = 1, stride_w = 1;
+  Strides x;
+};
+
 struct ConvShape {
   i64 n = 0, c = 0, h = 0, w = 0;  // input [N, C, H, W]
   i64 k = 0, r = 0, s = 0;         // weight [K, C, R, S]
@@ -24,12 +30,15 @@ struct ConvShape {
   i64 stride_h = 1, stride_w = 1, pad_top = 0, pad_left = 0, dilation_h = 1, dilation_w = 1;
   Strides x, y, shortcut;
   bool has_bias = false, has_shortcut = false, relu = true;
+  Joined joined;  // joined.c == 0: nothing
+
+  i64 reduction() const { return c * r * s + joined.c; }  // terms of an output's sum
 
   bool empty() const { return n == 0 || k == 0 || p == 0 || q == 0; }
 
   // Multiply-adds, as a double: only for deciding whether threads are worth their while.
   double macs() const {
-    return double(n) * double(k) * double(p) * double(q) * double(c) * double(r) * double(s);
+    return double(n) * double(k) * double(p) * double(q) * (double(c) * double(r) * double(s) + double(joined.c));
   }
 
   // Throws std::invalid_argument or std::overflow_error unless every index below stays inside 64 bits.
@@ -43,6 +52,7 @@ struct ConvShape {
     checked_product(checked_product(checked_product(n, c), h), w);
     checked_product(checked_product(checked_product(n, k), p), q);
     checked_product(checked_product(checked_product(k, c), r), s);
+    checked_product(k, joined.c);
     checked_product(checked_product(p, stride_h) + pad_top, 4);
     checked_product(checked_product(q, stride_w) + pad_left, 4);
     checked_product(checked_product(r, dilation_h), 4);

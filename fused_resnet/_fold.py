@@ -15,7 +15,7 @@ _LOW = (torch.bfloat16, torch.float16)
 Sources = tuple[Tensor, "Tensor | None", "Tensor | None", "Tensor | None", Tensor, Tensor]
 
 
-def _sources(conv: nn.Module, norm: nn.Module) -> Sources:
+def sources_of(conv: nn.Module, norm: nn.Module) -> Sources:
     """(weight, bias) of the convolution, (weight, bias, running_mean, running_var) of the normalisation."""
     try:  # around nn.Module.__getattr__, which costs half a microsecond a name
         p, q, b = conv._parameters, norm._parameters, norm._buffers
@@ -34,13 +34,13 @@ def folded(conv: nn.Module, norm: Any, compiling: bool) -> tuple[Tensor, Tensor]
     if compiling:
         sources: Sources = (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)  # type: ignore[assignment]
         return fold(*sources, norm.eps)
-    sources = _sources(conv, norm)
+    sources = sources_of(conv, norm)
     if (torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in sources])) or (
         torch._C._len_torch_dispatch_stack()  # a fake or logging mode: its tensors must not outlive it in a cache
     ):
         return fold(*sources, norm.eps)
     eps = norm.eps
-    return derive(("folded", eps), sources, lambda: _library_fold(*sources, eps))
+    return derive(("folded", eps), sources, lambda: library_fold(*sources, eps))
 
 
 def _check_dtypes(weight: Tensor, mean: Tensor) -> None:
@@ -77,7 +77,7 @@ def fold(
     return _in_format_of(weight, product.to(weight.dtype)), shift.to(weight.dtype)
 
 
-def _library_fold(
+def library_fold(
     weight: Tensor,
     bias: Tensor | None,
     gamma: Tensor | None,
@@ -86,6 +86,7 @@ def _library_fold(
     var: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
+    """As ``fold``, by torch's own function; not differentiable."""
     _check_dtypes(weight, mean)
     dtype = torch.float32 if weight.dtype in _LOW else weight.dtype
     b, g, t = (None if s is None else s.to(dtype) for s in (bias, gamma, beta))

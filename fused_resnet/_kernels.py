@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _numerics
 from ._arguments import Padding, Pair, check_convolution, is_channels_last, output_format
 from ._derived import derive
-from . import _numerics
 from ._extension import cpu
 from ._select import reasons
 
 Plan = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
 
-_DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
+DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 _MOST_PLANS = 4096  # beyond this many shapes, start over: a plan is cheap to make again
 _UNKNOWN: Any = object()
 _plans: dict[Any, Any] = {}  # layouts and parameters -> Plan, or None for the general path
@@ -101,7 +101,7 @@ def _plan(
     def make(algorithm: str) -> Any:
         assert cpu is not None
         return cpu.Convolution(
-            _DTYPES[dtype],
+            DTYPES[dtype],
             tuple(input_shape),
             tuple(weight_shape),
             shape,
@@ -174,12 +174,12 @@ def bias_add_relu(
     in_place = owned and input.dtype == dtype and input.is_contiguous(memory_format=memory_format)
     if bias is None and shortcut is None and not relu and in_place:
         return input
-    if cpu is None or not input.is_cpu or dtype not in _DTYPES:
+    if cpu is None or not input.is_cpu or dtype not in DTYPES:
         return _bias_add_relu_library(input, bias, shortcut, relu, dtype, owned, memory_format)
     output = input if in_place else torch.empty(input.shape, dtype=dtype, memory_format=memory_format)
     bias = None if bias is None else bias.contiguous()
     cpu.bias_add_relu(
-        _DTYPES[dtype],
+        DTYPES[dtype],
         tuple(input.shape),
         output.stride(),
         input.stride(),
@@ -231,7 +231,7 @@ def relu_backward(grad: Tensor, output: Tensor, bias_grad: bool) -> tuple[Tensor
             sums = result.sum((0, 2, 3))
         return result, sums
     cpu.relu_backward(
-        _DTYPES[output.dtype],
+        DTYPES[output.dtype],
         tuple(output.shape),
         result.stride(),
         grad.stride(),
@@ -257,3 +257,8 @@ def use_algorithm(name: str) -> None:
     global _algorithm
     _algorithm = name
     _plans.clear()
+
+
+def in_force() -> tuple[str, str]:
+    """The algorithm and the instruction set that tests may have chosen: what a plan depends on besides its arguments."""
+    return _algorithm, "" if cpu is None else cpu.isa()

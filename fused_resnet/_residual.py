@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import _whole
 from ._arguments import is_channels_last
-from ._fold import folded
-from .ops import bias_add_relu, conv_bias_add_relu
+from ._extension import cpu
+from ._fold import folded, sources_of
+from .ops import bias_add_relu, conv_bias_add_relu, nobody_listens
 
 # Functions without side effects that may stand in a path, by the name under which a description keeps them.
 FUNCTIONS: dict[str, Callable[..., Any]] = {"getitem": operator.getitem, "pad": F.pad, "avg_pool2d": F.avg_pool2d}
@@ -85,6 +87,8 @@ class Bound(NamedTuple):
     left_is_main: bool
     inplace: bool
     relu: bool
+    kind: str | None  # of its shortcut, where it can be executed as a whole: see _whole.run
+    plans: dict[Any, Any]
 
 
 def _find(module: nn.Module, path: str) -> Any:
@@ -107,6 +111,14 @@ def bind(module: nn.Module, description: Residual) -> Bound:
     last = steps[-1]
     assert isinstance(last, BoundLayer)
     shortcut = description.shortcut
+    if cpu is None or not all(isinstance(step, Layer) for step in description.main):
+        kind = None
+    elif shortcut is None:
+        kind = "none"
+    elif not shortcut:
+        kind = "identity"
+    else:
+        kind = "projection" if len(shortcut) == 1 and isinstance(shortcut[0], Layer) and not shortcut[0].relu else "external"
     return Bound(
         steps[:-1],
         last,
@@ -114,6 +126,8 @@ def bind(module: nn.Module, description: Residual) -> Bound:
         description.left == "main",
         description.inplace,
         description.relu,
+        kind,
+        {},
     )
 
 
@@ -124,6 +138,10 @@ def run(module: nn.Module, description: Residual, x: Tensor) -> Tensor:
 
 def execute(block: Bound, x: Tensor, compiling: bool) -> Tensor:
     """Execute a bound block. ``compiling``: inside torch.compile or torch.export, where nothing may be cached."""
+    if block.kind is not None and not compiling:
+        y = _execute_whole(block, x)
+        if y is not None:
+            return y
     h = x
     for step in block.main:
         h = _step(step, h, compiling)
@@ -133,6 +151,47 @@ def execute(block: Bound, x: Tensor, compiling: bool) -> Tensor:
     for step in block.shortcut:
         shortcut = _step(step, shortcut, compiling)
     return _end(block, h, shortcut, compiling)
+
+
+def _execute_whole(block: Bound, x: Tensor) -> Tensor | None:
+    """The block as one call, or None where it has to go layer by layer."""
+    if not nobody_listens(x):
+        return None
+    layers = []
+    for step in block.main:
+        assert isinstance(step, BoundLayer)
+        if _is_live(step.norm):
+            return None
+        layers.append(_operand(step, step.relu))
+    if _is_live(block.last.norm):
+        return None
+    layers.append(_operand(block.last, block.relu))
+    shortcut = None
+    if block.kind == "projection":
+        assert block.shortcut is not None
+        (step,) = block.shortcut
+        assert isinstance(step, BoundLayer)
+        if _is_live(step.norm):
+            return None
+        layers.append(_operand(step, False))
+    elif block.kind == "external":
+        assert block.shortcut is not None
+        shortcut = x
+        for step in block.shortcut:
+            if isinstance(step, BoundLayer) and _is_live(step.norm):
+                return None  # its statistics must change once
+        for step in block.shortcut:
+            shortcut = _step(step, shortcut, False)
+    assert block.kind is not None
+    return _whole.run(block.plans, layers, x, shortcut, block.kind, block.left_is_main)
+
+
+def _operand(layer: BoundLayer, relu: bool) -> _whole.Operand:
+    conv, norm, _ = layer
+    if norm is None:
+        return _whole.Operand((conv.weight, conv.bias), None, conv.stride, conv.padding, conv.dilation, conv.groups, relu)
+    sources = sources_of(conv, norm)
+    return _whole.Operand(sources, norm.eps, conv.stride, conv.padding, conv.dilation, conv.groups, relu)
 
 
 def _step(step: BoundStep, x: Tensor, compiling: bool) -> Tensor:

@@ -58,13 +58,13 @@ def conv_bias_add_relu(
     Raises:
         TypeError: for a wrong type or dtype. ValueError: for a wrong value or shape. Both before any work.
     """
-    if _nobody_listens(input, weight, bias, shortcut) and _plain(stride, padding, dilation, groups, relu):
+    if input is not None and nobody_listens(input, weight, bias, shortcut) and _plain(stride, padding, dilation, groups, relu):
         plan = _kernels.cached(
             _plan_of_call, input, weight, bias, shortcut, stride, padding, dilation, groups, relu
         )
         if plan is not None:
             return plan(input, weight, bias, shortcut)
-    stride, padding, dilation = _geometry(weight, stride, padding, dilation, groups)
+    stride, padding, dilation = geometry(weight, stride, padding, dilation, groups)
     try:
         return _operators.conv(input, weight, bias, shortcut, stride, padding, dilation, groups, bool(relu))
     except _REFUSALS:
@@ -73,7 +73,7 @@ def conv_bias_add_relu(
         raise
 
 
-def _geometry(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: Any) -> tuple[Pair, Padding, Pair]:
+def geometry(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: Any) -> tuple[Pair, Padding, Pair]:
     """Stride, padding and dilation as the operator takes them."""
     stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
     if type(groups) is not int and not isinstance(groups, torch.SymInt):
@@ -83,9 +83,9 @@ def _geometry(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: 
     return stride, pad(padding, weight, stride, dilation), dilation
 
 
-def _nobody_listens(input: Any, weight: Any, bias: Any, shortcut: Any) -> bool:
-    """Whether a call may go straight to the kernel: plain CPU tensors, no gradient wanted, no autocast, no tracing, no mode,
-    no profiler. The dispatcher and the way back into Python take longer than a small convolution."""
+def nobody_listens(*tensors: Any) -> bool:
+    """Whether a call with these tensors (None: no tensor) may go straight to the kernel: plain CPU tensors, no gradient
+    wanted, no autocast, no tracing, no mode, no profiler. The dispatcher and the way back into Python take longer than a small convolution."""
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -98,12 +98,12 @@ def _nobody_listens(input: Any, weight: Any, bias: Any, shortcut: Any) -> bool:
     ):
         return False
     grad = torch.is_grad_enabled()
-    for t in (input, weight, bias, shortcut):
+    for t in tensors:
         if t is not None and (
             type(t) not in _PLAIN or t.layout is not torch.strided or not t.is_cpu or (grad and t.requires_grad)
         ):
             return False
-    return input is not None and weight is not None
+    return True
 
 
 def _plain(stride: Any, padding: Any, dilation: Any, groups: Any, relu: Any) -> bool:
@@ -126,7 +126,7 @@ def _plan_of_call(
     groups: int,
     relu: bool,
 ) -> _kernels.Plan | None:
-    stride, padding, dilation = _geometry(weight, stride, padding, dilation, groups)
+    stride, padding, dilation = geometry(weight, stride, padding, dilation, groups)
     return _kernels.convolution(input, weight, bias, shortcut, stride, padding, dilation, groups, bool(relu))
 
 
@@ -165,7 +165,7 @@ def why_not(
     """Why this call of ``conv_bias_add_relu`` would not take the hot path: a list of sentences, empty when it will."""
     check_tensor(input, "input", 4)
     check_tensor(weight, "weight", 4)
-    stride, padding, dilation = _geometry(weight, stride, padding, dilation, groups)
+    stride, padding, dilation = geometry(weight, stride, padding, dilation, groups)
     check_convolution(input, weight, bias, shortcut, stride, padding, dilation, groups)
     return reasons(
         input.device.type, input.dtype, input.shape, weight.shape, stride, padding, dilation, groups

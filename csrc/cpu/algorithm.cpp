@@ -32,7 +32,7 @@ namespace {
 
 // Whether F(m x m, 3x3) can compute the shape.
 bool winograd_fits(const ConvShape& s) {
-  return s.r == 3 && s.s == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1;
+  return s.r == 3 && s.s == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1 && s.joined.c == 0;
 }
 
 // What limits a convolution, counted in FMA instructions that one thread could have issued meanwhile.
@@ -59,7 +59,7 @@ double weight_slots(double bytes, const CacheSizes& caches) {
 }
 
 Cost direct_cost(const ConvShape& s, const DTypeKernels& kernels, const CacheSizes& caches, int threads) {
-  const double pixels = double(s.n) * double(s.p) * double(s.q), reduction = double(s.c) * double(s.r) * double(s.s);
+  const double pixels = double(s.n) * double(s.p) * double(s.q), reduction = double(s.reduction());
   const double vectors = std::ceil(double(s.k) / kernels.vector) * kernels.vector;
   Cost cost;
   cost.arithmetic = product_slots(pixels, s, kernels, reduction) / threads;
@@ -172,9 +172,11 @@ Blocking choose_blocking(const ConvShape& s, const DTypeKernels& kernels, const 
   const bool bad_pitch = (s.x.w * s.stride_w * bytes) % kBadPitch == 0 && panels >= 4;
   const bool gaps = s.stride_w > 1;  // pixels that are skipped: copying fetches ahead what is needed, and no more
   b.packed = !readable_in_place(s, kernels) || bad_pitch || gaps;
-  b.pitch = (s.c * bytes) % 1024 == 0 ? s.c + 64 / bytes : s.c;
+  const auto pitch = [bytes](i64 channels) { return (channels * bytes) % 1024 == 0 ? channels + 64 / bytes : channels; };
+  b.pitch = pitch(s.c);
+  b.joined_pitch = s.joined.c ? pitch(s.joined.c) : 0;
 
-  const i64 reduction = s.c * s.r * s.s;
+  const i64 reduction = s.reduction();
   const double weight_bytes = double(panels) * double(kernels.panel) * double(reduction) * double(bytes);
   b.tiles_outside = weight_bytes <= double(caches.l2) / 4;
   b.chunk = b.tiles_outside ? reduction : std::max<i64>(kChunkBytes / (kernels.panel * bytes), 1);
@@ -183,18 +185,20 @@ Blocking choose_blocking(const ConvShape& s, const DTypeKernels& kernels, const 
   const auto slots_for = [&](i64 rows) { return s.r == 1 ? rows : (rows - 1) * s.stride_h + (s.r - 1) * s.dilation_h + 1; };
   const auto width_for = [&](i64 cols) { return s.s == 1 ? cols : (cols - 1) * s.stride_w + (s.s - 1) * s.dilation_w + 1; };
   const auto scratch = [&](i64 images, i64 rows, i64 cols) {
-    return double(images) * double(slots_for(rows)) * double(width_for(cols)) * double(b.pitch) * double(bytes);
+    const double row = double(images) * double(bytes);
+    const double main = b.packed ? row * double(slots_for(rows)) * double(width_for(cols)) * double(b.pitch) : 0;
+    return main + row * double(rows) * double(cols) * double(b.joined_pitch);
   };
   const double budget = double(caches.l2) / 2;
   b.rows = s.p;
   b.cols = s.q;
   if (s.p * s.q <= kTargetPixels) {
     b.images = std::clamp<i64>(kTargetPixels / (s.p * s.q), 1, std::max<i64>(s.n, 1));
-    while (b.images > 1 && b.packed && scratch(b.images, b.rows, b.cols) > budget) --b.images;
+    while (b.images > 1 && scratch(b.images, b.rows, b.cols) > budget) --b.images;
   } else {
     if (s.q > 2 * kTargetPixels) b.cols = ceil_div(s.q, ceil_div(s.q, kTargetPixels));
     b.rows = std::clamp<i64>(kTargetPixels / b.cols, 1, s.p);
-    while (b.rows > 1 && b.packed && scratch(1, b.rows, b.cols) > budget) --b.rows;
+    while (b.rows > 1 && scratch(1, b.rows, b.cols) > budget) --b.rows;
   }
   b.image_groups = ceil_div(s.n, b.images);
   b.row_parts = ceil_div(s.p, b.rows);
@@ -222,11 +226,18 @@ Blocking choose_blocking(const ConvShape& s, const DTypeKernels& kernels, const 
   return b;
 }
 
+bool can_join(const ConvShape& last, const ConvShape& projection) {
+  return last.r == 1 && last.s == 1 && projection.r == 1 && projection.s == 1 && projection.pad_top == 0 &&
+         projection.pad_left == 0 && projection.p == last.p && projection.q == last.q && projection.k == last.k &&
+         (projection.p - 1) * projection.stride_h < projection.h && (projection.q - 1) * projection.stride_w < projection.w;
+}
+
 std::string Blocking::describe() const {
   const auto n = [](i64 value) { return std::to_string(value); };
   return std::string(packed ? "direct, input rows packed" : "direct, input read in place") + ": tasks of " + n(images) +
          " image(s) x " + n(rows) + " row(s) x " + n(cols) + " column(s) x " + n(panels) + " panel(s), " + n(tasks()) +
-         " task(s), " + (tiles_outside ? "each tile does all panels" : "each panel does all tiles");
+         " task(s), " + (tiles_outside ? "each tile does all panels" : "each panel does all tiles") +
+         (joined_pitch ? ", with the projection as further terms" : "");
 }
 
 }  // namespace fused_resnet

@@ -50,6 +50,7 @@ struct Blocking {
   i64 images = 1, rows = 1, cols = 1;  // output rows and columns of one task; rows < P only where images == 1
   i64 panels = 1;                      // panels of output channels in one task
   i64 pitch = 0;                       // packed: elements between two pixels of a row
+  i64 joined_pitch = 0;                // elements between two pixels of the joined input, which is always copied
   i64 slots = 0, width = 0;            // packed: rows for each image, pixels in a row
   i64 chunk = 1;                       // elements of the reduction that a tile does at a time, at most
   bool tiles_outside = false;          // each tile does all panels, rather than each panel all tiles
@@ -62,6 +63,9 @@ struct Blocking {
 };
 
 Blocking choose_blocking(const ConvShape& shape, const DTypeKernels& kernels, const CacheSizes& caches, int threads);
+
+// Whether a block's projection can be further terms of the sums of its last convolution.
+bool can_join(const ConvShape& last, const ConvShape& projection);
 
 // Whether the kernels can read the input where it is: its type is the accumulator's, its channels are side by side, and no
 // tap falls outside.

@@ -16,6 +16,13 @@ struct Operands {
   const void* bias = nullptr;
   const void* shortcut = nullptr;
   void* y = nullptr;
+  const void* joined = nullptr;  // the input of the joined convolution
+};
+
+// A weight as it is in memory; stride: n of K, c of C, h of R, w of S.
+struct WeightView {
+  const void* data = nullptr;
+  Strides stride;
 };
 
 class Convolution {
@@ -30,8 +37,8 @@ class Convolution {
   void run(const Operands& operands) const;
 
   // Writes the packed weight, packed_bytes() bytes. False: it is of no use, because a value that this algorithm derives from
-  // the weight is not finite; only direct convolution gives then what the definition says.
-  virtual bool pack(const void* weight, const Strides& stride, void* out) const = 0;
+  // the weight is not finite; only direct convolution gives then what the definition says. `joined`: of a joined convolution.
+  virtual bool pack(const WeightView& weight, const WeightView& joined, void* out) const = 0;
   virtual i64 packed_bytes() const = 0;
   virtual std::string describe() const = 0;
 

@@ -140,6 +140,10 @@ __attribute__((noinline)) void tile(const TileArgs<V>& t) {
   const T* weight = t.weight;
   const char* prefetch = t.prefetch;
   for (i64 tap = 0; tap < t.chunk->count; ++tap) {
+    if (t.chunk->taps[tap].source) {
+      FR_UNROLL
+      for (int m = 0; m < M; ++m) base[m] = static_cast<const T*>(a.joined[t.pixel + m]);
+    }
     const i64 begin = t.chunk->taps[tap].offset, end = begin + t.chunk->taps[tap].length;
     for (i64 i = begin; i < end; ++i) {
       typename V::reg w[NV];

@@ -36,9 +36,14 @@ DirectConvolution::DirectConvolution(const ConvShape& shape, DType dtype, int th
     for (i64 t = 0; t < (merged ? 1 : s.s); ++t) {
       for (i64 i = 0; i < pieces; ++i) {
         const i64 begin = run * i / pieces, end = run * (i + 1) / pieces;
-        taps_.push_back({r * tap_h + t * tap_w + begin, end - begin});
+        taps_.push_back({r * tap_h + t * tap_w + begin, end - begin, 0});
       }
     }
+  }
+  const i64 joined_pieces = (s.joined.c + most - 1) / most;
+  for (i64 i = 0; i < joined_pieces; ++i) {
+    const i64 begin = s.joined.c * i / joined_pieces, end = s.joined.c * (i + 1) / joined_pieces;
+    taps_.push_back({begin, end - begin, 1});
   }
   for (std::size_t i = 0; i < taps_.size(); ++i) {
     if (chunks_.empty() || chunks_.back().elements + taps_[i].length > most) chunks_.push_back({&taps_[i], 0, 0});
@@ -50,7 +55,9 @@ DirectConvolution::DirectConvolution(const ConvShape& shape, DType dtype, int th
         checked_product(checked_product(blocking_.width, blocking_.pitch), kernels_->accumulator_bytes);
     scratch_ = align64(checked_product(checked_product(blocking_.images, blocking_.slots), row_bytes));
   }
-  const i64 per_pixel = checked_product(blocking_.pixels(), 3 * sizeof(i64));
+  joined_at_ = scratch_;
+  scratch_ += align64(checked_product(blocking_.pixels(), checked_product(blocking_.joined_pitch, kernels_->accumulator_bytes)));
+  const i64 per_pixel = checked_product(blocking_.pixels(), 4 * sizeof(i64));
   if (chunks_.size() > 1) {
     partial_ = checked_product(blocking_.pixels(), kernels_->panel * kernels_->accumulator_bytes);
   }
@@ -60,19 +67,19 @@ DirectConvolution::DirectConvolution(const ConvShape& shape, DType dtype, int th
 
 i64 DirectConvolution::packed_bytes() const {
   const i64 vectors = (shape_.k + kernels_->vector - 1) / kernels_->vector;
-  const i64 reduction = shape_.c * shape_.r * shape_.s;
+  const i64 reduction = shape_.reduction();
   return checked_product(checked_product(vectors * kernels_->vector, reduction), kernels_->accumulator_bytes);
 }
 
-bool DirectConvolution::pack(const void* weight, const Strides& stride, void* out) const {
+bool DirectConvolution::pack(const WeightView& weight, const WeightView& joined, void* out) const {
   const i64 panels = (shape_.k + kernels_->panel - 1) / kernels_->panel;
-  const i64 reduction = shape_.c * shape_.r * shape_.s;
+  const i64 reduction = shape_.reduction();
   const i64 elements = shape_.k * reduction;
 #pragma omp parallel for schedule(static) num_threads(threads_) if (elements > 65536)
   for (i64 p = 0; p < panels; ++p) {
     PackWeightArgs a;
-    a.weight = weight;
-    a.stride = stride;
+    a.weight = weight.data;
+    a.stride = weight.stride;
     a.k = shape_.k;
     a.c = shape_.c;
     a.r = shape_.r;
@@ -80,6 +87,13 @@ bool DirectConvolution::pack(const void* weight, const Strides& stride, void* ou
     a.k_begin = p * kernels_->panel;
     a.width = shape_.k - a.k_begin <= kernels_->vector ? kernels_->vector : kernels_->panel;
     a.out = static_cast<char*>(out) + a.k_begin * reduction * kernels_->accumulator_bytes;
+    kernels_->pack_weight(a);
+    if (shape_.joined.c == 0) continue;
+    a.out = static_cast<char*>(a.out) + (reduction - shape_.joined.c) * a.width * kernels_->accumulator_bytes;
+    a.weight = joined.data;
+    a.stride = joined.stride;
+    a.c = shape_.joined.c;
+    a.r = a.s = 1;
     kernels_->pack_weight(a);
   }
   return true;
@@ -140,6 +154,26 @@ void DirectConvolution::pack_input(const Task& t, const void* x, char* out) cons
   }
 }
 
+// The pixels of the joined input that a task needs, one after the other.
+void DirectConvolution::pack_joined(const Task& t, const void* x, char* out) const {
+  const Joined& j = shape_.joined;
+  const i64 pitch = blocking_.joined_pitch;
+  for (i64 image = t.image; image < t.image + t.images; ++image) {
+    for (i64 row = t.row; row < t.row + t.rows; ++row) {
+      PackRowArgs a;
+      a.x = element(x, image * j.x.n + row * j.stride_h * j.x.h + t.col * j.stride_w * j.x.w);
+      a.stride_c = j.x.c;
+      a.stride_w = j.stride_w * j.x.w;
+      a.pixels = t.cols;
+      a.channels = j.c;
+      a.out = out;
+      a.pitch = pitch;
+      kernels_->pack_row(a);
+      out += t.cols * pitch * kernels_->accumulator_bytes;
+    }
+  }
+}
+
 void DirectConvolution::run_task(int, i64 index, const Operands& operands, char*, char* workspace) const {
   const Task t = task(index);
   const ConvShape& s = shape_;
@@ -162,6 +196,7 @@ void DirectConvolution::run_task(int, i64 index, const Operands& operands, char*
   const void** base = reinterpret_cast<const void**>(workspace + scratch_ + partial_);
   i64* y_offset = reinterpret_cast<i64*>(base + pixels);
   i64* shortcut_offset = y_offset + pixels;
+  const void** joined = reinterpret_cast<const void**>(shortcut_offset + pixels);
   i64 m = 0;
   for (i64 image = 0; image < t.images; ++image) {
     for (i64 row = 0; row < t.rows; ++row) {
@@ -172,11 +207,14 @@ void DirectConvolution::run_task(int, i64 index, const Operands& operands, char*
         base[m] = a + col * a_col * kernels_->accumulator_bytes;
         y_offset[m] = y0 + col * s.y.w;
         shortcut_offset[m] = shortcut0 + col * s.shortcut.w;
+        joined[m] = workspace + joined_at_ + m * b.joined_pitch * kernels_->accumulator_bytes;
       }
     }
   }
+  if (s.joined.c) pack_joined(t, operands.joined, workspace + joined_at_);
   BlockArgs args;
   args.base = base;
+  args.joined = joined;
   args.pixels = pixels;
   args.chunks = chunks_.data();
   args.chunk_count = i64(chunks_.size());

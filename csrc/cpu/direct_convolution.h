@@ -11,7 +11,7 @@ class DirectConvolution final : public Convolution {
  public:
   DirectConvolution(const ConvShape& shape, DType dtype, int threads, const Choice& choice);
 
-  bool pack(const void* weight, const Strides& stride, void* out) const override;
+  bool pack(const WeightView& weight, const WeightView& joined, void* out) const override;
   i64 packed_bytes() const override;
   std::string describe() const override { return blocking_.describe(); }
 
@@ -24,11 +24,13 @@ class DirectConvolution final : public Convolution {
   struct Task;
   Task task(i64 index) const;
   void pack_input(const Task& task, const void* x, char* out) const;
+  void pack_joined(const Task& task, const void* x, char* out) const;
 
   Blocking blocking_;
   std::vector<Tap> taps_;
   std::vector<Chunk> chunks_;  // these point into taps_
   i64 scratch_ = 0;    // bytes of packed rows in one thread's workspace
+  i64 joined_at_ = 0;  // ... before the joined input, which is a part of them
   i64 partial_ = 0;    // ... of accumulators
   i64 workspace_ = 0;  // ... of all of it
 };

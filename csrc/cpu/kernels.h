@@ -10,6 +10,7 @@ namespace fused_resnet {
 // A run of consecutive elements of A, the input operand: one tap of the kernel, a row of taps, or a part of one.
 struct Tap {
   i64 offset, length;
+  int source;  // 0: BlockArgs::base, 1: BlockArgs::joined
 };
 
 // A part of the reduction whose weights (of one panel) stay in the L2 cache while every pixel of a block uses them.
@@ -22,7 +23,8 @@ struct Chunk {
 // One block of output pixels times a range of output channels. A is in the accumulator's type: element i of a tap of pixel m
 // is base[m][tap.offset + i].
 struct BlockArgs {
-  const void* const* base = nullptr;  // [pixels]
+  const void* const* base = nullptr;    // [pixels]
+  const void* const* joined = nullptr;  // [pixels]; only where a tap says so
   i64 pixels = 0;
   const Chunk* chunks = nullptr;
   i64 chunk_count = 0;

@@ -52,14 +52,14 @@ i64 WinogradConvolution::packed_bytes() const {
   return checked_product(checked_product(vectors * blocking_.positions(), shape_.c), kernels_->accumulator_bytes);
 }
 
-bool WinogradConvolution::pack(const void* weight, const Strides& stride, void* out) const {
+bool WinogradConvolution::pack(const WeightView& weight, const WeightView&, void* out) const {
   std::atomic<bool> finite{true};
   const i64 per_channel = blocking_.positions() * shape_.c * kernels_->accumulator_bytes;
 #pragma omp parallel for schedule(static) num_threads(threads_) if (shape_.k * shape_.c > 4096)
   for (i64 p = 0; p < panels(); ++p) {
     WinogradWeightArgs a;
-    a.weight = weight;
-    a.stride = stride;
+    a.weight = weight.data;
+    a.stride = weight.stride;
     a.k = shape_.k;
     a.c = shape_.c;
     a.k_begin = p * kernels_->panel;

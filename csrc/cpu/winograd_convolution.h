@@ -11,7 +11,7 @@ class WinogradConvolution final : public Convolution {
  public:
   WinogradConvolution(const ConvShape& shape, DType dtype, int threads, const Choice& choice);
 
-  bool pack(const void* weight, const Strides& stride, void* out) const override;
+  bool pack(const WeightView& weight, const WeightView& joined, void* out) const override;
   i64 packed_bytes() const override;
   std::string describe() const override { return blocking_.describe(); }
 

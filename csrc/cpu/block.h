@@ -1,0 +1,81 @@
+// A whole residual block as one call: two or three convolutions, the projection if there is one, the addition and the ReLU, in
+// one parallel region, with what lies between them in a workspace.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "convolution.h"
+
+namespace fused_resnet {
+
+// One convolution of a block: its shape but for the input, which is the layer's before.
+struct Layer {
+  i64 k = 0, r = 0, s = 0, p = 0, q = 0;
+  i64 stride_h = 1, stride_w = 1, pad_top = 0, pad_left = 0, dilation_h = 1, dilation_w = 1;
+  bool has_bias = false, relu = false;
+};
+
+enum class Shortcut { none, identity, external, projection };
+
+struct BlockShape {
+  i64 n = 0, c = 0, h = 0, w = 0;  // input
+  Strides x, y, shortcut;          // shortcut: of an external one
+  std::vector<Layer> main;
+  Layer projection;
+  Shortcut kind = Shortcut::none;
+};
+
+// weight and bias: of the main path's layers in order, then the projection's. Where the projection is a part of the last
+// product (see `joined`), the last layer's packed weight is both, its bias the sum, and the projection's are not read.
+struct BlockOperands {
+  const void* x = nullptr;
+  std::vector<const void*> weight, bias;
+  const void* shortcut = nullptr;  // external
+  void* y = nullptr;
+};
+
+class Block {
+ public:
+  // Throws as Convolution::make.
+  Block(const BlockShape& shape, DType dtype, int threads, const Request& request);
+
+  void run(const BlockOperands& operands) const;  // throws std::bad_alloc before any work
+
+  // Main path in order, then the projection; for packing and for what they say. Null: joined.
+  const Convolution* convolution(std::size_t i) const { return groups_.front().stages[stage_of_[i]].convolution.get(); }
+  std::size_t convolutions() const { return stage_of_.size(); }
+  bool joined() const { return joined_; }
+  i64 workspace_bytes() const;
+  std::string describe() const;
+
+ private:
+  struct Stage {
+    std::unique_ptr<Convolution> convolution;
+    std::size_t layer;     // index of its weight
+    int in, shortcut, out;  // slots: see below
+  };
+  // The stages for so many images at a time.
+  struct Group {
+    i64 images = 0;
+    std::vector<Stage> stages;
+    std::vector<i64> slot;  // offset of each intermediate in the memory they share; then its size
+    i64 shared = 0, thread = 0;
+  };
+  // Slots: an operand of the block, or an intermediate from 0 on.
+  static constexpr int kX = -1, kY = -2, kExternal = -3, kNone = -4;
+
+  Group plan(i64 images, int threads, const Request& request) const;
+  Operands operands_of(const Stage& stage, const Group& group, const BlockOperands& block, i64 image, char* between) const;
+
+  BlockShape shape_;
+  DType dtype_;
+  int threads_;
+  i64 bytes_;  // of an element
+  bool joined_ = false, depth_first_ = false;
+  std::vector<std::size_t> stage_of_;
+  std::vector<Algorithm> algorithm_;
+  std::vector<Group> groups_;  // one; or, depth first, for full groups and for the last one
+};
+
+}  // namespace fused_resnet

@@ -1,0 +1,204 @@
+"""A whole residual block as one call into the compiled module: no gradient wanted, running statistics, all layers hot.
+
+``run`` gives None for everything else, which is then for ``_residual.py``, layer by layer: the same function, and the same
+errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _kernels, _numerics
+from ._arguments import check_convolution, output_format
+from ._derived import derive
+from ._extension import cpu
+from ._fold import library_fold
+from ._select import reasons
+from .ops import geometry, nobody_listens
+
+_UNKNOWN: Any = object()
+_MOST_PLANS = 256  # of one block
+_NO_STRIDES = (0, 0, 0, 0)
+
+
+class Operand(NamedTuple):
+    """A layer: the tensors that its weight and bias come from, and what steers the convolution."""
+
+    sources: tuple[Tensor | None, ...]  # weight, bias; with a normalisation also its weight, bias, running mean and variance
+    eps: float | None  # None: no normalisation
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: int
+    relu: bool
+
+    def key(self) -> tuple[Any, ...]:
+        weight = self.sources[0]
+        assert weight is not None
+        bias = self.sources[1] is not None
+        return weight.shape, weight.stride(), weight.dtype, bias, *self[1:]
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        if self.eps is None:
+            weight, bias = self.sources
+            assert weight is not None
+            return weight, None if bias is None else bias.contiguous()
+        return library_fold(*self.sources, self.eps)  # type: ignore[arg-type]
+
+
+class Packed(NamedTuple):
+    """What the kernels read: the addresses, and the tensors that keep them alive. No buffer: see ``Convolution::pack``."""
+
+    weight: int
+    bias: int
+    buffer: Tensor | None
+    bias_tensor: Tensor | None
+
+
+Packer = Callable[[Sequence[Operand]], Packed]
+
+
+def run(
+    plans: dict[Any, Any], layers: Sequence[Operand], x: Tensor, shortcut: Tensor | None, kind: str, main_is_left: bool
+) -> Tensor | None:
+    """The block's output, or None where it has to go layer by layer.
+
+    layers: the main path's, and the projection's behind them where ``kind`` is "projection". kind: "none", "identity",
+    "external" (``shortcut`` is the tensor to add) or "projection".
+    """
+    if not nobody_listens(x, shortcut, *[t for layer in layers for t in layer.sources]):
+        return None
+    key = (
+        x.shape,
+        x.stride(),
+        x.dtype,
+        kind,
+        None if shortcut is None else (shortcut.shape, shortcut.stride(), shortcut.dtype),
+        tuple([layer.key() for layer in layers]),
+        torch.get_num_threads(),
+        _numerics.current,
+        _kernels.in_force(),
+    )
+    plan = plans.get(key, _UNKNOWN)
+    if plan is _UNKNOWN:
+        plan = _plan(layers, x, shortcut, kind, main_is_left)
+        if len(plans) >= _MOST_PLANS:
+            plans.clear()
+        plans[key] = plan
+    return None if plan is None else plan(layers, x, shortcut)
+
+
+def _like(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
+def _describe(layer: Operand, h: Tensor) -> tuple[tuple[Any, ...], Tensor] | None:
+    """A layer as the compiled module takes it, and its output as a meta tensor; None if it is not for our kernels."""
+    weight, bias = (None if t is None else _like(t) for t in layer.sources[:2])
+    assert weight is not None
+    try:
+        stride, padding, dilation = geometry(weight, layer.stride, layer.padding, layer.dilation, layer.groups)
+        shape = check_convolution(h, weight, bias, None, stride, padding, dilation, layer.groups)
+    except (TypeError, ValueError):
+        return None  # layer by layer, it raises the same error
+    if reasons("cpu", h.dtype, h.shape, weight.shape, stride, padding, dilation, layer.groups):
+        return None
+    output = torch.empty(shape, dtype=h.dtype, device="meta", memory_format=output_format(h, weight, shape))
+    has_bias = layer.eps is not None or bias is not None
+    return (tuple(weight.shape), shape, stride, (padding.top, padding.left), dilation, has_bias, layer.relu), output
+
+
+def _plan(
+    layers: Sequence[Operand], x: Tensor, shortcut: Tensor | None, kind: str, main_is_left: bool
+) -> Callable[..., Tensor] | None:
+    assert cpu is not None
+    described: list[Any] = []
+    h = _like(x)
+    main = len(layers) - (kind == "projection")
+    added = x if kind == "identity" else shortcut
+    for i, layer in enumerate(layers):
+        found = _describe(layer, h if i < main else _like(x))
+        if found is None:
+            return None
+        described.append(found[0])
+        if i < main:
+            h = found[1]
+        else:
+            added = found[1]
+    if added is not None and (
+        added.shape != h.shape or added.dtype != h.dtype or not (main_is_left or added.stride() == h.stride())
+    ):
+        return None
+    arguments = (
+        _kernels.DTYPES[x.dtype],
+        tuple(x.shape),
+        x.stride(),
+        described[:main],
+        described[main] if kind == "projection" else None,
+        kind,
+        _NO_STRIDES if shortcut is None else shortcut.stride(),
+        h.stride(),
+        torch.get_num_threads(),
+    )
+    strict = _numerics.current == "strict"
+
+    def make(algorithm: str) -> tuple[Any, list[Packer]]:
+        block = cpu.Block(*arguments, algorithm, strict)
+        return block, [_packer(block, i, main) for i in range(block.convolutions)]
+
+    block, packers = make(_kernels.in_force()[0])
+    direct: list[Any] = []
+    shape, strides, dtype = h.shape, h.stride(), x.dtype
+
+    def call(layers: Sequence[Operand], x: Tensor, shortcut: Tensor | None) -> Tensor:
+        run, packed = block.run, [pack(layers) for pack in packers]
+        if any([p.buffer is None for p in packed]):  # only direct convolution is right with these weights
+            if not direct:
+                direct.extend(make("direct"))
+            run, packed = direct[0].run, [pack(layers) for pack in direct[1]]
+        output = torch.empty_strided(shape, strides, dtype=dtype)
+        run(
+            x.data_ptr(),
+            [p.weight for p in packed],
+            [p.bias for p in packed],
+            0 if shortcut is None else shortcut.data_ptr(),
+            output.data_ptr(),
+        )
+        return output
+
+    call.block = block  # type: ignore[attr-defined]  # what tests ask
+    return call
+
+
+def _packer(block: Any, index: int, main: int) -> Packer:
+    """The packed weight and the bias of one of the block's convolutions, kept until a source changes."""
+    kernel = block.convolution(index)
+    size, pack, tag = kernel.packed_bytes, kernel.pack, (kernel.isa, kernel.algorithm)
+    joined = block.joined and index == main - 1
+
+    def packed(layers: Sequence[Operand]) -> Packed:
+        layer = layers[index]
+        sources, eps = layer.sources, layer.eps
+        other = layers[main] if joined else None
+        if other is not None:
+            sources = (*sources, *other.sources)
+
+        def make() -> Packed:
+            weight, bias = layer.folded()
+            more: tuple[Any, ...] = ()
+            if other is not None:
+                other_weight, other_bias = other.folded()
+                more = other_weight.data_ptr(), other_weight.stride()
+                bias = other_bias if bias is None else bias if other_bias is None else bias + other_bias
+            buffer = torch.empty(size, dtype=torch.uint8)
+            if not pack(weight.data_ptr(), weight.stride(), buffer.data_ptr(), *more):
+                return Packed(0, 0, None, None)
+            return Packed(buffer.data_ptr(), 0 if bias is None else bias.data_ptr(), buffer, bias)
+
+        return derive(("whole", *tag, eps, other and other.eps), sources, make)
+
+    return packed
