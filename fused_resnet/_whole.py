@@ -47,7 +47,7 @@ class Operand(NamedTuple):
             weight, bias = self.sources
             assert weight is not None
             return weight, None if bias is None else bias.contiguous()
-        return library_fold(*self.sources, self.eps)  # type: ignore[arg-type]
+        return library_fold(*self.sources, self.eps)  # type: ignore[arg-type, call-arg]
 
 
 class Packed(NamedTuple):

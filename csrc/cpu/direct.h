@@ -20,25 +20,37 @@ inline bool consecutive(const i64* offset, i64 count) {
   return true;
 }
 
-// Channels side by side in memory (channels_last): straight from the accumulators.
-template <class V, class S, int M, int NV>
-inline void finish_channels(const BlockArgs& a, typename V::reg (&acc)[M][NV], i64 pixel, i64 channel) {
+// Channels side by side in memory (channels_last): straight from the accumulators. Full: no tail, so no masks, which would
+// make every store slower.
+template <class V, class S, int M, int NV, bool Full>
+FR_INLINE void finish_channels(const BlockArgs& a, const typename V::reg (&acc)[M][NV], i64 pixel, i64 channel) {
   FR_UNROLL
   for (int v = 0; v < NV; ++v) {
     const i64 k = channel + v * V::width;
-    const i64 count = smaller(a.k - k, V::width);
-    if (count <= 0) break;
+    const i64 count = Full ? V::width : smaller(a.k - k, V::width);
+    if (!Full && count <= 0) break;
     typename V::reg bias = V::zero();
-    if (a.bias) bias = V::load_n(static_cast<const S*>(a.bias) + k, count);
-    FR_UNROLL
-    for (int m = 0; m < M; ++m) {
+    if (a.bias) bias = Full ? V::load_all(static_cast<const S*>(a.bias) + k) : V::load_n(static_cast<const S*>(a.bias) + k, count);
+    const auto put = [&](int m, auto with_shortcut) FR_INLINE_LAMBDA {
       typename V::reg value = V::add(acc[m][v], bias);
-      if (a.shortcut) {
+      if (with_shortcut.value) {
         const S* shortcut = static_cast<const S*>(a.shortcut) + a.shortcut_offset[pixel + m] + k;
-        value = V::add(value, V::load_n(shortcut, count));
+        value = V::add(value, Full ? V::load_all(shortcut) : V::load_n(shortcut, count));
       }
       if (a.relu) value = V::relu(value);
-      V::store_n(static_cast<S*>(a.y) + a.y_offset[pixel + m] + k, value, count);
+      S* y = static_cast<S*>(a.y) + a.y_offset[pixel + m] + k;
+      if (Full) {
+        V::store_all(y, value);
+      } else {
+        V::store_n(y, value, count);
+      }
+    };
+    if (a.shortcut) {
+      FR_UNROLL
+      for (int m = 0; m < M; ++m) put(m, Flag<true>());
+    } else {
+      FR_UNROLL
+      for (int m = 0; m < M; ++m) put(m, Flag<false>());
     }
   }
 }
@@ -167,7 +179,11 @@ __attribute__((noinline)) void tile(const TileArgs<V>& t) {
       for (int v = 0; v < NV; ++v) V::store(t.partial + (m * NV + v) * V::width, acc[m][v]);
     }
   } else if (a.y_stride_k == 1 && (!a.shortcut || a.shortcut_stride_k == 1)) {
-    finish_channels<V, S, M, NV>(a, acc, t.pixel, t.channel);
+    if (t.channel + NV * V::width <= a.k) {
+      finish_channels<V, S, M, NV, true>(a, acc, t.pixel, t.channel);
+    } else {
+      finish_channels<V, S, M, NV, false>(a, acc, t.pixel, t.channel);
+    }
   } else {
     constexpr int rows = (M + V::width - 1) / V::width * V::width;
     alignas(64) T turned[rows * NV * V::width];

@@ -10,6 +10,11 @@
 namespace fused_resnet {
 namespace {
 
+template <bool B>
+struct Flag {
+  static constexpr bool value = B;
+};
+
 inline i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
 
 // Rows of a V::width x V::width matrix in registers become its columns: log2(width) rounds of perfect shuffles.

@@ -30,6 +30,10 @@ struct Avx2Float {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
+  static reg load_all(const float* p) { return load(p); }
+  static reg load_all(const bf16* p) { return load_n(p, width); }
+  static void store_all(float* p, reg v) { store(p, v); }
+  static void store_all(bf16* p, reg v) { store_n(p, v, width); }
   static void store(float* p, reg v) { _mm256_storeu_ps(p, v); }
   static void store_n(float* p, reg v, i64 n) {
     if (n >= width) {
@@ -58,7 +62,8 @@ struct Avx2Float {
   static reg sub(reg a, reg b) { return _mm256_sub_ps(a, b); }
   static reg mul(reg a, reg b) { return _mm256_mul_ps(a, b); }
   static reg fma(reg a, reg b, reg c) { return _mm256_fmadd_ps(a, b, c); }
-  static reg relu(reg v) { return _mm256_and_ps(_mm256_cmp_ps(v, zero(), _CMP_NLE_UQ), v); }
+  // The second operand where one is NaN: the NaN stays.
+  static reg relu(reg v) { return _mm256_max_ps(zero(), v); }
   static reg relu_gradient(reg g, reg y) { return _mm256_and_ps(_mm256_cmp_ps(y, zero(), _CMP_NLE_UQ), g); }
   static reg interleave_low(reg a, reg b) {
     return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
@@ -79,6 +84,8 @@ struct Avx2Double {
   static reg set1(double v) { return _mm256_set1_pd(v); }
   static reg load(const double* p) { return _mm256_loadu_pd(p); }
   static reg load_n(const double* p, i64 n) { return n >= width ? load(p) : _mm256_maskload_pd(p, mask(n)); }
+  static reg load_all(const double* p) { return load(p); }
+  static void store_all(double* p, reg v) { store(p, v); }
   static void store(double* p, reg v) { _mm256_storeu_pd(p, v); }
   static void store_n(double* p, reg v, i64 n) {
     if (n >= width) {
@@ -91,7 +98,8 @@ struct Avx2Double {
   static reg sub(reg a, reg b) { return _mm256_sub_pd(a, b); }
   static reg mul(reg a, reg b) { return _mm256_mul_pd(a, b); }
   static reg fma(reg a, reg b, reg c) { return _mm256_fmadd_pd(a, b, c); }
-  static reg relu(reg v) { return _mm256_and_pd(_mm256_cmp_pd(v, zero(), _CMP_NLE_UQ), v); }
+  // The second operand where one is NaN: the NaN stays.
+  static reg relu(reg v) { return _mm256_max_pd(zero(), v); }
   static reg relu_gradient(reg g, reg y) { return _mm256_and_pd(_mm256_cmp_pd(y, zero(), _CMP_NLE_UQ), g); }
   static reg interleave_low(reg a, reg b) {
     return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x20);

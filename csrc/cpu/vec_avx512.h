@@ -22,22 +22,31 @@ struct Avx512Float {
     const __m256i bits = _mm256_maskz_loadu_epi16(mask(n), p);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
+  static reg load_all(const float* p) { return load(p); }
+  static reg load_all(const bf16* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  static void store_all(float* p, reg v) { store(p, v); }
+  static void store_all(bf16* p, reg v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow16(v)); }
   static void store(float* p, reg v) { _mm512_storeu_ps(p, v); }
   static void store_n(float* p, reg v, i64 n) { _mm512_mask_storeu_ps(p, mask(n), v); }
-  static void store_n(bf16* p, reg v, i64 n) {
+  static void store_n(bf16* p, reg v, i64 n) { _mm256_mask_storeu_epi16(p, mask(n), narrow16(v)); }
+  static __m256i narrow16(reg v) {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     const __m512i chosen = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16);
-    _mm256_mask_storeu_epi16(p, mask(n), _mm512_cvtepi32_epi16(chosen));
+    return _mm512_cvtepi32_epi16(chosen);
   }
   static reg add(reg a, reg b) { return _mm512_add_ps(a, b); }
   static reg sub(reg a, reg b) { return _mm512_sub_ps(a, b); }
   static reg mul(reg a, reg b) { return _mm512_mul_ps(a, b); }
   static reg fma(reg a, reg b, reg c) { return _mm512_fmadd_ps(a, b, c); }
-  static reg relu(reg v) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, zero(), _CMP_NLE_UQ), v); }
+  // The second operand where one is NaN: the NaN stays.
+  static reg relu(reg v) { return _mm512_max_ps(zero(), v); }
   static reg relu_gradient(reg g, reg y) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, zero(), _CMP_NLE_UQ), g); }
   static reg interleave_low(reg a, reg b) {
     return _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), b);
@@ -56,13 +65,16 @@ struct Avx512Double {
   static reg set1(double v) { return _mm512_set1_pd(v); }
   static reg load(const double* p) { return _mm512_loadu_pd(p); }
   static reg load_n(const double* p, i64 n) { return _mm512_maskz_loadu_pd(mask(n), p); }
+  static reg load_all(const double* p) { return load(p); }
+  static void store_all(double* p, reg v) { store(p, v); }
   static void store(double* p, reg v) { _mm512_storeu_pd(p, v); }
   static void store_n(double* p, reg v, i64 n) { _mm512_mask_storeu_pd(p, mask(n), v); }
   static reg add(reg a, reg b) { return _mm512_add_pd(a, b); }
   static reg sub(reg a, reg b) { return _mm512_sub_pd(a, b); }
   static reg mul(reg a, reg b) { return _mm512_mul_pd(a, b); }
   static reg fma(reg a, reg b, reg c) { return _mm512_fmadd_pd(a, b, c); }
-  static reg relu(reg v) { return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(v, zero(), _CMP_NLE_UQ), v); }
+  // The second operand where one is NaN: the NaN stays.
+  static reg relu(reg v) { return _mm512_max_pd(zero(), v); }
   static reg relu_gradient(reg g, reg y) { return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(y, zero(), _CMP_NLE_UQ), g); }
   static reg interleave_low(reg a, reg b) {
     return _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b);

@@ -19,6 +19,14 @@ struct ScalarVec {
   static reg load_n(const S* p, i64) {
     return widen(*p);
   }
+  template <class S>
+  static reg load_all(const S* p) {
+    return widen(*p);
+  }
+  template <class S>
+  static void store_all(S* p, reg v) {
+    narrow(v, p);
+  }
   static void store(T* p, reg v) { *p = v; }
   template <class S>
   static void store_n(S* p, reg v, i64) {
