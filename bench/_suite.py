@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from fused_resnet import _machine
-from fused_resnet.cli import _contenders
+from fused_resnet.cli import _contenders, _contest
 
-NAMES = [name for name in _contenders.CONTENDERS if not _contenders.missing(name)]
+# In this process, so only those that share torch's threads; `fused-resnet bench` has the others, each in a process of its own.
+NAMES = [name for name, contender in _contenders.CONTENDERS.items() if contender.torch and not _contenders.missing(name)]
 
 
-def run(benchmark: Any, case: _contenders.Case, batch: int, contender: str) -> None:
-    """Time one contender of one case, float32, under inference_mode; benchmarks of one case and batch share a group."""
-    contest = _contenders.prepare(case, batch, torch.float32, "forward", [contender], seed=0)
-    try:
-        errors = contest.errors()[contender]
+def run(benchmark: Any, case: _contest.Case, batch: int, contender: str) -> None:
+    """Time one contender of one case, float32, forward; benchmarks of one case and batch share a group."""
+    contest = _contest.prepare(case, batch, torch.float32, "forward", seed=0)
+    module, name = _contenders.CONTENDERS[contender].builder.split(":")
+    built = getattr(importlib.import_module(module), name)(contest.task, torch.get_num_threads(), Path())
+    with built.context():
+        errors = contest.errors(built.results(built.call()))
         assert contest.ok(errors), f"{contender} is wrong: {errors}, allowed {contest.allowed}"
         benchmark.group = f"{case.name}, batch {batch}"
         benchmark.extra_info.update(
@@ -27,12 +32,10 @@ def run(benchmark: Any, case: _contenders.Case, batch: int, contender: str) -> N
             threads=torch.get_num_threads(),
             machine=_machine.short(),
         )
-        benchmark.pedantic(contest.calls[contender], rounds=30, iterations=_iterations(case, batch), warmup_rounds=3)
-    finally:
-        contest.close()
+        benchmark.pedantic(built.call, rounds=30, iterations=_iterations(case, batch), warmup_rounds=3)
 
 
-def _iterations(case: _contenders.Case, batch: int) -> int:
+def _iterations(case: _contest.Case, batch: int) -> int:
     """Calls a sample: about 0.1 GFLOP, some milliseconds at most, and well above the clock's resolution."""
     return max(1, min(100, round(1e8 / case.flops(batch))))
 

@@ -1,9 +1,9 @@
 """Timing of several contenders side by side: their samples are interleaved, so that they share whatever the machine is doing.
 
 A round takes one sample of each contender; each round starts with the next one, so that none always runs behind the same
-neighbour. A sample is a loop of enough calls to be well above the clock's resolution. Rounds in which another process held
-one of our cores are left out, for all contenders alike. What is reported are medians and the
-20 % and 80 % quantiles of the samples, in seconds a call.
+neighbour. A sample is a loop of enough calls to be well above the clock's resolution; where it is taken, in this process or in
+one of the contender's own, is the sampler's business. Samples during which a foreign process held one of the cores are left
+out. What is reported are medians and the 20 % and 80 % quantiles of the samples, in seconds a call.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,41 @@ Clock = Callable[[], float]
 FEWEST = 3  # rounds under which a median says little
 
 
+class Lost(Exception):
+    """A sampler can give no more samples. Its contender is left out from then on; the others are timed on."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample. ``disturbed``: another process held a core meanwhile."""
+
+    seconds: float
+    disturbed: bool = False
+
+
+Sampler = Callable[[], Sample]
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds a call: median and quantiles over ``len(samples)`` samples of ``inner`` calls each.
 
-    ``left_out``: rounds that did not count because another process held a core. ``contested``: there were so many of them
-    that all rounds count after all; the figures are then not to be trusted.
+    ``left_out``: samples that did not count because another process held a core. ``contested``: there were so many of them
+    that all samples count after all; the figures are then not to be trusted.
     """
 
     samples: tuple[float, ...]
     inner: int
     left_out: int = 0
     contested: bool = False
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], inner: int, fewest: int = FEWEST) -> Timing:
+        """What the calm ones of these samples say, or all of them if fewer than ``fewest`` were calm."""
+        calm = [sample.seconds for sample in samples if not sample.disturbed]
+        if len(calm) < fewest:
+            return cls(tuple(sample.seconds for sample in samples), inner, 0, True)
+        return cls(tuple(calm), inner, len(samples) - len(calm))
 
     @property
     def median(self) -> float:
@@ -72,12 +95,12 @@ def autorange(call: Call, least: float, clock: Clock = time.perf_counter) -> int
     """How many calls make a sample of at least ``least`` seconds (a power of two, found by doubling)."""
     inner = 1
     while True:
-        if _sample(call, inner, clock) * inner >= least:
+        if seconds_a_call(call, inner, clock) * inner >= least:
             return inner
         inner *= 2
 
 
-def _sample(call: Call, inner: int, clock: Clock) -> float:
+def seconds_a_call(call: Call, inner: int, clock: Clock) -> float:
     start = clock()
     for _ in range(inner):
         call()
@@ -121,6 +144,28 @@ class Contention:
         return (self.share() or 0.0) > self.MUCH
 
 
+def rounds(
+    samplers: Mapping[str, Sampler], repeat: int = 20, seconds: float = math.inf, clock: Clock = time.perf_counter
+) -> dict[str, list[Sample]]:
+    """Take samples in rounds until ``repeat`` of each contender are calm, at most 3 * repeat rounds, fewer if ``seconds`` pass
+    first, but never under FEWEST. A contender that is lost on the way is missing from the result.
+    """
+    taken: dict[str, list[Sample]] = {name: [] for name in samplers}
+    begin = clock()
+    for done in range(3 * repeat):
+        calm = [sum(not sample.disturbed for sample in samples) for samples in taken.values()]
+        if min(calm, default=repeat) >= repeat or (done >= FEWEST and clock() - begin >= seconds):
+            break
+        names = list(taken)
+        shift = done % len(names)
+        for name in names[shift:] + names[:shift]:
+            try:
+                taken[name].append(samplers[name]())
+            except Lost:
+                del taken[name]
+    return taken
+
+
 def interleave(
     contenders: Mapping[str, Call],
     repeat: int = 20,
@@ -130,33 +175,26 @@ def interleave(
     clock: Clock = time.perf_counter,
     contested: Callable[[], Callable[[], bool]] = lambda: Contention().much,
 ) -> dict[str, Timing]:
-    """Time the contenders in rounds until ``repeat`` of them count, at most 3 * repeat rounds, fewer if ``seconds`` pass first,
-    but never under FEWEST.
+    """Time contenders that all live in this process, as ``rounds`` does.
 
     ``least``: shortest sample in seconds. ``warmup``: calls of each before anything is measured (compilation, packing, caches).
-    ``contested``: called before a round; what it returns is called after it and says whether the round is to be left out.
+    ``contested``: called before a sample; what it returns is called after it and says whether the sample is to be left out.
     """
     for call in contenders.values():
         for _ in range(warmup):
             call()
     inner = {name: autorange(call, least, clock) for name, call in contenders.items()}
-    names = list(contenders)
-    rounds: list[tuple[bool, dict[str, float]]] = []
-    calm = 0
-    begin = clock()
-    while calm < repeat and len(rounds) < 3 * repeat:
-        if len(rounds) >= FEWEST and clock() - begin >= seconds:
-            break
-        shift = len(rounds) % len(names)
-        disturbed = contested()
-        samples = {name: _sample(contenders[name], inner[name], clock) for name in names[shift:] + names[:shift]}
-        rounds.append((disturbed(), samples))
-        calm += not rounds[-1][0]
-    all_count = calm < min(FEWEST, repeat)
-    kept = [samples for disturbed_, samples in rounds if all_count or not disturbed_]
-    return {
-        name: Timing(tuple(samples[name] for samples in kept), inner[name], len(rounds) - len(kept), all_count) for name in names
-    }
+
+    def sampler(name: str) -> Sampler:
+        def take() -> Sample:
+            disturbed = contested()
+            taken = seconds_a_call(contenders[name], inner[name], clock)
+            return Sample(taken, disturbed())
+
+        return take
+
+    taken = rounds({name: sampler(name) for name in contenders}, repeat, seconds, clock)
+    return {name: Timing.of(samples, inner[name], min(FEWEST, repeat)) for name, samples in taken.items()}
 
 
 def geometric_mean(ratios: Iterable[float]) -> float:

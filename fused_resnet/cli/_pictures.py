@@ -12,14 +12,20 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.patches import Patch
 
 from ._digits import Training
 
-# Distinguishable in grey and by colour-blind readers: eager in greys, the compiler in ochre, ours in blue-green.
+# Distinguishable in grey and by colour-blind readers: eager in greys, ours in blue-green, the others in ochre, reds and blues.
 COLOURS = {
     "eager": "#9aa0a6",
     "channels_last": "#5f6368",
-    "compile": "#c98a1b",
+    "compile": "#e0b252",
+    "onnxruntime": "#b0cbe8",
+    "openvino": "#4a7fb5",
+    "ncnn": "#e58a6a",
+    "mnn": "#f3c1b0",
+    "mnn_exact": "#b5533c",
     "fused": "#5cb8a7",
     "fused_channels_last": "#00796b",
 }
@@ -27,6 +33,11 @@ LABELS = {
     "eager": "eager, contiguous",
     "channels_last": "eager, channels_last",
     "compile": "torch.compile",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "ncnn": "ncnn",
+    "mnn": "MNN",
+    "mnn_exact": "MNN, smaller tiles",
     "fused": "fused, contiguous",
     "fused_channels_last": "fused, channels_last",
 }
@@ -85,36 +96,77 @@ def _note(ratio: float | None, timings: Iterable[dict[str, Any]]) -> str:
     return "" if ratio is None else f"{ratio:.2f}x{mark}"
 
 
-def draw_bench(report: dict[str, Any], path: Path) -> None:
-    """One panel for each batch size and thread count; beside each case, how many times faster ours is than eager."""
-    results = report["results"]
-    settings = list(dict.fromkeys((r["batch"], r["threads"]) for r in results))
-    names = [name for name in COLOURS if any(name in r["contenders"] for r in results)]
-    cases = len(results) // len(settings)
-    figure, panels = plt.subplots(len(settings), 1, figsize=(9, len(settings) * (1.2 + 0.14 * cases * len(names)) + 0.8), squeeze=False)
-    for axes, (batch, threads) in zip(panels[:, 0], settings, strict=True):
-        mine = [r for r in results if (r["batch"], r["threads"]) == (batch, threads)]
-        notes = [_note(r["ratio"], r["contenders"].values()) for r in mine]
-        _bars(axes, [(r["case"], r["contenders"]) for r in mine], names, notes)
-        plural = "" if threads == 1 else "s"
-        axes.set_title(f"batch {batch}, {threads} thread{plural}", fontsize=9, loc="left")
-    _legend(panels[0, 0])
+CASES = 20  # of one picture
+
+
+def _speedups(result: dict[str, Any]) -> dict[str, float]:
+    """Contender -> better eager's time over its own; of ours the better one, under one name. Wrong results have no bar."""
+    eager, mine = result["best_eager"], result["best_ours"]
+    if eager is None:
+        return {}
+    times = {name: timing["median_ms"] for name, timing in result["contenders"].items() if name not in result["wrong"]}
+    kept = {name: time for name, time in times.items() if name not in ("eager", "channels_last", "fused", "fused_channels_last")}
+    if mine is not None:
+        kept["fused_channels_last"] = times[mine]
+    return {name: times[eager] / time for name, time in kept.items()}
+
+
+def draw_bench(report: dict[str, Any], path: Path) -> list[Path]:
+    """How many times faster than the better eager each contender is; one column for each batch size and thread count.
+
+    Returns the files: ``path``, and path-2, path-3, ... for every further CASES cases.
+    """
+    cases = list(dict.fromkeys(result["case"] for result in report["results"]))
+    written = []
+    for first in range(0, len(cases), CASES):
+        file = path if first == 0 else path.with_name(f"{path.stem}-{first // CASES + 1}{path.suffix}")
+        _draw_speedups(report, cases[first : first + CASES], file)
+        written.append(file)
+    return written
+
+
+def _draw_speedups(report: dict[str, Any], cases: list[str], path: Path) -> None:
+    settings = list(dict.fromkeys((r["batch"], r["threads"]) for r in report["results"]))
+    bars = {(r["case"], r["batch"], r["threads"]): (_speedups(r), r) for r in report["results"] if r["case"] in cases}
+    names = [name for name in COLOURS if any(name in speedups for speedups, _ in bars.values())]
+    height = 0.84 / max(len(names), 1)
+    # The longest bar that can be trusted ends the axis: one that cannot must not shrink all others.
+    trusted = [s for speedups, r in bars.values() if not _contested(r) for s in speedups.values()]
+    longest = max(trusted or [s for speedups, _ in bars.values() for s in speedups.values()], default=1.0)
+    size = (2.2 + 3.4 * len(settings), 1.5 + len(cases) * max(0.1 * len(names), 0.25))
+    figure, panels = plt.subplots(1, len(settings), figsize=size, squeeze=False, sharey=True, sharex=True, layout="constrained")
+    for axes, (batch, threads) in zip(panels[0], settings, strict=True):
+        axes.axvline(1, color="#5f6368", linewidth=0.8)
+        for g, case in enumerate(cases):
+            speedups, result = bars.get((case, batch, threads), ({}, None))
+            faint = result is not None and _contested(result)
+            for i, name in enumerate(names):
+                if name in speedups:
+                    y = g - 0.42 + (i + 0.5) * height
+                    axes.barh(y, speedups[name], height * 0.95, color=COLOURS[name], alpha=0.35 if faint else 1)
+                    if name == "fused_channels_last":
+                        text = f" {speedups[name]:.2f}{'?' if faint else ''}"
+                        axes.text(min(speedups[name], 1.15 * longest), y, text, va="center", fontsize=7, clip_on=True)
+        axes.set_xlim(0, 1.2 * max(longest, 1))
+        axes.set_title(f"batch {batch}, {threads} thread{'' if threads == 1 else 's'}", fontsize=9, loc="left")
+        _plain_axes(axes)
+    panels[0, 0].set_yticks(range(len(cases)), cases, fontsize=8)
+    panels[0, 0].set_ylim(len(cases) - 0.45, -0.55)
     options, machine = report["options"], report["machine"]
     mode = "forward pass" if options["mode"] == "forward" else "forward and backward pass"
-    mean = report["geometric_mean"]
-    summary = "" if mean is None else f"; geometric mean {mean:.2f}x"
-    figure.suptitle(
-        f"{mode.capitalize()}, {options['dtype']}: shorter is better; at the bars, better eager / better of ours{summary}",
-        fontsize=10,
-        x=0.01,
-        ha="left",
-    )
+    figure.supxlabel(f"speed of the {mode}, {options['dtype']}, over the better eager's (1: the line); longer is better", fontsize=8)
+    handles = [Patch(color=COLOURS[name], label="ours" if name == "fused_channels_last" else LABELS[name]) for name in names]
     isa = machine["extension"].get("isa", "no compiled module")
-    warning = f". {BUSY}" if report["warning"] else ""
-    figure.text(0.01, 0.004, f"{machine['cpu']}, torch {machine['torch']}, {isa}{warning}", fontsize=7, color="#5f6368")
-    figure.tight_layout(rect=(0, 0.015, 1, 0.99))
+    busy = "\nfaint, ?: timed while other processes held the cores, not to be trusted" if any(_contested(r) for _, r in bars.values()) else ""
+    figure.suptitle(f"{machine['cpu']}, torch {machine['torch']}, {isa}{busy}", fontsize=8, x=0.01, ha="left")
+    if handles:
+        figure.legend(handles=handles, fontsize=8, frameon=False, ncols=min(len(handles), 2 + 2 * len(settings)), loc="outside lower left")
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _contested(result: dict[str, Any]) -> bool:
+    return any(timing["contested"] for timing in result["contenders"].values())
 
 
 def draw_demo(training: Training, goal: float, photograph: Any, rows: list[dict[str, Any]], machine: str, path: Path) -> None:

@@ -1,36 +1,36 @@
 """Time the fused operators, blocks and networks beside the peers that are installed.
 
-Peers: eager PyTorch, contiguous and channels_last, and torch.compile (where there is a C++ compiler). Ours: the same module,
-converted, in both memory formats. All run in this process, their samples interleaved, so that the ratio is fair on a noisy
-machine. Beside each time stands the largest error against float64, relative to the largest value of the result. The ratio is
-the better eager peer's median over the better one of ours: above 1, ours is faster. Exit status 1 if a result is wrong.
+Peers: eager PyTorch, contiguous and channels_last, torch.compile with freezing, ONNX Runtime, OpenVINO, ncnn and MNN. Ours: the
+same module, converted, in both memory formats. Each runs in a process of its own; the processes take turns, sample by sample,
+so that one at a time computes and a ratio is fair on a noisy machine. Results are compared with float64 before anything is
+timed. The ratio is the best right peer's median over the better one of ours: above 1, ours is faster. Exit status 1 if a
+result of ours is wrong or missing.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from .. import _extension, _machine, _timing, cases
-from . import _contenders
+from . import _bench_table, _contenders, _contest
 from ._common import (
     DTYPES,
     Usage,
     add_json,
-    milliseconds,
     need,
     picture,
     positive,
     positive_seconds,
     progress,
     seed,
-    table,
     threads,
     write_json,
 )
+from ._team import Team
 
 HELP = "the benchmark against the peers that are installed"
 
@@ -51,29 +51,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers",
         metavar="A,B,...",
-        help=f"of {', '.join(_contenders.CONTENDERS)} (default: all that are installed; compile is left out by --quick)",
+        help=f"of {', '.join(_contenders.CONTENDERS)} (default: all that are installed and suit; compile is left out by --quick)",
     )
     parser.add_argument("--repeat", type=positive, default=30, help="samples of each contender (default: 30)")
     parser.add_argument("--seconds", type=positive_seconds, default=20.0, help="stop a case after this long (default: 20)")
     parser.add_argument("--quick", action="store_true", help="fewer samples, no torch.compile")
     parser.add_argument("--seed", type=seed, default=0, help="seed of the data (default: 0)")
     add_json(parser)
-    parser.add_argument("--picture", type=picture, metavar="FILE", help="draw the times (needs matplotlib)")
+    parser.add_argument("--picture", type=picture, metavar="FILE", help="draw the speedups (needs matplotlib), 20 cases a file")
 
 
 def run(arguments: argparse.Namespace) -> int:
     chosen = _choose(arguments)
-    peers = _peers(arguments)
+    names = _names(arguments)
     if arguments.picture is not None:
         need("matplotlib", "bench")
     counts = arguments.threads or [torch.get_num_threads()]
-    jobs = [(case, batch, count) for count in counts for batch in arguments.batch for case in chosen]
     results: list[dict[str, Any]] = []
-    with progress(len(jobs), "bench") as advance:
-        for case, batch, count in jobs:
-            with threads(count):
-                results.append(_measure(case, batch, peers, arguments))
-            advance(case.name)
+    with progress(len(counts) * len(arguments.batch) * len(chosen), "bench") as advance:
+        for count in counts:
+            with threads(count), Team({name: _contenders.CONTENDERS[name].builder for name in names}, count) as team:
+                for batch in arguments.batch:
+                    for case in chosen:
+                        results.append(_measure(case, batch, team, names, arguments))
+                        advance(case.name)
     report = {
         "machine": _machine.describe(paths=False),
         "fma_peak_gflops": _peak(),
@@ -85,27 +86,29 @@ def run(arguments: argparse.Namespace) -> int:
             "seconds": arguments.seconds,
             "seed": arguments.seed,
         },
+        "remarks": [] if arguments.peers else _contenders.remarks(arguments.dtype, arguments.mode),
         "results": results,
-        "geometric_mean": _mean(results),
+        "geometric_mean": _mean(results, "ratio"),
+        "geometric_mean_eager": _mean(results, "ratio_eager"),
         "warning": _contested(results),
     }
-    _print(report, peers)
+    _bench_table.show(report, names)
     write_json(arguments.json, report)
     if arguments.picture is not None:
         from ._pictures import draw_bench
 
-        draw_bench(report, arguments.picture)
-        print(f"picture: {arguments.picture}")
+        for path in draw_bench(report, arguments.picture):
+            print(f"picture: {path}")
     return 0 if all(result["ok"] for result in results) else 1
 
 
-def _choose(arguments: argparse.Namespace) -> Sequence[_contenders.Case]:
+def _choose(arguments: argparse.Namespace) -> Sequence[_contest.Case]:
     """The cases that the options name, or the sentence that says which there are."""
     what = arguments.what or "block"
     models = arguments.model or list(cases.NETWORKS)
     available: list[Any]
     if what == "network":
-        available = [_contenders.NetworkCase(name) for name in models]
+        available = [_contest.NetworkCase(name) for name in models]
     else:
         blocks = [block for block in cases.BLOCKS if block.network in models]
         available = blocks if what == "block" else [c for c in cases.CONVS if _belongs(c, blocks, models)]
@@ -123,16 +126,19 @@ def _belongs(conv: cases.ConvCase, blocks: list[cases.BlockCase], models: list[s
     return conv in {stems[model] for model in models} or any(conv in block.convs() for block in blocks)
 
 
-def _peers(arguments: argparse.Namespace) -> list[str]:
+def _names(arguments: argparse.Namespace) -> list[str]:
+    """The contenders that the options name, or all that are installed and suit."""
+    dtype, mode = arguments.dtype, arguments.mode
     if arguments.peers is None:
-        names = [name for name in _contenders.CONTENDERS if not _contenders.missing(name)]
-        return [name for name in names if not (name == "compile" and arguments.quick)]
+        fit = [name for name in _contenders.CONTENDERS if not _contenders.missing(name) and not _contenders.unsuitable(name, dtype, mode)]
+        return [name for name in fit if not (name == "compile" and arguments.quick)]
     names = [name for name in arguments.peers.split(",") if name]
     for name in names:
         if name not in _contenders.CONTENDERS:
             raise Usage(f"--peers: unknown peer {name!r}; there are {', '.join(_contenders.CONTENDERS)}")
-        if _contenders.missing(name):
-            raise Usage(f"--peers: {name} cannot run here: {_contenders.missing(name)}")
+        reason = _contenders.unsuitable(name, dtype, mode) or _contenders.missing(name)
+        if reason:
+            raise Usage(f"--peers: {name} cannot run here: {reason}")
     if not names:
         raise Usage(f"--peers must name at least one of {', '.join(_contenders.CONTENDERS)}")
     return list(dict.fromkeys(names))
@@ -142,43 +148,43 @@ def _repeat(arguments: argparse.Namespace) -> int:
     return min(arguments.repeat, 7) if arguments.quick else int(arguments.repeat)
 
 
-def _measure(case: _contenders.Case, batch: int, peers: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Build the contenders of one case, compare their results, then time them."""
-    dtype = DTYPES[arguments.dtype]
-    contest = _contenders.prepare(case, batch, dtype, arguments.mode, peers, arguments.seed)
-    try:
-        errors = contest.errors()
-        timings = _timing.interleave(
-            contest.calls, repeat=_repeat(arguments), seconds=arguments.seconds, least=5e-4 if arguments.quick else 2e-3
-        )
-    finally:
-        contest.close()
-    contenders = {name: {**timings[name].as_dict(), **errors[name]} for name in contest.calls}
-    wrong = [name for name in contest.calls if not contest.ok(errors[name])]
-    ours, eager = _best(contenders, _contenders.OURS), _best(contenders, _contenders.EAGER)
+def _measure(case: _contest.Case, batch: int, team: Team, names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Build the contenders of one case one after the other, compare their results, then time them side by side."""
+    contest = _contest.prepare(case, batch, DTYPES[arguments.dtype], arguments.mode, arguments.seed)
+    team.open(contest.task)
+    errors: dict[str, dict[str, float | None]] = {}
+    for name in names:
+        results = team.build(name, least=5e-4 if arguments.quick else 2e-3, warmup=2 if arguments.quick else 4)
+        if results is not None:
+            errors[name] = contest.errors(results)
+    timings = team.time(_repeat(arguments), arguments.seconds)
+    contenders = {name: {**timing.as_dict(), **errors[name]} for name, timing in timings.items()}
+    wrong = [name for name in contenders if not contest.ok(errors[name])]
+    right = {name: timing for name, timing in contenders.items() if name not in wrong}
+    ours, eager, peer = (_best(right, kind) for kind in (_contenders.OURS, _contenders.EAGER, _contenders.peers()))
+    mine = contenders[ours]["median_ms"] if ours else None
     return {
         "case": case.name,
         "batch": batch,
         "threads": torch.get_num_threads(),
         "gflop": case.flops(batch) * (3 if arguments.mode == "train" else 1) / 1e9,
         "contenders": contenders,
+        "failed": dict(team.failed),
         "allowed_error": contest.allowed,
         "allowed_gradient_error": contest.allowed_gradient if arguments.mode == "train" else None,
         "wrong": wrong,
-        "ok": not [name for name in wrong if name in _contenders.OURS],
+        "ok": not [name for name in (*wrong, *team.failed) if name in _contenders.OURS],
         "best_eager": eager,
+        "best_peer": peer,
         "best_ours": ours,
-        "ratio": contenders[eager]["median_ms"] / contenders[ours]["median_ms"] if eager and ours else None,
+        "ratio": contenders[peer]["median_ms"] / mine if peer and mine else None,
+        "ratio_eager": contenders[eager]["median_ms"] / mine if eager and mine else None,
     }
-
-
-def _is_contested(result: dict[str, Any]) -> bool:
-    return any(timing["contested"] for timing in result["contenders"].values())
 
 
 def _contested(results: list[dict[str, Any]]) -> str:
     """One sentence if cases were timed while other processes held the cores, or ''."""
-    cases = [result["case"] for result in results if _is_contested(result)]
+    cases = [result["case"] for result in results if _bench_table.is_contested(result)]
     if not cases:
         return ""
     return (
@@ -187,13 +193,13 @@ def _contested(results: list[dict[str, Any]]) -> str:
     )
 
 
-def _best(contenders: dict[str, dict[str, Any]], names: tuple[str, ...]) -> str | None:
+def _best(contenders: dict[str, dict[str, Any]], names: Sequence[str]) -> str | None:
     there = [name for name in names if name in contenders]
     return min(there, key=lambda name: contenders[name]["median_ms"], default=None)
 
 
-def _mean(results: list[dict[str, Any]]) -> float | None:
-    ratios = [result["ratio"] for result in results if result["ratio"] is not None]
+def _mean(results: list[dict[str, Any]], what: str) -> float | None:
+    ratios = [result[what] for result in results if result[what] is not None]
     return _timing.geometric_mean(ratios) if ratios else None
 
 
@@ -201,65 +207,3 @@ def _peak() -> float | None:
     """Multiply-adds that one core can do, in GFLOP/s, if the compiled module can measure it."""
     measure = getattr(_extension.cpu, "measure_fma_peak", None)
     return float(measure(0.2)) if measure is not None else None
-
-
-def _print(report: dict[str, Any], peers: list[str]) -> None:
-    results, peak = report["results"], report["fma_peak_gflops"]
-    header = ["case", "N", "threads", *peers, "ratio"]
-    header += ["% of FMA peak"] if peak and report["options"]["dtype"] == "float32" else []
-    header += ["error ours", "error eager"]
-    rows = []
-    for result in results:
-        row: list[object] = [result["case"], result["batch"], result["threads"]]
-        row += [_cell(result["contenders"][name]) for name in peers]
-        row.append("-" if result["ratio"] is None else f"{result['ratio']:.2f}{'?' if _is_contested(result) else ''}")
-        if "% of FMA peak" in header:
-            row.append(_share(result, peak))
-        row += [_error(result, _contenders.OURS), _error(result, _contenders.EAGER)]
-        rows.append(row)
-    print(table(header, rows))
-    print(
-        "\nmilliseconds a call: median [20 % - 80 % quantile]; ratio: better eager / better of ours; error: largest, against "
-        "float64, over the result's largest value"
-    )
-    for sentence in _remarks(report):
-        print(sentence)
-    if report["geometric_mean"] is not None:
-        print(f"geometric mean of the ratios: {report['geometric_mean']:.2f} over {len(results)} cases")
-    print(_machine.short())
-    if report["warning"]:
-        print(f"warning: {report['warning']}")
-
-
-def _remarks(report: dict[str, Any]) -> Iterator[str]:
-    for result in report["results"]:
-        for name in result["wrong"]:
-            for what in ("error", "gradient_error"):
-                error = result["contenders"][name].get(what, 0.0)
-                allowed = result[f"allowed_{what}"]
-                if error is None or error > (allowed or 0.0):
-                    got = "a NaN or an infinity" if error is None else f"{what} {error:.2g}"
-                    yield f"WRONG  {result['case']}, {name}: {got}, allowed {allowed:.2g}"
-    reason = _contenders.missing("compile")
-    if reason:
-        yield f"torch.compile was left out: {reason}"
-
-
-def _cell(timing: dict[str, Any]) -> str:
-    median, low, high = (milliseconds(timing[key] / 1e3) for key in ("median_ms", "q20_ms", "q80_ms"))
-    return f"{median} [{low}-{high}]"
-
-
-def _share(result: dict[str, Any], peak: float) -> str:
-    """Arithmetic of a direct convolution in our time, over what the threads could do at most."""
-    if result["best_ours"] is None:
-        return "-"
-    seconds = result["contenders"][result["best_ours"]]["median_ms"] / 1e3
-    return f"{100 * result['gflop'] / seconds / (peak * result['threads']):.0f}"
-
-
-def _error(result: dict[str, Any], names: tuple[str, ...]) -> str:
-    there = [result["contenders"][name]["error"] for name in names if name in result["contenders"]]
-    if not there:
-        return "-"
-    return "not finite" if None in there else f"{max(there):.1e}"
