@@ -1,7 +1,8 @@
 """The peers that are not torch: ONNX Runtime, OpenVINO, ncnn, MNN, each with the settings that serve it best in float32.
 
-Each gets the input as contiguous NCHW in memory that it reads without a copy, and leaves its output where it computes it;
-reading that out as a tensor is not timed. Models are exported once for each case, into the folder that all processes share.
+Each gets the input as contiguous NCHW, in memory that it reads without a copy where it can (all but MNN), and leaves its output
+where it computes it; reading that out as a tensor is not timed. Models are exported once for each case, into the folder that all
+processes share.
 """
 
 from __future__ import annotations
@@ -174,16 +175,20 @@ def mnn(task: Task, threads: int, folder: Path, tiles: int | None = None) -> Bui
     for name, array in zip(_names(task), arrays, strict=True):
         interpreter.resizeTensor(targets[name], tuple(array.shape))
     interpreter.resizeSession(session)
-    for name, array in zip(_names(task), arrays, strict=True):
-        # Into the session's own tensor, once: that the second call finds it unchanged is checked by comparing the second result.
-        host = library.Tensor(tuple(array.shape), library.Halide_Type_Float, array, library.Tensor_DimensionType_Caffe)
-        targets[name].copyFrom(host)
+    # A session uses the memory of its inputs for other things once it has read them, so every call fills them.
+    copies = [
+        (targets[name], library.Tensor(tuple(array.shape), library.Halide_Type_Float, array, library.Tensor_DimensionType_Caffe))
+        for name, array in zip(_names(task), arrays, strict=True)
+    ]
     output = interpreter.getSessionOutput(session)
 
-    def call() -> None:
+    def call() -> list[Any]:
+        for target, host in copies:
+            target.copyFrom(host)
         interpreter.runSession(session)
+        return arrays
 
-    def results(_: None) -> tuple[Tensor]:
+    def results(_: Any) -> tuple[Tensor]:
         shape = output.getShape()
         host = library.Tensor(shape, library.Halide_Type_Float, np.zeros(shape, np.float32), library.Tensor_DimensionType_Caffe)
         output.copyToHostTensor(host)

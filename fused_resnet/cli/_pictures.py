@@ -154,11 +154,15 @@ def _draw_speedups(report: dict[str, Any], cases: list[str], path: Path) -> None
     panels[0, 0].set_ylim(len(cases) - 0.45, -0.55)
     options, machine = report["options"], report["machine"]
     mode = "forward pass" if options["mode"] == "forward" else "forward and backward pass"
-    figure.supxlabel(f"speed of the {mode}, {options['dtype']}, over the better eager's (1: the line); longer is better", fontsize=8)
-    handles = [Patch(color=COLOURS[name], label="ours" if name == "fused_channels_last" else LABELS[name]) for name in names]
+    lines = [f"Speed of the {mode}, {options['dtype']}, over the better eager's (1: the line); longer is better"]
     isa = machine["extension"].get("isa", "no compiled module")
-    busy = "\nfaint, ?: timed while other processes held the cores, not to be trusted" if any(_contested(r) for _, r in bars.values()) else ""
-    figure.suptitle(f"{machine['cpu']}, torch {machine['torch']}, {isa}{busy}", fontsize=8, x=0.01, ha="left")
+    lines.append(f"{machine['cpu']}, torch {machine['torch']}, {isa}")
+    if any(r["wrong"] or r["failed"] for _, r in bars.values()):
+        lines.append("no bar where a contender failed or its result was wrong")
+    if any(_contested(r) for _, r in bars.values()):
+        lines.append("faint, ?: timed while other processes held the cores, not to be trusted")
+    figure.suptitle("\n".join(lines), fontsize=8, x=0.01, ha="left")
+    handles = [Patch(color=COLOURS[name], label="ours" if name == "fused_channels_last" else LABELS[name]) for name in names]
     if handles:
         figure.legend(handles=handles, fontsize=8, frameon=False, ncols=min(len(handles), 2 + 2 * len(settings)), loc="outside lower left")
     figure.savefig(path, dpi=130)
