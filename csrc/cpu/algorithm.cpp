@@ -11,14 +11,14 @@ i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
 // Of the L2 cache, for what a task of a Winograd convolution reads again and again.
 constexpr double kWinogradShare = 0.6;
-// Winograd's transforms of one tile and one vector of channels, input or output, in FMA slots: measured, and about twice the
-// instructions, for they load and store as much as they calculate.
-constexpr double kTransform4Slots = 300, kTransform2Slots = 100;
+// Winograd's transforms of one tile and one vector of channels, input or output, in FMA slots for each position: about twice
+// the instructions, for they load and store as much as they calculate.
+constexpr double kTransformSlots = 8;
 // Bytes that come from the L3 cache and from memory while one FMA issues (AMD Zen 5: 97 and 41 GB/s, 8.3e9 FMAs a second).
 constexpr double kL3BytesPerSlot = 11.6, kMemoryBytesPerSlot = 5;
 // What one process can hope to find in the L3 cache, whatever the system says of its size: it is shared.
 constexpr i64 kUsableL3 = 32 << 20;
-constexpr double kWorthWhile = 0.95;  // an estimate closer to direct than this is no reason to change
+constexpr double kWorthWhile = 0.9;  // an estimate closer to direct than this is no reason to change
 // Pixels of a task: enough that a panel of weights, which comes from the L2 or L3 cache, is used many times.
 constexpr i64 kTargetPixels = 168;
 // Weights of one chunk of a panel: small enough that two of them and the input of a task share the L2 cache.
@@ -28,12 +28,15 @@ constexpr i64 kBadPitch = 2048;
 
 }  // namespace
 
-namespace {
-
-// Whether F(m x m, 3x3) can compute the shape.
-bool winograd_fits(const ConvShape& s) {
-  return s.r == 3 && s.s == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1 && s.joined.c == 0;
+const WinogradKernels* winograd_kernels(const ConvShape& s, Algorithm algorithm, const DTypeKernels& kernels) {
+  if (s.r != 3 || s.s != 3 || s.dilation_h != 1 || s.dilation_w != 1 || s.stride_h != s.stride_w || s.joined.c) return nullptr;
+  if (s.stride_h == 1) {
+    return algorithm == Algorithm::winograd4 ? &kernels.winograd4 : algorithm == Algorithm::winograd2 ? &kernels.winograd2 : nullptr;
+  }
+  return s.stride_h == 2 && algorithm == Algorithm::winograd2 ? &kernels.winograd2_stride2 : nullptr;
 }
+
+namespace {
 
 // What limits a convolution, counted in FMA instructions that one thread could have issued meanwhile.
 struct Cost {
@@ -67,11 +70,11 @@ Cost direct_cost(const ConvShape& s, const DTypeKernels& kernels, const CacheSiz
   return cost;
 }
 
-Cost winograd_cost(const ConvShape& s, int m, const DTypeKernels& kernels, const CacheSizes& caches, int threads) {
-  const WinogradBlocking b = choose_winograd_blocking(s, m, kernels, caches, threads);
+Cost winograd_cost(const ConvShape& s, Algorithm algorithm, const DTypeKernels& kernels, const CacheSizes& caches, int threads) {
+  const WinogradBlocking b = choose_winograd_blocking(s, algorithm, kernels, caches, threads);
   const double tiles = double(s.n) * double(b.rows) * double(b.cols), positions = double(b.positions());
   const double in = std::ceil(double(s.c) / kernels.vector), out = std::ceil(double(s.k) / kernels.vector);
-  const double transforms = tiles * (in + out) * (m == 4 ? kTransform4Slots : kTransform2Slots);
+  const double transforms = tiles * (in + out) * positions * kTransformSlots;
   const double passes = b.shared ? std::ceil(tiles / double(b.tiles)) : double(b.tile_parts);
   Cost cost;
   cost.arithmetic = (positions * product_slots(tiles, s, kernels, double(s.c)) + transforms) / threads;
@@ -95,12 +98,14 @@ Choice choose_algorithm(const ConvShape& s, const DTypeKernels& kernels, const C
     choice.reason = "the output is empty";
     return choice;
   }
-  if (!winograd_fits(s)) {
-    choice.reason = "direct: Winograd is for 3x3 kernels with stride and dilation 1";
+  const bool two_fits = winograd_kernels(s, Algorithm::winograd2, kernels) != nullptr;
+  const bool four_fits = winograd_kernels(s, Algorithm::winograd4, kernels) != nullptr;
+  if (!two_fits) {
+    choice.reason = "direct: Winograd is for 3x3 kernels with stride 1 or 2 and dilation 1";
     return choice;
   }
   if (!request.automatic) {
-    choice.algorithm = request.algorithm;
+    if (winograd_kernels(s, request.algorithm, kernels)) choice.algorithm = request.algorithm;
     choice.reason = "as requested";
     return choice;
   }
@@ -109,10 +114,14 @@ Choice choose_algorithm(const ConvShape& s, const DTypeKernels& kernels, const C
     return choice;
   }
   const double direct = direct_cost(s, kernels, caches, threads).total();
-  const double two = winograd_cost(s, 2, kernels, caches, threads).total() / direct;
-  const double four = winograd_cost(s, 4, kernels, caches, threads).total() / direct;
-  choice.reason = "estimated time over direct: F(2x2, 3x3) " + two_digits(two) + ", F(4x4, 3x3) " + two_digits(four);
-  if (request.strict) choice.reason += " (not with strict numerics)";
+  const double two = winograd_cost(s, Algorithm::winograd2, kernels, caches, threads).total() / direct;
+  choice.reason = "estimated time over direct: F(2x2, 3x3) " + two_digits(two);
+  double four = 1;
+  if (four_fits) {
+    four = winograd_cost(s, Algorithm::winograd4, kernels, caches, threads).total() / direct;
+    choice.reason += ", F(4x4, 3x3) " + two_digits(four);
+    if (request.strict) choice.reason += " (not with strict numerics)";
+  }
   if (!request.strict && four < two && four < kWorthWhile) {
     choice.algorithm = Algorithm::winograd4;
   } else if (two < kWorthWhile) {
@@ -121,12 +130,15 @@ Choice choose_algorithm(const ConvShape& s, const DTypeKernels& kernels, const C
   return choice;
 }
 
-WinogradBlocking choose_winograd_blocking(const ConvShape& s, int m, const DTypeKernels& kernels, const CacheSizes& caches,
-                                          int threads) {
+WinogradBlocking choose_winograd_blocking(const ConvShape& s, Algorithm algorithm, const DTypeKernels& kernels,
+                                          const CacheSizes& caches, int threads) {
+  const WinogradKernels& winograd = *winograd_kernels(s, algorithm, kernels);
   WinogradBlocking b;
-  b.m = m;
-  b.rows = ceil_div(s.p, m);
-  b.cols = ceil_div(s.q, m);
+  b.m = winograd.m;
+  b.step = winograd.step;
+  b.alpha = winograd.alpha;
+  b.rows = ceil_div(s.p, b.m);
+  b.cols = ceil_div(s.q, b.m);
   const i64 all = s.n * b.rows * b.cols, panels = ceil_div(s.k, kernels.panel), bytes = kernels.accumulator_bytes;
   const i64 channels = ceil_div(s.c, kernels.vector) * kernels.vector;
   // A task's transformed input and one panel of products stay in the L2 cache, beside the weights that stream through it.
@@ -153,7 +165,7 @@ WinogradBlocking choose_winograd_blocking(const ConvShape& s, int m, const DType
 
 std::string WinogradBlocking::describe() const {
   const auto n = [](i64 value) { return std::to_string(value); };
-  return "Winograd F(" + n(m) + "x" + n(m) + ", 3x3): tasks of " + n(tiles) + " tile(s) x " + n(panels) + " panel(s), " +
+  return "Winograd F(" + n(m) + "x" + n(m) + ", 3x3)" + (step > m ? " with stride 2" : "") + ": tasks of " + n(tiles) + " tile(s) x " + n(panels) + " panel(s), " +
          n(tasks()) + " task(s)" + (shared ? ", the input transformed first" : "");
 }
 

@@ -29,20 +29,23 @@ Choice choose_algorithm(const ConvShape& shape, const DTypeKernels& kernels, con
 // Winograd: runs of tiles, times ranges of panels of output channels. Either one phase, whose tasks each transform the input of
 // their tiles for themselves; or two, the first of which transforms the whole input for the tasks of the second.
 struct WinogradBlocking {
-  int m = 4;
+  int m = 4, step = 4, alpha = 6;
   i64 rows = 0, cols = 0;    // tiles of one image
   i64 tiles = 1;             // of one task
   i64 panels = 1;            // of one task
   bool shared = false;       // two phases
   i64 tile_parts = 1, panel_parts = 1;
 
-  i64 positions() const { return (m + 2) * (m + 2); }
+  i64 positions() const { return alpha * alpha; }
   i64 tasks() const { return tile_parts * panel_parts; }
   std::string describe() const;
 };
 
-WinogradBlocking choose_winograd_blocking(const ConvShape& shape, int m, const DTypeKernels& kernels,
+WinogradBlocking choose_winograd_blocking(const ConvShape& shape, Algorithm algorithm, const DTypeKernels& kernels,
                                           const CacheSizes& caches, int threads);
+
+// The kernels that compute the shape with this algorithm; null where there are none.
+const WinogradKernels* winograd_kernels(const ConvShape& shape, Algorithm algorithm, const DTypeKernels& kernels);
 
 // Direct: a convolution is cut into tasks: a group of whole images, or some rows and columns of one; times a range of output channels.
 struct Blocking {

@@ -93,13 +93,13 @@ struct WinogradWeightArgs {
 };
 
 // The input transform of a strip, tiles side by side in one row of tiles, and `channels` channels (a vector at most).
-// Columns run from 0 to tiles * m + 2; those outside [left, right) are zeros.
+// Columns run from 0 to those of the last tile; those outside [left, right) are zeros.
 struct WinogradInputArgs {
-  const void* row[6] = {};  // column 0 of each of the m + 2 rows; only columns [left, right) are read
+  const void* row[6] = {};  // column 0 of each of the alpha rows; only columns [left, right) are read
   i64 step[6] = {};         // elements from column to column
   i64 left = 0, right = 0;
   i64 tiles = 0, channels = 0;
-  void* scratch = nullptr;  // [m + 2][columns][vector]
+  void* scratch = nullptr;  // [alpha][columns][vector]
   void* out = nullptr;      // position 0 of the first tile: [position][tile][vector]
   i64 position_stride = 0;  // elements
 };
@@ -139,9 +139,9 @@ struct WinogradOutputArgs {
   void* scratch = nullptr;  // [m][tiles * m rounded up to a vector][vector]; only where channels are not side by side
 };
 
-// F(m x m, 3x3).
+// F(m x m, 3x3): output tiles of m x m pixels from input tiles of alpha x alpha, `step` apart.
 struct WinogradKernels {
-  int m;
+  int m, step, alpha;
   bool (*weight)(const WinogradWeightArgs&);  // false: a transformed weight is not finite
   void (*input)(const WinogradInputArgs&);    // rows in the storage dtype, channels side by side
   void (*input_packed)(const WinogradInputArgs&);  // rows in the accumulator's type
@@ -159,7 +159,7 @@ struct DTypeKernels {
   void (*pass_row)(const PassRowArgs&);
   void (*mask_row)(const MaskRowArgs&);
   void (*store)(void* out, const double* values, i64 count);  // to the storage dtype, rounded once
-  WinogradKernels winograd2, winograd4;
+  WinogradKernels winograd2, winograd2_stride2, winograd4;
   void (*winograd_multiply)(const WinogradMultiplyArgs&);
 };
 

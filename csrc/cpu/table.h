@@ -22,6 +22,7 @@ constexpr DTypeKernels dtype_kernels() {
                       mask_row<V, S>,
                       store_values<V, S>,
                       winograd_kernels<V, S, Winograd2<V>>(),
+                      winograd_kernels<V, S, Winograd2Stride2<V>>(),
                       winograd_kernels<V, S, Winograd4<V>>(),
                       winograd_multiply<V, M>};
 }

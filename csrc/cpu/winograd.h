@@ -3,7 +3,7 @@
 //
 //     Y = A' [ sum over c of (G g G') * (B' d B) ] A        Lavin and Gray 2015, arXiv:1509.09308, eq. 12
 //
-// An output tile of m x m pixels needs an input tile d of a x a, a = m + 2. Of each there are a * a "positions", and at each
+// An output tile of m x m pixels needs an input tile d of alpha x alpha, the next one `step` pixels on. Of each there are alpha * alpha "positions", and at each
 // position a product of matrices: [tiles x C] by [C x K]. Every output is the same sequence of operations whatever the
 // blocking, and whichever tiles share a call.
 #pragma once
@@ -20,7 +20,7 @@ namespace {
 template <class V>
 struct Winograd2 {
   using reg = typename V::reg;
-  static constexpr int m = 2, alpha = 4;
+  static constexpr int m = 2, step = 2, alpha = 4;
 
   static FR_INLINE void input(const reg (&d)[alpha], reg (&t)[alpha]) {
     t[0] = V::sub(d[0], d[2]);
@@ -48,7 +48,7 @@ template <class V>
 struct Winograd4 {
   using reg = typename V::reg;
   using type = typename V::type;
-  static constexpr int m = 4, alpha = 6;
+  static constexpr int m = 4, step = 4, alpha = 6;
   static constexpr double a = 0.625, b = 1.5, a2 = a * a, b2 = b * b;
 
   static FR_INLINE reg c(double value) { return V::set1(type(value)); }
@@ -85,6 +85,34 @@ struct Winograd4 {
     u[3] = even_b + odd_b;
     u[4] = even_b - odd_b;
     u[5] = g2;
+  }
+};
+
+// F(2, 3) with stride 2: the even pixels under the outer taps are F(2, 2) with points 0, 1 (of opposite sign) and infinity,
+// the odd ones under the middle tap a product each. 25 products instead of 36, and no constants at all.
+template <class V>
+struct Winograd2Stride2 {
+  using reg = typename V::reg;
+  static constexpr int m = 2, step = 4, alpha = 5;
+
+  static FR_INLINE void input(const reg (&d)[alpha], reg (&t)[alpha]) {
+    t[0] = V::sub(d[0], d[2]);
+    t[1] = d[2];
+    t[2] = V::sub(d[4], d[2]);
+    t[3] = d[1];
+    t[4] = d[3];
+  }
+  static FR_INLINE void output(const reg (&p)[alpha], reg (&y)[m]) {
+    y[0] = V::add(V::add(p[0], p[1]), p[3]);
+    y[1] = V::add(V::add(p[1], p[2]), p[4]);
+  }
+  template <class T>
+  static FR_INLINE void weight(T g0, T g1, T g2, T (&u)[alpha]) {
+    u[0] = g0;
+    u[1] = g0 + g2;
+    u[2] = g2;
+    u[3] = g1;
+    u[4] = g1;
   }
 };
 
@@ -145,7 +173,7 @@ void winograd_input(const WinogradInputArgs& a) {
   using T = typename V::type;
   using reg = typename V::reg;
   constexpr int A = F::alpha, W = V::width;
-  const i64 columns = a.tiles * F::m + 2;
+  const i64 columns = a.tiles * F::step + F::alpha - F::step;
   T* const lines = static_cast<T*>(a.scratch);  // [A][columns][W]: every column transformed once, though tiles share them
   const i64 pitch = columns * W;
   const auto vertical = [&](i64 column, auto load) {
@@ -170,7 +198,7 @@ void winograd_input(const WinogradInputArgs& a) {
   for (i64 column = a.right; column < columns; ++column) outside(column);
   T* out = static_cast<T*>(a.out);
   for (i64 tile = 0; tile < a.tiles; ++tile, out += W) {
-    const T* from = lines + tile * F::m * W;
+    const T* from = lines + tile * F::step * W;
     FR_UNROLL
     for (int i = 0; i < A; ++i) {
       reg d[A], t[A];
@@ -437,7 +465,7 @@ void winograd_output(const WinogradOutputArgs& a) {
 
 template <class V, class S, class F>
 constexpr WinogradKernels winograd_kernels() {
-  return WinogradKernels{F::m, winograd_weight<V, S, F>, winograd_input<V, S, F>, winograd_input<V, typename V::type, F>,
+  return WinogradKernels{F::m, F::step, F::alpha, winograd_weight<V, S, F>, winograd_input<V, S, F>, winograd_input<V, typename V::type, F>,
                          winograd_output<V, S, F>};
 }
 

@@ -18,9 +18,8 @@ alignas(64) const char kZeros[64] = {};
 
 WinogradConvolution::WinogradConvolution(const ConvShape& shape, DType dtype, int threads, const Choice& choice)
     : Convolution(shape, dtype, threads, choice) {
-  const int m = choice.algorithm == Algorithm::winograd2 ? 2 : 4;
-  winograd_ = m == 2 ? &kernels_->winograd2 : &kernels_->winograd4;
-  blocking_ = choose_winograd_blocking(shape_, m, *kernels_, cache_sizes(), threads_);
+  winograd_ = winograd_kernels(shape_, choice.algorithm, *kernels_);
+  blocking_ = choose_winograd_blocking(shape_, choice.algorithm, *kernels_, cache_sizes(), threads_);
   threads_ = int(std::min<i64>(threads_, blocking_.tasks()));
   checked_product(thread_bytes(), threads_);
 }
@@ -36,13 +35,13 @@ i64 WinogradConvolution::transformed_bytes(i64 tiles) const {
 }
 
 i64 WinogradConvolution::strip_columns() const {
-  return std::min(std::min(kStripPixels / blocking_.m, blocking_.tiles), blocking_.cols) * blocking_.m + 2;
+  return std::min(std::min(kStripPixels / blocking_.step, blocking_.tiles), blocking_.cols) * blocking_.step + blocking_.alpha;
 }
 
 i64 WinogradConvolution::thread_bytes() const {
   const i64 bytes = kernels_->accumulator_bytes, columns = strip_columns() + kernels_->vector;
   // Lines of a strip, transformed in one direction or before they are turned; and as many packed rows.
-  const i64 strip = align64(2 * (blocking_.m + 2) * columns * kernels_->vector * bytes);
+  const i64 strip = align64(2 * blocking_.alpha * columns * kernels_->vector * bytes);
   const i64 product = align64(checked_product(blocking_.positions() * blocking_.tiles, kernels_->panel * bytes));
   return strip + product + (blocking_.shared ? 0 : transformed_bytes(blocking_.tiles));
 }
@@ -76,7 +75,7 @@ WinogradConvolution::Strip WinogradConvolution::strip(i64 tile, i64 end) const {
   s.image = tile / per_image;
   s.row = tile % per_image / blocking_.cols;
   s.col = tile % blocking_.cols;
-  s.tiles = std::min({end - tile, blocking_.cols - s.col, std::max<i64>(kStripPixels / blocking_.m, 1)});
+  s.tiles = std::min({end - tile, blocking_.cols - s.col, std::max<i64>(kStripPixels / blocking_.step, 1)});
   return s;
 }
 
@@ -84,13 +83,14 @@ WinogradConvolution::Strip WinogradConvolution::strip(i64 tile, i64 end) const {
 void WinogradConvolution::transform(i64 begin, i64 end, i64 block, const void* x, char* out, i64 first, i64 tiles,
                                     char* scratch) const {
   const ConvShape& s = shape_;
-  const i64 m = blocking_.m, bytes = kernels_->accumulator_bytes, vector = kernels_->vector;
+  const i64 step = blocking_.step, alpha = blocking_.alpha, bytes = kernels_->accumulator_bytes, vector = kernels_->vector;
   const i64 channels = std::min(vector, s.c - block * vector);
   const bool in_place = s.x.c == 1 || channels == 1;
-  char* const packed = scratch + (m + 2) * (strip_columns() + vector) * vector * bytes;
+  char* const packed = scratch + alpha * (strip_columns() + vector) * vector * bytes;
   for (i64 tile = begin; tile < end;) {
     const Strip t = strip(tile, end);
-    const i64 h0 = t.row * m - s.pad_top, w0 = t.col * m - s.pad_left, columns = t.tiles * m + 2;
+    const i64 h0 = t.row * step - s.pad_top, w0 = t.col * step - s.pad_left;
+    const i64 columns = t.tiles * step + alpha - step;
     WinogradInputArgs a;
     a.left = std::clamp<i64>(-w0, 0, columns);
     a.right = std::clamp<i64>(s.w - w0, a.left, columns);
@@ -99,7 +99,7 @@ void WinogradConvolution::transform(i64 begin, i64 end, i64 block, const void* x
     a.scratch = scratch;
     a.position_stride = position_stride(tiles);
     a.out = out + (block * tiles + tile - first) * vector * bytes;
-    for (i64 i = 0; i < m + 2; ++i) {
+    for (i64 i = 0; i < alpha; ++i) {
       const i64 h = h0 + i;
       a.row[i] = kZeros;
       if (h < 0 || h >= s.h || a.left >= a.right) continue;
@@ -161,7 +161,7 @@ void WinogradConvolution::finish(i64 begin, i64 end, i64 panel, const Operands& 
 void WinogradConvolution::look_ahead(i64 begin, i64 end, i64 next, i64 panel, const Operands& operands,
                                      std::vector<AheadRun>& runs) const {
   const ConvShape& s = shape_;
-  const i64 m = blocking_.m, size = kernels_->storage_bytes, first = panel * kernels_->panel;
+  const i64 m = blocking_.m, step = blocking_.step, size = kernels_->storage_bytes, first = panel * kernels_->panel;
   const i64 lines = (std::min(kernels_->panel + i64(0), s.k - first) * size + 63) / 64;
   runs.clear();
   const auto add = [&](const void* data, const Strides& stride, const Strip& t, bool write) {
@@ -182,9 +182,9 @@ void WinogradConvolution::look_ahead(i64 begin, i64 end, i64 next, i64 panel, co
   i64 line = 0;
   for (i64 tile = next; tile < next_end;) {
     const Strip t = strip(tile, next_end);
-    const i64 w0 = std::max<i64>(t.col * m - s.pad_left, 0), w1 = std::min(t.col * m - s.pad_left + t.tiles * m + 2, s.w);
-    for (i64 i = 0; i < m; ++i, ++line) {
-      const i64 h = t.row * m - s.pad_top + i + 1;
+    const i64 left = t.col * step - s.pad_left, w0 = std::max<i64>(left, 0), w1 = std::min(left + (t.tiles + 1) * step, s.w);
+    for (i64 i = 0; i < step; ++i, ++line) {
+      const i64 h = t.row * step - s.pad_top + i + 1;
       if (line % panels() != panel || h < 0 || h >= s.h || w0 >= w1) continue;
       const char* from = static_cast<const char*>(element(operands.x, t.image * s.x.n + h * s.x.h + w0 * s.x.w));
       runs.push_back({from, s.x.w * size, w1 - w0, (s.c * size + 63) / 64, false});
