@@ -61,25 +61,25 @@ double weight_slots(double bytes, const CacheSizes& caches) {
   return bytes / (bytes < 0.5 * double(kUsableL3) ? kL3BytesPerSlot : kMemoryBytesPerSlot);
 }
 
-Cost direct_cost(const ConvShape& s, const DTypeKernels& kernels, const CacheSizes& caches, int threads) {
+Cost direct_cost(const ConvShape& s, const DTypeKernels& kernels, const CacheSizes& caches) {
   const double pixels = double(s.n) * double(s.p) * double(s.q), reduction = double(s.reduction());
   const double vectors = std::ceil(double(s.k) / kernels.vector) * kernels.vector;
   Cost cost;
-  cost.arithmetic = product_slots(pixels, s, kernels, reduction) / threads;
+  cost.arithmetic = product_slots(pixels, s, kernels, reduction);
   cost.weights = weight_slots(vectors * reduction * kernels.accumulator_bytes, caches);
   return cost;
 }
 
-Cost winograd_cost(const ConvShape& s, Algorithm algorithm, const DTypeKernels& kernels, const CacheSizes& caches, int threads) {
-  const WinogradBlocking b = choose_winograd_blocking(s, algorithm, kernels, caches, threads);
+Cost winograd_cost(const ConvShape& s, Algorithm algorithm, const DTypeKernels& kernels, const CacheSizes& caches) {
+  const WinogradBlocking b = choose_winograd_blocking(s, algorithm, kernels, caches, 1);
   const double tiles = double(s.n) * double(b.rows) * double(b.cols), positions = double(b.positions());
   const double in = std::ceil(double(s.c) / kernels.vector), out = std::ceil(double(s.k) / kernels.vector);
   const double transforms = tiles * (in + out) * positions * kTransformSlots;
   const double passes = b.shared ? std::ceil(tiles / double(b.tiles)) : double(b.tile_parts);
   Cost cost;
-  cost.arithmetic = (positions * product_slots(tiles, s, kernels, double(s.c)) + transforms) / threads;
+  cost.arithmetic = positions * product_slots(tiles, s, kernels, double(s.c)) + transforms;
   cost.weights =
-      passes / threads * weight_slots(positions * out * kernels.vector * double(s.c) * kernels.accumulator_bytes, caches);
+      passes * weight_slots(positions * out * kernels.vector * double(s.c) * kernels.accumulator_bytes, caches);
   return cost;
 }
 
@@ -91,8 +91,7 @@ std::string two_digits(double value) {
 
 }  // namespace
 
-Choice choose_algorithm(const ConvShape& s, const DTypeKernels& kernels, const CacheSizes& caches, int threads,
-                        const Request& request) {
+Choice choose_algorithm(const ConvShape& s, const DTypeKernels& kernels, const CacheSizes& caches, const Request& request) {
   Choice choice;
   if (s.empty()) {
     choice.reason = "the output is empty";
@@ -113,12 +112,12 @@ Choice choose_algorithm(const ConvShape& s, const DTypeKernels& kernels, const C
     choice.reason = "direct: float64 is for precision";
     return choice;
   }
-  const double direct = direct_cost(s, kernels, caches, threads).total();
-  const double two = winograd_cost(s, Algorithm::winograd2, kernels, caches, threads).total() / direct;
+  const double direct = direct_cost(s, kernels, caches).total();
+  const double two = winograd_cost(s, Algorithm::winograd2, kernels, caches).total() / direct;
   choice.reason = "estimated time over direct: F(2x2, 3x3) " + two_digits(two);
   double four = 1;
   if (four_fits) {
-    four = winograd_cost(s, Algorithm::winograd4, kernels, caches, threads).total() / direct;
+    four = winograd_cost(s, Algorithm::winograd4, kernels, caches).total() / direct;
     choice.reason += ", F(4x4, 3x3) " + two_digits(four);
     if (request.strict) choice.reason += " (not with strict numerics)";
   }

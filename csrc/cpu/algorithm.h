@@ -23,8 +23,8 @@ struct Choice {
   std::string reason;  // a sentence
 };
 
-Choice choose_algorithm(const ConvShape& shape, const DTypeKernels& kernels, const CacheSizes& caches, int threads,
-                        const Request& request);
+// Whatever the number of threads, so that the result does not depend on it.
+Choice choose_algorithm(const ConvShape& shape, const DTypeKernels& kernels, const CacheSizes& caches, const Request& request);
 
 // Winograd: runs of tiles, times ranges of panels of output channels. Either one phase, whose tasks each transform the input of
 // their tiles for themselves; or two, the first of which transforms the whole input for the tasks of the second.

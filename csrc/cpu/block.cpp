@@ -42,7 +42,7 @@ Block::Block(const BlockShape& shape, DType dtype, int threads, const Request& r
   const Layer& last = shape_.main.back();
   joined_ = shape_.kind == Shortcut::projection &&
             can_join(shape_of(last, shape_.n, 1, 1, 1), shape_of(shape_.projection, shape_.n, shape_.c, shape_.h, shape_.w));
-  i64 images = shape_.n;
+  i64 images = std::max<i64>(shape_.n, 1);
   if (shape_.n > 1) {
     i64 pixels = last.p * last.q;
     const i64 wanted = std::max<i64>((kGroupPixels + pixels - 1) / pixels, 1);
@@ -54,10 +54,7 @@ Block::Block(const BlockShape& shape, DType dtype, int threads, const Request& r
   groups_.push_back(plan(images, depth_first_ ? 1 : threads_, request));
   stage_of_.resize(shape_.main.size() + (shape_.kind == Shortcut::projection && !joined_ ? 1 : 0));
   for (std::size_t i = 0; i < groups_[0].stages.size(); ++i) stage_of_[groups_[0].stages[i].layer] = i;
-  if (shape_.n % images != 0) {
-    for (const Stage& stage : groups_[0].stages) algorithm_.push_back(stage.convolution->choice().algorithm);
-    groups_.push_back(plan(shape_.n % images, 1, request));
-  }
+  if (shape_.n % images != 0) groups_.push_back(plan(shape_.n % images, 1, request));
 }
 
 Block::Group Block::plan(i64 images, int threads, const Request& request) const {
@@ -79,11 +76,13 @@ Block::Group Block::plan(i64 images, int threads, const Request& request) const 
     if (joined_ && index + 1 == shape_.main.size()) {
       s.joined = {shape_.c, shape_.projection.stride_h, shape_.projection.stride_w, shape_.x};
     }
+    // Chosen for the whole batch: the result depends neither on the size of a group nor on what that depends on.
     Request wanted = request;
-    if (!algorithm_.empty()) {
-      wanted.automatic = false;
-      wanted.algorithm = algorithm_[g.stages.size()];
-    }
+    ConvShape whole = s;
+    whole.n = shape_.n;
+    wanted.automatic = false;
+    wanted.algorithm =
+        choose_algorithm(whole, current_table().dtype[int(dtype_)], cache_sizes(), request).algorithm;
     g.stages.push_back({Convolution::make(s, dtype_, threads, wanted), index, in, shortcut, out});
     g.shared = std::max(g.shared, align64(g.stages.back().convolution->shared_bytes()));
     g.thread = std::max(g.thread, align64(g.stages.back().convolution->thread_bytes()));

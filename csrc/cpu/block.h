@@ -74,7 +74,6 @@ class Block {
   i64 bytes_;  // of an element
   bool joined_ = false, depth_first_ = false;
   std::vector<std::size_t> stage_of_;
-  std::vector<Algorithm> algorithm_;
   std::vector<Group> groups_;  // one; or, depth first, for full groups and for the last one
 };
 

@@ -27,7 +27,7 @@ std::unique_ptr<Convolution> Convolution::make(const ConvShape& shape, DType dty
   shape.validate();
   threads = shape.macs() < kSerialMacs ? 1 : std::max(threads, 1);
   const DTypeKernels& kernels = current_table().dtype[int(dtype)];
-  const Choice choice = choose_algorithm(shape, kernels, cache_sizes(), threads, request);
+  const Choice choice = choose_algorithm(shape, kernels, cache_sizes(), request);
   if (choice.algorithm == Algorithm::direct) return std::make_unique<DirectConvolution>(shape, dtype, threads, choice);
   return std::make_unique<WinogradConvolution>(shape, dtype, threads, choice);
 }

@@ -35,20 +35,23 @@ i64 WinogradConvolution::transformed_bytes(i64 tiles) const {
 }
 
 i64 WinogradConvolution::strip_columns() const {
-  return std::min(std::min(kStripPixels / blocking_.step, blocking_.tiles), blocking_.cols) * blocking_.step + blocking_.alpha;
+  // The first of two phases takes whole rows of tiles, whatever a task of the second takes.
+  const i64 most = blocking_.shared ? blocking_.cols : std::min(blocking_.tiles, blocking_.cols);
+  return std::min(kStripPixels / blocking_.step, most) * blocking_.step + blocking_.alpha;
 }
 
 i64 WinogradConvolution::thread_bytes() const {
   const i64 bytes = kernels_->accumulator_bytes, columns = strip_columns() + kernels_->vector;
   // Lines of a strip, transformed in one direction or before they are turned; and as many packed rows.
   const i64 strip = align64(2 * blocking_.alpha * columns * kernels_->vector * bytes);
-  const i64 product = align64(checked_product(blocking_.positions() * blocking_.tiles, kernels_->panel * bytes));
+  const i64 product = align64(checked_product(checked_product(blocking_.positions(), blocking_.tiles), kernels_->panel * bytes));
   return strip + product + (blocking_.shared ? 0 : transformed_bytes(blocking_.tiles));
 }
 
 i64 WinogradConvolution::packed_bytes() const {
   const i64 vectors = (shape_.k + kernels_->vector - 1) / kernels_->vector * kernels_->vector;
-  return checked_product(checked_product(vectors * blocking_.positions(), shape_.c), kernels_->accumulator_bytes);
+  const i64 elements = checked_product(checked_product(vectors, blocking_.positions()), shape_.c);
+  return checked_product(elements, kernels_->accumulator_bytes);
 }
 
 bool WinogradConvolution::pack(const WeightView& weight, const WeightView&, void* out) const {
