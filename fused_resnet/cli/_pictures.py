@@ -133,7 +133,8 @@ def _draw_speedups(report: dict[str, Any], cases: list[str], path: Path) -> None
     # The longest bar that can be trusted ends the axis: one that cannot must not shrink all others.
     trusted = [s for speedups, r in bars.values() if not _contested(r) for s in speedups.values()]
     longest = max(trusted or [s for speedups, _ in bars.values() for s in speedups.values()], default=1.0)
-    size = (2.2 + 3.4 * len(settings), 1.5 + len(cases) * max(0.1 * len(names), 0.25))
+    end = 1.2 * max(longest, 1)
+    size = (2.2 + 3.4 * len(settings), 1.5 + len(cases) * max(0.085 * len(names), 0.25))
     figure, panels = plt.subplots(1, len(settings), figsize=size, squeeze=False, sharey=True, sharex=True, layout="constrained")
     for axes, (batch, threads) in zip(panels[0], settings, strict=True):
         axes.axvline(1, color="#5f6368", linewidth=0.8)
@@ -145,9 +146,10 @@ def _draw_speedups(report: dict[str, Any], cases: list[str], path: Path) -> None
                     y = g - 0.42 + (i + 0.5) * height
                     axes.barh(y, speedups[name], height * 0.95, color=COLOURS[name], alpha=0.35 if faint else 1)
                     if name == "fused_channels_last":
-                        text = f" {speedups[name]:.2f}{'?' if faint else ''}"
-                        axes.text(min(speedups[name], 1.15 * longest), y, text, va="center", fontsize=7, clip_on=True)
-        axes.set_xlim(0, 1.2 * max(longest, 1))
+                        text = f" {speedups[name]:.2f}{'?' if faint else ''} "
+                        inside = speedups[name] > 0.9 * end
+                        axes.text(min(speedups[name], end), y, text, va="center", ha="right" if inside else "left", fontsize=7)
+        axes.set_xlim(0, end)
         axes.set_title(f"batch {batch}, {threads} thread{'' if threads == 1 else 's'}", fontsize=9, loc="left")
         _plain_axes(axes)
     panels[0, 0].set_yticks(range(len(cases)), cases, fontsize=8)
