@@ -36,6 +36,7 @@ SOURCES: dict[str, list[str]] = {
     "csrc/cpu/isa_scalar.cpp": ["-O3"],
     **({"csrc/cpu/isa_avx2.cpp": ["-O3", *AVX2]} if X86 else {}),
     **({"csrc/cpu/isa_avx512.cpp": ["-O3", "-Wno-maybe-uninitialized", *AVX512]} if X86 else {}),
+    **({"csrc/cpu/isa_avx512_bf16.cpp": ["-O3", "-Wno-maybe-uninitialized", "-mavx512bf16", *AVX512]} if X86 else {}),
 }
 # -ffp-contract=off: the scalar kernels multiply and add wherever they are compiled; the others call FMA by name.
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-ffp-contract=off", "-Wall", "-Wextra"]

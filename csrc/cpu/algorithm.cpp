@@ -48,6 +48,9 @@ struct Cost {
 // FMA slots of one step of a register tile: its FMAs; or its loads, two at a time as the FMAs; or the latency of an FMA.
 double tile_slots(double rows, double vectors) { return std::max({rows * vectors, rows + vectors, 8.0}); }
 
+// Elements of A that hold so many channels.
+double elements(i64 channels, const DTypeKernels& kernels) { return std::ceil(double(channels) / kernels.group); }
+
 // Slots for `rows` rows (pixels or tiles) times all output channels times `steps` elements of the reduction.
 double product_slots(double rows, const ConvShape& s, const DTypeKernels& kernels, double steps) {
   if (rows <= 0) return 0;
@@ -62,7 +65,8 @@ double weight_slots(double bytes, const CacheSizes& caches) {
 }
 
 Cost direct_cost(const ConvShape& s, const DTypeKernels& kernels, const CacheSizes& caches) {
-  const double pixels = double(s.n) * double(s.p) * double(s.q), reduction = double(s.reduction());
+  const double pixels = double(s.n) * double(s.p) * double(s.q);
+  const double reduction = elements(s.c, kernels) * double(s.r) * double(s.s) + elements(s.joined.c, kernels);
   const double vectors = std::ceil(double(s.k) / kernels.vector) * kernels.vector;
   Cost cost;
   cost.arithmetic = product_slots(pixels, s, kernels, reduction);
@@ -77,9 +81,9 @@ Cost winograd_cost(const ConvShape& s, Algorithm algorithm, const DTypeKernels& 
   const double transforms = tiles * (in + out) * positions * kTransformSlots;
   const double passes = b.shared ? std::ceil(tiles / double(b.tiles)) : double(b.tile_parts);
   Cost cost;
-  cost.arithmetic = positions * product_slots(tiles, s, kernels, double(s.c)) + transforms;
+  cost.arithmetic = positions * product_slots(tiles, s, kernels, elements(s.c, kernels)) + transforms;
   cost.weights =
-      passes * weight_slots(positions * out * kernels.vector * double(s.c) * kernels.accumulator_bytes, caches);
+      passes * weight_slots(positions * out * kernels.vector * elements(s.c, kernels) * kernels.accumulator_bytes, caches);
   return cost;
 }
 
@@ -116,6 +120,14 @@ Choice choose_algorithm(const ConvShape& s, const DTypeKernels& kernels, const C
   const double two = winograd_cost(s, Algorithm::winograd2, kernels, caches).total() / direct;
   choice.reason = "estimated time over direct: F(2x2, 3x3) " + two_digits(two);
   double four = 1;
+  if (kernels.group > 1) {
+    // Products of bfloat16: the transformed operands are rounded, which costs F(2x2, 3x3) as much as rounding the sum before
+    // the shortcut is added does, and F(4x4, 3x3) three times that.
+    choice.reason += "; F(4x4, 3x3) loses too much in products of bfloat16";
+    if (request.strict) choice.reason += ", and with strict numerics any rounding before the end is too much";
+    if (!request.strict && two < kWorthWhile) choice.algorithm = Algorithm::winograd2;
+    return choice;
+  }
   if (four_fits) {
     four = winograd_cost(s, Algorithm::winograd4, kernels, caches).total() / direct;
     choice.reason += ", F(4x4, 3x3) " + two_digits(four);
@@ -139,7 +151,7 @@ WinogradBlocking choose_winograd_blocking(const ConvShape& s, Algorithm algorith
   b.rows = ceil_div(s.p, b.m);
   b.cols = ceil_div(s.q, b.m);
   const i64 all = s.n * b.rows * b.cols, panels = ceil_div(s.k, kernels.panel), bytes = kernels.accumulator_bytes;
-  const i64 channels = ceil_div(s.c, kernels.vector) * kernels.vector;
+  const i64 channels = ceil_div(s.c, kernels.vector * kernels.group) * kernels.vector;
   // A task's transformed input and one panel of products stay in the L2 cache, beside the weights that stream through it.
   const double per_tile = double(b.positions()) * double(channels + kernels.panel) * double(bytes);
   const i64 most = std::max<i64>(i64(kWinogradShare * double(caches.l2) / per_tile), 1);
@@ -169,7 +181,9 @@ std::string WinogradBlocking::describe() const {
 }
 
 bool readable_in_place(const ConvShape& s, const DTypeKernels& kernels) {
-  return kernels.storage_bytes == kernels.accumulator_bytes && (s.x.c == 1 || s.c == 1) && s.pad_top == 0 &&
+  const i64 g = kernels.group;
+  return kernels.storage_bytes * g == kernels.accumulator_bytes && (s.x.c == 1 || s.c == 1) && s.c % g == 0 &&
+         s.x.n % g == 0 && s.x.h % g == 0 && s.x.w % g == 0 && s.pad_top == 0 &&
          s.pad_left == 0 && (s.p - 1) * s.stride_h + (s.r - 1) * s.dilation_h < s.h &&
          (s.q - 1) * s.stride_w + (s.s - 1) * s.dilation_w < s.w;
 }
@@ -180,14 +194,16 @@ Blocking choose_blocking(const ConvShape& s, const DTypeKernels& kernels, const 
   const i64 bytes = kernels.accumulator_bytes;
   // Copying costs a load and a store for each input vector. With four panels or more to share it that is nothing beside the
   // FMAs, and it cures a bad pitch.
-  const bool bad_pitch = (s.x.w * s.stride_w * bytes) % kBadPitch == 0 && panels >= 4;
+  const bool bad_pitch = (s.x.w * s.stride_w * kernels.storage_bytes) % kBadPitch == 0 && panels >= 4;
   const bool gaps = s.stride_w > 1;  // pixels that are skipped: copying fetches ahead what is needed, and no more
   b.packed = !readable_in_place(s, kernels) || bad_pitch || gaps;
   const auto pitch = [bytes](i64 channels) { return (channels * bytes) % 1024 == 0 ? channels + 64 / bytes : channels; };
-  b.pitch = pitch(s.c);
-  b.joined_pitch = s.joined.c ? pitch(s.joined.c) : 0;
+  b.channels = ceil_div(s.c, kernels.group);
+  b.joined = ceil_div(s.joined.c, kernels.group);
+  b.pitch = pitch(b.channels);
+  b.joined_pitch = b.joined ? pitch(b.joined) : 0;
 
-  const i64 reduction = s.reduction();
+  const i64 reduction = b.channels * s.r * s.s + b.joined;
   const double weight_bytes = double(panels) * double(kernels.panel) * double(reduction) * double(bytes);
   b.tiles_outside = weight_bytes <= double(caches.l2) / 4;
   b.chunk = b.tiles_outside ? reduction : std::max<i64>(kChunkBytes / (kernels.panel * bytes), 1);

@@ -52,6 +52,7 @@ struct Blocking {
   bool packed = true;  // input rows are copied into the workspace (padded, widened); false: read where they are
   i64 images = 1, rows = 1, cols = 1;  // output rows and columns of one task; rows < P only where images == 1
   i64 panels = 1;                      // panels of output channels in one task
+  i64 channels = 0, joined = 0;        // elements of A for each pixel (see DTypeKernels::group)
   i64 pitch = 0;                       // packed: elements between two pixels of a row
   i64 joined_pitch = 0;                // elements between two pixels of the joined input, which is always copied
   i64 slots = 0, width = 0;            // packed: rows for each image, pixels in a row

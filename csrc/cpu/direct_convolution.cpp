@@ -25,11 +25,12 @@ DirectConvolution::DirectConvolution(const ConvShape& shape, DType dtype, int th
 
   const ConvShape& s = shape_;
   const bool packed = blocking_.packed;
-  const i64 tap_h = packed ? s.dilation_h * blocking_.row_elements() : s.dilation_h * s.x.h;
-  const i64 tap_w = packed ? s.dilation_w * blocking_.pitch : s.dilation_w * s.x.w;
+  const i64 tap_h = s.dilation_h * (packed ? blocking_.row_elements() : s.x.h / kernels_->group);
+  const i64 tap_w = s.dilation_w * (packed ? blocking_.pitch : s.x.w / kernels_->group);
+  const i64 channels = blocking_.channels;
   // Where a row of taps is one run of memory, it is one tap. A run longer than a chunk is cut.
-  const bool merged = s.s == 1 || (tap_w == s.c && s.dilation_w == 1);
-  const i64 run = merged ? s.s * s.c : s.c;
+  const bool merged = s.s == 1 || (tap_w == channels && s.dilation_w == 1);
+  const i64 run = merged ? s.s * channels : channels;
   const i64 most = blocking_.chunk;
   const i64 pieces = (run + most - 1) / most;
   for (i64 r = 0; r < s.r; ++r) {
@@ -40,9 +41,9 @@ DirectConvolution::DirectConvolution(const ConvShape& shape, DType dtype, int th
       }
     }
   }
-  const i64 joined_pieces = (s.joined.c + most - 1) / most;
+  const i64 joined_pieces = (blocking_.joined + most - 1) / most;
   for (i64 i = 0; i < joined_pieces; ++i) {
-    const i64 begin = s.joined.c * i / joined_pieces, end = s.joined.c * (i + 1) / joined_pieces;
+    const i64 begin = blocking_.joined * i / joined_pieces, end = blocking_.joined * (i + 1) / joined_pieces;
     taps_.push_back({begin, end - begin, 1});
   }
   for (std::size_t i = 0; i < taps_.size(); ++i) {
@@ -67,13 +68,13 @@ DirectConvolution::DirectConvolution(const ConvShape& shape, DType dtype, int th
 
 i64 DirectConvolution::packed_bytes() const {
   const i64 vectors = (shape_.k + kernels_->vector - 1) / kernels_->vector;
-  const i64 reduction = shape_.reduction();
+  const i64 reduction = blocking_.channels * shape_.r * shape_.s + blocking_.joined;
   return checked_product(checked_product(vectors * kernels_->vector, reduction), kernels_->accumulator_bytes);
 }
 
 bool DirectConvolution::pack(const WeightView& weight, const WeightView& joined, void* out) const {
   const i64 panels = (shape_.k + kernels_->panel - 1) / kernels_->panel;
-  const i64 reduction = shape_.reduction();
+  const i64 reduction = blocking_.channels * shape_.r * shape_.s + blocking_.joined;
   const i64 elements = shape_.k * reduction;
 #pragma omp parallel for schedule(static) num_threads(threads_) if (elements > 65536)
   for (i64 p = 0; p < panels; ++p) {
@@ -89,7 +90,7 @@ bool DirectConvolution::pack(const WeightView& weight, const WeightView& joined,
     a.out = static_cast<char*>(out) + a.k_begin * reduction * kernels_->accumulator_bytes;
     kernels_->pack_weight(a);
     if (shape_.joined.c == 0) continue;
-    a.out = static_cast<char*>(a.out) + (reduction - shape_.joined.c) * a.width * kernels_->accumulator_bytes;
+    a.out = static_cast<char*>(a.out) + (reduction - blocking_.joined) * a.width * kernels_->accumulator_bytes;
     a.weight = joined.data;
     a.stride = joined.stride;
     a.c = shape_.joined.c;
@@ -187,9 +188,9 @@ void DirectConvolution::run_task(int, i64 index, const Operands& operands, char*
     a_row = (s.r == 1 ? 1 : s.stride_h) * b.row_elements();
     a_col = (s.s == 1 ? 1 : s.stride_w) * b.pitch;
   } else {
-    a_image = s.x.n;
-    a_row = s.stride_h * s.x.h;
-    a_col = s.stride_w * s.x.w;
+    a_image = s.x.n / kernels_->group;
+    a_row = s.stride_h * s.x.h / kernels_->group;
+    a_col = s.stride_w * s.x.w / kernels_->group;
     a_data += (t.image * a_image + t.row * a_row + t.col * a_col) * kernels_->accumulator_bytes;
   }
   const i64 pixels = t.images * t.rows * t.cols;
@@ -232,7 +233,7 @@ void DirectConvolution::run_task(int, i64 index, const Operands& operands, char*
   args.y_stride_k = s.y.c;
   args.relu = s.relu;
   args.tiles_outside = b.tiles_outside;
-  args.input_run = !b.packed && s.r == 1 && s.s == 1 && a_col == s.c;
+  args.input_run = !b.packed && s.r == 1 && s.s == 1 && a_col == b.channels;
   kernels_->block(args);
 }
 

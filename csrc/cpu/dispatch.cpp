@@ -7,6 +7,20 @@
 
 namespace fused_resnet {
 
+#if defined(__x86_64__)
+namespace {
+const KernelTable& avx512_bf16_table() {
+  static const KernelTable table = [] {
+    KernelTable t = kAvx512Table;
+    t.isa = "avx512_bf16";
+    t.dtype[int(DType::bfloat16)] = kAvx512Bf16Kernels;
+    return t;
+  }();
+  return table;
+}
+}  // namespace
+#endif
+
 std::vector<const KernelTable*> available_tables() {
   std::vector<const KernelTable*> tables = {&kScalarTable};
 #if defined(__x86_64__)
@@ -17,6 +31,7 @@ std::vector<const KernelTable*> available_tables() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
       tables.push_back(&kAvx512Table);
+      if (__builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512_bf16_table());
     }
   }
 #endif

@@ -7,7 +7,7 @@
 
 namespace fused_resnet {
 
-// A run of consecutive elements of A, the input operand: one tap of the kernel, a row of taps, or a part of one.
+// A run of consecutive elements of A, the input operand (an element: one channel or a pair, see DTypeKernels): one tap of the kernel, a row of taps, or a part of one.
 struct Tap {
   i64 offset, length;
   int source;  // 0: BlockArgs::base, 1: BlockArgs::joined
@@ -20,8 +20,7 @@ struct Chunk {
   i64 elements;  // the sum of their lengths
 };
 
-// One block of output pixels times a range of output channels. A is in the accumulator's type: element i of a tap of pixel m
-// is base[m][tap.offset + i].
+// One block of output pixels times a range of output channels. Element i of a tap of pixel m is base[m][tap.offset + i].
 struct BlockArgs {
   const void* const* base = nullptr;    // [pixels]
   const void* const* joined = nullptr;  // [pixels]; only where a tap says so
@@ -50,7 +49,7 @@ struct PackRowArgs {
   const void* x = nullptr;
   i64 stride_c = 0, stride_w = 0, pixels = 0, channels = 0;
   void* out = nullptr;
-  i64 pitch = 0;
+  i64 pitch = 0;  // elements
 };
 
 // One panel of the weight [K, C, R, S] with any strides: out[(r * S + s) * C + c][width], zeros beyond K.
@@ -100,7 +99,7 @@ struct WinogradInputArgs {
   i64 left = 0, right = 0;
   i64 tiles = 0, channels = 0;
   void* scratch = nullptr;  // [alpha][columns][vector]
-  void* out = nullptr;      // position 0 of the first tile: [position][tile][vector]
+  void* out = nullptr;      // position 0 of the first tile, first of these channels: [position][tile][vector]
   i64 position_stride = 0;  // elements
 };
 
@@ -153,8 +152,10 @@ struct DTypeKernels {
   int tile_pixels;   // at most this many pixels share the accumulators
   int vector;        // elements of the accumulator's type in a register
   int panel;         // output channels of a full panel: two registers
+  int group;         // input channels in one element of A, which has the accumulator's size: 1, or a pair of bfloat16
   void (*block)(const BlockArgs&);
-  void (*pack_row)(const PackRowArgs&);
+  void (*pack_row)(const PackRowArgs&);   // to elements of A
+  void (*widen_row)(const PackRowArgs&);  // to the accumulator's type
   void (*pack_weight)(const PackWeightArgs&);
   void (*pass_row)(const PassRowArgs&);
   void (*mask_row)(const MaskRowArgs&);
@@ -173,6 +174,7 @@ extern const KernelTable kScalarTable;
 #if defined(__x86_64__)
 extern const KernelTable kAvx2Table;
 extern const KernelTable kAvx512Table;
+extern const DTypeKernels kAvx512Bf16Kernels;  // of bfloat16, with the instructions of AVX512_BF16
 #endif
 
 }  // namespace fused_resnet

@@ -12,8 +12,10 @@ namespace {
 
 struct Avx2Float {
   using type = float;
+  using part = float;  // an element of A is `group` of these
   using reg = __m256;
   static constexpr int width = 8;
+  static constexpr int group = 1;
   static __m256i mask(i64 n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n >= width ? width : int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
@@ -75,8 +77,10 @@ struct Avx2Float {
 
 struct Avx2Double {
   using type = double;
+  using part = double;  // an element of A is `group` of these
   using reg = __m256d;
   static constexpr int width = 4;
+  static constexpr int group = 1;
   static __m256i mask(i64 n) {
     return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n >= width ? width : n), _mm256_setr_epi64x(0, 1, 2, 3));
   }

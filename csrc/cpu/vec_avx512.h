@@ -11,8 +11,10 @@ namespace {
 
 struct Avx512Float {
   using type = float;
+  using part = float;  // an element of A is `group` of these
   using reg = __m512;
   static constexpr int width = 16;
+  static constexpr int group = 1;
   static __mmask16 mask(i64 n) { return n >= width ? __mmask16(0xffff) : __mmask16((1u << n) - 1u); }
   static reg zero() { return _mm512_setzero_ps(); }
   static reg set1(float v) { return _mm512_set1_ps(v); }
@@ -58,8 +60,10 @@ struct Avx512Float {
 
 struct Avx512Double {
   using type = double;
+  using part = double;  // an element of A is `group` of these
   using reg = __m512d;
   static constexpr int width = 8;
+  static constexpr int group = 1;
   static __mmask8 mask(i64 n) { return n >= width ? __mmask8(0xff) : __mmask8((1u << n) - 1u); }
   static reg zero() { return _mm512_setzero_pd(); }
   static reg set1(double v) { return _mm512_set1_pd(v); }

@@ -10,8 +10,10 @@ namespace {
 template <class T>
 struct ScalarVec {
   using type = T;
+  using part = T;  // an element of A is `group` of these
   using reg = T;
   static constexpr int width = 1;
+  static constexpr int group = 1;
   static reg zero() { return T(0); }
   static reg set1(T v) { return v; }
   static reg load(const T* p) { return *p; }

@@ -118,20 +118,22 @@ struct Winograd2Stride2 {
 
 // Step 0, once for each weight: U = G g G' of one panel, in double precision, rounded once. Returns false where a value is
 // not finite; denormals become 0.
-template <class V, class S, class F>
+template <class V, class S, class D, class F>
 bool winograd_weight(const WinogradWeightArgs& a) {
   using T = typename V::type;
-  constexpr int A = F::alpha, W = V::width;
+  using E = typename D::part;  // of an element of the packed weight: D::group of them
+  constexpr int A = F::alpha, W = V::width, G = D::group;
+  const i64 elements = (a.c + G - 1) / G;
   constexpr double tiny = sizeof(T) == sizeof(float) ? 1.17549435e-38 : 2.2250738585072014e-308;
   constexpr double huge = sizeof(T) == sizeof(float) ? 3.40282347e+38 : 1.7976931348623157e+308;
-  T* out = static_cast<T*>(a.out);
+  E* out = static_cast<E*>(a.out);
   bool finite = true;
   for (i64 j = 0; j < a.width; j += W) {
     const i64 lanes = smaller(a.k - a.k_begin - j, W);
     const S* first = static_cast<const S*>(a.weight) + (a.k_begin + j) * a.stride.n;
-    for (i64 c = 0; c < a.c; ++c) {
+    for (i64 c = 0; c < elements * G; ++c) {
       double g[3][3][W] = {};
-      for (i64 k = 0; k < lanes; ++k) {
+      for (i64 k = 0; k < lanes && c < a.c; ++k) {
         const S* from = first + k * a.stride.n + c * a.stride.c;
         for (int r = 0; r < 3; ++r) {
           for (int s = 0; s < 3; ++s) g[r][s][k] = widen(from[r * a.stride.h + s * a.stride.w]);
@@ -157,9 +159,9 @@ bool winograd_weight(const WinogradWeightArgs& a) {
       }
       finite = finite && good;
       for (int i = 0; i < A * A; ++i) {
-        T* to = out + (i * a.c + c) * a.width + j;
+        E* to = out + ((i * elements + c / G) * a.width + j) * G + c % G;
         const double* from = &u[0][0][0] + i * W;
-        for (int k = 0; k < W; ++k) to[k] = T(from[k]);
+        for (int k = 0; k < W; ++k) narrow(T(from[k]), to + k * G);
       }
     }
   }
@@ -168,7 +170,7 @@ bool winograd_weight(const WinogradWeightArgs& a) {
 
 // Step 1: V = B' d B of one strip (tiles side by side in one row of tiles) and up to W channels. X is what the rows hold:
 // the storage type, or the accumulator's where rows were packed.
-template <class V, class X, class F>
+template <class V, class X, class D, class F>
 void winograd_input(const WinogradInputArgs& a) {
   using T = typename V::type;
   using reg = typename V::reg;
@@ -196,8 +198,9 @@ void winograd_input(const WinogradInputArgs& a) {
     for (i64 column = a.left; column < a.right; ++column) vertical(column, [n](const X* p) { return V::load_n(p, n); });
   }
   for (i64 column = a.right; column < columns; ++column) outside(column);
-  T* out = static_cast<T*>(a.out);
-  for (i64 tile = 0; tile < a.tiles; ++tile, out += W) {
+  using E = typename D::part;
+  E* out = static_cast<E*>(a.out);
+  for (i64 tile = 0; tile < a.tiles; ++tile, out += W * D::group) {
     const T* from = lines + tile * F::step * W;
     FR_UNROLL
     for (int i = 0; i < A; ++i) {
@@ -206,7 +209,7 @@ void winograd_input(const WinogradInputArgs& a) {
       for (int l = 0; l < A; ++l) d[l] = V::load(from + i * pitch + l * W);
       F::input(d, t);
       FR_UNROLL
-      for (int l = 0; l < A; ++l) V::store(out + (i * A + l) * a.position_stride, t[l]);
+      for (int l = 0; l < A; ++l) V::store_all(out + (i * A + l) * a.position_stride * D::group, t[l]);
     }
   }
 }
@@ -463,9 +466,14 @@ void winograd_output(const WinogradOutputArgs& a) {
   }
 }
 
-template <class V, class S, class F>
+template <class V, class S, class D, class F>
 constexpr WinogradKernels winograd_kernels() {
-  return WinogradKernels{F::m, F::step, F::alpha, winograd_weight<V, S, F>, winograd_input<V, S, F>, winograd_input<V, typename V::type, F>,
+  return WinogradKernels{F::m,
+                         F::step,
+                         F::alpha,
+                         winograd_weight<V, S, D, F>,
+                         winograd_input<V, S, D, F>,
+                         winograd_input<V, typename V::type, D, F>,
                          winograd_output<V, S, F>};
 }
 

@@ -50,13 +50,13 @@ i64 WinogradConvolution::thread_bytes() const {
 
 i64 WinogradConvolution::packed_bytes() const {
   const i64 vectors = (shape_.k + kernels_->vector - 1) / kernels_->vector * kernels_->vector;
-  const i64 elements = checked_product(checked_product(vectors, blocking_.positions()), shape_.c);
-  return checked_product(elements, kernels_->accumulator_bytes);
+  const i64 count = checked_product(checked_product(vectors, blocking_.positions()), elements());
+  return checked_product(count, kernels_->accumulator_bytes);
 }
 
 bool WinogradConvolution::pack(const WeightView& weight, const WeightView&, void* out) const {
   std::atomic<bool> finite{true};
-  const i64 per_channel = blocking_.positions() * shape_.c * kernels_->accumulator_bytes;
+  const i64 per_channel = blocking_.positions() * elements() * kernels_->accumulator_bytes;
 #pragma omp parallel for schedule(static) num_threads(threads_) if (shape_.k * shape_.c > 4096)
   for (i64 p = 0; p < panels(); ++p) {
     WinogradWeightArgs a;
@@ -82,13 +82,14 @@ WinogradConvolution::Strip WinogradConvolution::strip(i64 tile, i64 end) const {
   return s;
 }
 
-// The transformed input of tiles [begin, end) and one block of channels. `out` holds `tiles` tiles, tile `first` the first.
-void WinogradConvolution::transform(i64 begin, i64 end, i64 block, const void* x, char* out, i64 first, i64 tiles,
+// The transformed input of tiles [begin, end) and one vector of channels. `out` holds `tiles` tiles, tile `first` the first.
+void WinogradConvolution::transform(i64 begin, i64 end, i64 index, const void* x, char* out, i64 first, i64 tiles,
                                     char* scratch) const {
   const ConvShape& s = shape_;
   const i64 step = blocking_.step, alpha = blocking_.alpha, bytes = kernels_->accumulator_bytes, vector = kernels_->vector;
-  const i64 channels = std::min(vector, s.c - block * vector);
+  const i64 channels = std::min(vector, s.c - index * vector);
   const bool in_place = s.x.c == 1 || channels == 1;
+  const i64 block = index / kernels_->group, part = index % kernels_->group * vector * bytes / kernels_->group;
   char* const packed = scratch + alpha * (strip_columns() + vector) * vector * bytes;
   for (i64 tile = begin; tile < end;) {
     const Strip t = strip(tile, end);
@@ -101,12 +102,12 @@ void WinogradConvolution::transform(i64 begin, i64 end, i64 block, const void* x
     a.channels = channels;
     a.scratch = scratch;
     a.position_stride = position_stride(tiles);
-    a.out = out + (block * tiles + tile - first) * vector * bytes;
+    a.out = out + (block * tiles + tile - first) * vector * bytes + part;
     for (i64 i = 0; i < alpha; ++i) {
       const i64 h = h0 + i;
       a.row[i] = kZeros;
       if (h < 0 || h >= s.h || a.left >= a.right) continue;
-      const i64 offset = t.image * s.x.n + block * vector * s.x.c + h * s.x.h + w0 * s.x.w;
+      const i64 offset = t.image * s.x.n + index * vector * s.x.c + h * s.x.h + w0 * s.x.w;
       a.row[i] = element(x, offset);
       a.step[i] = s.x.w;
       if (!in_place) {
@@ -119,7 +120,7 @@ void WinogradConvolution::transform(i64 begin, i64 end, i64 block, const void* x
         p.pitch = vector;
         char* const row = packed + i * columns * vector * bytes;
         p.out = row + a.left * vector * bytes;
-        kernels_->pack_row(p);
+        kernels_->widen_row(p);
         a.row[i] = row;
         a.step[i] = vector;
       }
@@ -198,7 +199,7 @@ void WinogradConvolution::look_ahead(i64 begin, i64 end, i64 next, i64 panel, co
 
 i64 WinogradConvolution::tasks(int phase) const {
   if (shape_.empty()) return 0;
-  return blocking_.shared && phase == 0 ? blocks() * shape_.n * blocking_.rows : blocking_.tasks();
+  return blocking_.shared && phase == 0 ? vectors() * shape_.n * blocking_.rows : blocking_.tasks();
 }
 
 void WinogradConvolution::run_task(int phase, i64 index, const Operands& operands, char* shared, char* mine) const {
@@ -209,9 +210,9 @@ void WinogradConvolution::run_task(int phase, i64 index, const Operands& operand
   char* const transformed = mine + product_bytes;
   char* const scratch = b.shared ? transformed : transformed + transformed_bytes(b.tiles);
   if (b.shared && phase == 0) {
-    // One row of tiles, one block of channels.
-    const i64 begin = index / blocks() * b.cols;
-    transform(begin, begin + b.cols, index % blocks(), operands.x, shared, 0, all_tiles(), scratch);
+    // One row of tiles, one vector of channels.
+    const i64 begin = index / vectors() * b.cols;
+    transform(begin, begin + b.cols, index % vectors(), operands.x, shared, 0, all_tiles(), scratch);
     return;
   }
   const i64 part = index / b.panel_parts, panel_begin = index % b.panel_parts * b.panels;
@@ -221,8 +222,8 @@ void WinogradConvolution::run_task(int phase, i64 index, const Operands& operand
   i64 held = all_tiles();
   if (!b.shared) {
     held = end - begin;
-    for (i64 block = 0; block < blocks(); ++block) {
-      transform(begin, end, block, operands.x, transformed, begin, held, scratch);
+    for (i64 v = 0; v < vectors(); ++v) {
+      transform(begin, end, v, operands.x, transformed, begin, held, scratch);
     }
     input = transformed;
   }
@@ -237,10 +238,10 @@ void WinogradConvolution::run_task(int phase, i64 index, const Operands& operand
     a.position_stride = position_stride(held);
     a.block_stride = held * vector;
     a.width = shape_.k - panel * kernels_->panel <= vector ? vector : kernels_->panel;
-    a.weight = static_cast<const char*>(operands.weight) + panel * kernels_->panel * b.positions() * shape_.c * bytes;
+    a.weight = static_cast<const char*>(operands.weight) + panel * kernels_->panel * b.positions() * elements() * bytes;
     a.product = product;
     a.tiles = end - begin;
-    a.channels = shape_.c;
+    a.channels = elements();
     a.positions = int(b.positions());
     kernels_->winograd_multiply(a);
     finish(begin, end, panel, operands, product, scratch);

@@ -28,13 +28,15 @@ class WinogradConvolution final : public Convolution {
   };
   Strip strip(i64 tile, i64 end) const;  // the first tiles of [tile, end)
   i64 all_tiles() const { return shape_.n * blocking_.rows * blocking_.cols; }
-  i64 blocks() const { return (shape_.c + kernels_->vector - 1) / kernels_->vector; }  // of channels, a vector each
+  i64 vectors() const { return (shape_.c + kernels_->vector - 1) / kernels_->vector; }  // of input channels
+  i64 blocks() const { return (vectors() + kernels_->group - 1) / kernels_->group; }    // of elements, a vector each
+  i64 elements() const { return (shape_.c + kernels_->group - 1) / kernels_->group; }   // of the reduction
   i64 panels() const { return (shape_.k + kernels_->panel - 1) / kernels_->panel; }
   i64 position_stride(i64 tiles) const;  // of the transformed input of so many tiles: elements
   i64 transformed_bytes(i64 tiles) const;
   i64 strip_columns() const;             // the most that a strip reads
 
-  void transform(i64 begin, i64 end, i64 block, const void* x, char* out, i64 first, i64 tiles, char* scratch) const;
+  void transform(i64 begin, i64 end, i64 index, const void* x, char* out, i64 first, i64 tiles, char* scratch) const;
   void finish(i64 begin, i64 end, i64 panel, const Operands& operands, const char* product, char* scratch) const;
 
   void look_ahead(i64 begin, i64 end, i64 next, i64 panel, const Operands& operands, std::vector<AheadRun>& runs) const;
