@@ -244,8 +244,14 @@ def gone(process: int) -> bool:
 ORDER = ("first", "second", "wrong", "talks")
 
 
-def test_processes_take_turns(fakes: Path, contest: _contest.Contest) -> None:
-    """Each contender is in a process of its own, and a sample of one is over before one of the next begins."""
+def test_processes_take_turns(fakes: Path, contest: _contest.Contest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each contender is in a process of its own, and a sample of one is over before one of the next begins.
+
+    The processes import the package that is imported here, and not what the current folder holds under its name.
+    """
+    (tmp_path / "decoy" / "fused_resnet").mkdir(parents=True)
+    (tmp_path / "decoy" / "fused_resnet" / "__init__.py").write_text("raise ImportError('the decoy')")
+    monkeypatch.chdir(tmp_path / "decoy")
     with team(*ORDER) as members:
         members.open(contest.task)
         results = {name: members.build(name, least=0.0, warmup=2) for name in ORDER}

@@ -61,8 +61,9 @@ class Member:
     def _start(self) -> subprocess.Popen[bytes]:
         number, name = tempfile.mkstemp(suffix=".txt", dir=self._folder)
         self._stderr = Path(name)
-        # The same packages as here. Inductor compiles in the process itself rather than in a pool that would idle beside it.
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        # The same packages as here: from the same places, and in a folder where `-m` finds no others. Inductor compiles in the
+        # process itself rather than in a pool that would idle beside it.
+        path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
         changes = {"PYTHONPATH": path, "OMP_NUM_THREADS": str(self._threads), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         changes["TORCHINDUCTOR_FREEZING"] = "1"
         with os.fdopen(number, "wb") as log:
@@ -73,6 +74,7 @@ class Member:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env={**os.environ, **changes},
+                cwd=self._folder,
                 start_new_session=True,
             )
         self._rest = b""
