@@ -11,6 +11,7 @@
 
 #include "cpu/block.h"
 #include "cpu/convolution.h"
+#include "cpu/fingerprint.h"
 #include "cpu/passes.h"
 
 namespace py = pybind11;
@@ -261,4 +262,12 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "fingerprint", [](Pointer data, i64 bytes, i64 most) { return fr::fingerprint(in(data), bytes, most); },
       py::arg("data"), py::arg("bytes"), py::arg("most"));
+  py::class_<fr::Guard>(m, "Guard")
+      .def(py::init([](const std::vector<std::pair<Pointer, i64>>& memory, i64 most) {
+             auto guard = std::make_unique<fr::Guard>(most);
+             for (const auto& [data, bytes] : memory) guard->add(in(data), bytes);
+             return guard;
+           }),
+           py::arg("memory"), py::arg("most"))
+      .def("holds", &fr::Guard::holds);
 }

@@ -5,7 +5,7 @@ entry dies with its tensor.
 
 A change is seen by the tensor's version counter (every in-place operation, ``load_state_dict``, optimizers), its address
 (``.data = ...``) and a fingerprint of its bytes, which also sees writes through ``.data`` that leave the counter alone: all
-the bytes up to 64 KiB, 256 words spread over the tensor above that. Inference tensors have no counter: all their bytes are
+the bytes up to 64 KiB, 64 words spread over the tensor above that. Inference tensors have no counter: all their bytes are
 read on every call.
 """
 
@@ -22,7 +22,7 @@ from ._extension import cpu
 
 T = TypeVar("T")
 _ALL = 1 << 62  # fingerprint every byte
-_SOME = 1 << 16  # ... or at most this many
+SOME = 1 << 16  # ... or at most this many
 
 # id(tensor) -> (weak reference to it, {tag: (stamps of the sources, value)})
 _entries: dict[int, tuple[weakref.ref[Tensor], dict[object, tuple[tuple[Any, ...], Any]]]] = {}
@@ -37,7 +37,7 @@ def _fingerprint(t: Tensor, identity: tuple[Any, ...]) -> int:
     """A hash of the bytes; only of a dense tensor, whose bytes are the ``nbytes`` from its first element on."""
     if cpu is None or not t.is_cpu:
         return 0
-    return int(cpu.fingerprint(identity[1], t.nbytes, _ALL if identity[0] == -1 else _SOME))
+    return int(cpu.fingerprint(identity[1], t.nbytes, _ALL if identity[0] == -1 else SOME))
 
 
 def _unchanged(t: Tensor | None, stamp: Any) -> bool:

@@ -68,7 +68,7 @@ def cached(
             None if shortcut is None else (shortcut.shape, shortcut.stride(), shortcut.dtype, shortcut.is_cpu),
             parameters,
             torch.get_num_threads(),
-            _numerics.current,
+            _numerics.epoch,
         )
     except AttributeError:  # None, or no tensor at all: making the plan says so
         return make(input, weight, bias, shortcut, *parameters)
@@ -250,6 +250,7 @@ def use_isa(name: str) -> None:
     assert cpu is not None
     cpu.set_isa(name)
     _plans.clear()
+    _numerics.changed()
 
 
 def use_algorithm(name: str) -> None:
@@ -257,8 +258,9 @@ def use_algorithm(name: str) -> None:
     global _algorithm
     _algorithm = name
     _plans.clear()
+    _numerics.changed()
 
 
-def in_force() -> tuple[str, str]:
-    """The algorithm and the instruction set that tests may have chosen: what a plan depends on besides its arguments."""
-    return _algorithm, "" if cpu is None else cpu.isa()
+def algorithm() -> str:
+    """What ``use_algorithm`` has set."""
+    return _algorithm

@@ -23,6 +23,7 @@ def _from_environment() -> str:
 
 
 current = _from_environment()
+epoch = 0  # counts the changes of whatever a plan depends on besides its arguments
 
 
 def set_numerics(name: str) -> None:
@@ -38,6 +39,13 @@ def set_numerics(name: str) -> None:
     if name not in NUMERICS:
         raise ValueError(f"numerics must be {' or '.join(repr(n) for n in NUMERICS)}, got {name!r}")
     current = name
+    changed()
+
+
+def changed() -> None:
+    """Plans that were made before are not to be used again."""
+    global epoch
+    epoch += 1
 
 
 def get_numerics() -> str:

@@ -155,6 +155,12 @@ def execute(block: Bound, x: Tensor, compiling: bool) -> Tensor:
 
 def _execute_whole(block: Bound, x: Tensor) -> Tensor | None:
     """The block as one call, or None where it has to go layer by layer."""
+    ready = block.plans.pop("ready", None)
+    if ready is not None:
+        y = ready(x)
+        if y is not None:
+            block.plans["ready"] = ready
+            return y  # type: ignore[no-any-return]
     if not nobody_listens(x):
         return None
     layers = []
@@ -183,7 +189,34 @@ def _execute_whole(block: Bound, x: Tensor) -> Tensor | None:
         for step in block.shortcut:
             shortcut = _step(step, shortcut, False)
     assert block.kind is not None
-    return _whole.run(block.plans, layers, x, shortcut, block.kind, block.left_is_main)
+    y = _whole.run(block.plans, layers, x, shortcut, block.kind, block.left_is_main)
+    repeat = block.plans.pop("ready", None)
+    if repeat is not None and _whole.Ready.possible([t for layer in layers for t in layer.sources]):
+        block.plans["ready"] = _ready(block, x, repeat)
+    return y
+
+
+_CONV_SETTINGS = operator.itemgetter("stride", "padding", "dilation", "groups")
+_NORM_SETTINGS = operator.itemgetter("training", "eps")
+
+
+def _ready(block: Bound, x: Tensor, repeat: _whole.Repeat) -> _whole.Ready | None:
+    """What repeats this call; None for modules that keep their tensors in unusual places."""
+    places: list[tuple[dict[str, Any], str]] = []
+    settings: list[tuple[dict[str, Any], Callable[[Any], Any]]] = []
+    for step in (*block.main, block.last, *(block.shortcut or ())):
+        assert isinstance(step, BoundLayer)
+        conv, norm, _ = step
+        places += [(conv._parameters, "weight"), (conv._parameters, "bias")]
+        settings.append((conv.__dict__, _CONV_SETTINGS))
+        if norm is not None:
+            places += [(norm._parameters, "weight"), (norm._parameters, "bias")]
+            places += [(norm._buffers, "running_mean"), (norm._buffers, "running_var")]
+            settings.append((norm.__dict__, _NORM_SETTINGS))
+    try:
+        return _whole.Ready(places, settings, x, repeat)
+    except KeyError:
+        return None
 
 
 def _operand(layer: BoundLayer, relu: bool) -> _whole.Operand:

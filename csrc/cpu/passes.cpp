@@ -125,35 +125,4 @@ void relu_backward(const PassShape& s, const void* grad, const void* output, voi
   kernels.store(bias_grad, totals.data(), s.k);
 }
 
-std::uint64_t fingerprint(const void* data, i64 bytes, i64 most) {
-  using Word = std::uint64_t;
-  constexpr i64 kWord = sizeof(Word), kLanes = 8, kSamples = 256;
-  const char* p = static_cast<const char*>(data);
-  Word lanes[kLanes] = {1, 2, 3, 4, 5, 6, 7, 8};
-  // Multiplying by an odd number and folding the high bits down are both invertible: one changed word changes its lane.
-  const auto mix = [&](i64 lane, const char* from) {
-    Word word;
-    std::memcpy(&word, from, sizeof word);
-    lanes[lane] = (lanes[lane] ^ word) * 0x9e3779b97f4a7c15u;
-    lanes[lane] ^= lanes[lane] >> 29;
-  };
-  if (bytes > most) {
-    // Evenly spread, the first and the last word included.
-    const i64 words = bytes / kWord;
-    for (i64 i = 0; i < kSamples; ++i) mix(i % kLanes, p + (words - 1) * i / (kSamples - 1) * kWord);
-  } else {
-    i64 i = 0;
-    for (; i + kLanes * kWord <= bytes; i += kLanes * kWord) {
-      for (i64 lane = 0; lane < kLanes; ++lane) mix(lane, p + i + lane * kWord);
-    }
-    for (; i + kWord <= bytes; i += kWord) mix(0, p + i);
-    Word rest = 0;
-    std::memcpy(&rest, p + i, std::size_t(bytes - i));
-    mix(1, reinterpret_cast<const char*>(&rest));
-  }
-  Word result = Word(bytes);
-  for (const Word lane : lanes) result = (result ^ lane) * 0xff51afd7ed558ccdu;
-  return result ^ (result >> 32);
-}
-
 }  // namespace fused_resnet

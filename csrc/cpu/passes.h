@@ -23,7 +23,4 @@ void bias_add_relu(const PassShape& shape, const void* input, const void* bias, 
 // of the tensor, float64 over the pieces, in an order that depends on the shape alone.
 void relu_backward(const PassShape& shape, const void* grad, const void* output, void* result, void* bias_grad, int threads);
 
-// A 64-bit hash of `bytes` bytes: of all of them up to `most`, above that of 256 words spread over them.
-std::uint64_t fingerprint(const void* data, i64 bytes, i64 most);
-
 }  // namespace fused_resnet
