@@ -104,8 +104,15 @@ class FusedBlock:
         current = state.current
         if current is None or not current.holds(self):  # type: ignore[arg-type]
             current = refresh(self, state)
-        if current.bound is not None and not _obstacle(x):
-            return execute(current.bound, x, False)
+        bound = current.bound
+        if bound is not None:
+            ready = bound.plans.get("ready")
+            if ready is not None and type(x) is Tensor and not any(_GLOBAL_HOOKS):
+                y: Tensor | None = ready(x)
+                if y is not None:
+                    return y
+            if not _obstacle(x):
+                return execute(bound, x, False)
         return self._plain_forward(x)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -155,12 +155,6 @@ def execute(block: Bound, x: Tensor, compiling: bool) -> Tensor:
 
 def _execute_whole(block: Bound, x: Tensor) -> Tensor | None:
     """The block as one call, or None where it has to go layer by layer."""
-    ready = block.plans.pop("ready", None)
-    if ready is not None:
-        y = ready(x)
-        if y is not None:
-            block.plans["ready"] = ready
-            return y  # type: ignore[no-any-return]
     if not nobody_listens(x):
         return None
     layers = []
@@ -189,9 +183,11 @@ def _execute_whole(block: Bound, x: Tensor) -> Tensor | None:
         for step in block.shortcut:
             shortcut = _step(step, shortcut, False)
     assert block.kind is not None
-    y = _whole.run(block.plans, layers, x, shortcut, block.kind, block.left_is_main)
-    repeat = block.plans.pop("ready", None)
-    if repeat is not None and _whole.Ready.possible([t for layer in layers for t in layer.sources]):
+    found = _whole.run(block.plans, layers, x, shortcut, block.kind, block.left_is_main)
+    if found is None:
+        return None
+    y, repeat = found
+    if shortcut is None and _whole.Ready.possible([t for layer in layers for t in layer.sources]):
         block.plans["ready"] = _ready(block, x, repeat)
     return y
 

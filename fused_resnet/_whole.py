@@ -66,11 +66,11 @@ Packer = Callable[[Sequence[Operand]], Packed]
 
 def run(
     plans: dict[Any, Any], layers: Sequence[Operand], x: Tensor, shortcut: Tensor | None, kind: str, main_is_left: bool
-) -> Tensor | None:
-    """The block's output, or None where it has to go layer by layer.
+) -> tuple[Tensor, Repeat] | None:
+    """The block's output and what repeats the call, or None where it has to go layer by layer.
 
     layers: the main path's, and the projection's behind them where ``kind`` is "projection". kind: "none", "identity",
-    "external" (``shortcut`` is the tensor to add) or "projection". Keeps the plan, and under "ready" what repeats the call.
+    "external" (``shortcut`` is the tensor to add) or "projection".
     """
     if not nobody_listens(x, shortcut, *[t for layer in layers for t in layer.sources]):
         return None
@@ -92,11 +92,8 @@ def run(
         plans[key] = plan
     if plan is None:
         return None
-    output, repeat = plan(layers, x, shortcut)
-    if shortcut is None:
-        plans["ready"] = repeat
-    result: Tensor = output
-    return result
+    found: tuple[Tensor, Repeat] = plan(layers, x, shortcut)
+    return found
 
 
 def _like(t: Tensor) -> Tensor:
@@ -226,6 +223,7 @@ class Ready:
         self.places = places
         self.tensors = [d[name] for d, name in places]
         self.there = [t for t in self.tensors if t is not None]
+        self.weights = [t for t in self.there if t.dim() > 1]
         self.state = self._state()
         self.settings = [(d, get, get(d)) for d, get in settings]
         self.shape, self.strides, self.dtype = x.shape, x.stride(), x.dtype
@@ -234,7 +232,8 @@ class Ready:
         self.repeat = repeat
 
     def _state(self) -> Any:
-        return [(t._version, t.data_ptr(), t.shape, t.stride()) for t in self.there]
+        there = self.there
+        return [t._version for t in there], [t.data_ptr() for t in there], [t.stride() for t in self.weights]
 
     @staticmethod
     def possible(tensors: Sequence[Tensor | None]) -> bool:
