@@ -6,6 +6,7 @@ and kept: a repeated call costs one look-up.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from . import _numerics
 from ._arguments import Padding, Pair, check_convolution, is_channels_last, output_format
-from ._derived import derive
+from ._derived import SOME, derive, is_dense
 from ._extension import cpu
 from ._select import reasons
 
@@ -151,13 +152,29 @@ def _plan(
 def _packer(kernel: Any) -> Callable[[Tensor], Tensor | None]:
     """The packed weight of a kernel, kept until the weight changes; None where it is of no use (see ``pack``)."""
     tag, packed_bytes, pack = ("packed", kernel.isa, kernel.algorithm), kernel.packed_bytes, kernel.pack
+    last: list[Any] = [lambda: None, None, None, None, None]  # weight (weak), version, address, guard of its bytes, packed
 
     def packed(weight: Tensor) -> Tensor | None:
+        ref, version, address, guard, value = last
+        if ref() is weight and weight._version == version and weight.data_ptr() == address and guard.holds():
+            return value  # type: ignore[no-any-return]
+        return find(weight)
+
+    def find(weight: Tensor) -> Tensor | None:
+        assert cpu is not None
+
         def make() -> Tensor | None:
             buffer = torch.empty(packed_bytes, dtype=torch.uint8)
             return buffer if pack(weight.data_ptr(), weight.stride(), buffer.data_ptr()) else None
 
-        return derive(tag, (weight,), make)
+        seen = None
+        if not weight.is_inference() and is_dense(weight):  # else a change could not be seen
+            address = weight.data_ptr()
+            seen = weakref.ref(weight), weight._version, address, cpu.Guard([(address, weight.nbytes)], SOME)
+        value = derive(tag, (weight,), make)
+        if seen is not None:
+            last[:] = *seen, value  # the plan's key has the layout
+        return value
 
     return packed
 

@@ -12,9 +12,10 @@ import torch
 from ._arguments import Padding, Pair
 from ._extension import cpu, missing
 
-# A stem (7x7 on 3 channels): runs of 21 values keep the FMA units at 60 % of their rate, the library's kernel at 70 %
-# (bench/results/, the operators of ResNet-50).
+# A stem (7x7 on 3 channels): runs of 21 values keep the FMA units at 60 % of their rate, the library's kernel at 70 %.
 _FEW_CHANNELS, _LARGE_KERNEL = 4, 25
+# As few outputs leave most of a register empty; a call on a small map is all overhead, and ours has less.
+_LARGE_MAP = 512
 
 
 def reasons(
@@ -40,4 +41,6 @@ def reasons(
         why.append(
             f"{channels} input channels under a {height}x{width} kernel: for a network's stem the library's convolution is faster"
         )
+    elif max(channels, weight_shape[0]) <= _FEW_CHANNELS and height * width > 1 and input_shape[2] * input_shape[3] >= _LARGE_MAP:
+        why.append(f"{channels} input and {weight_shape[0]} output channels: too few to fill registers, the library's kernel is faster")
     return why

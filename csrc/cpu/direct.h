@@ -166,7 +166,9 @@ __attribute__((noinline)) void tile(const TileArgs<V>& t) {
       prefetch += t.prefetch_step;
       FR_UNROLL
       for (int m = 0; m < M; ++m) {
-        const typename V::reg x = V::set1(base[m][i]);
+        T x_value;  // a pair of bfloat16 may lie anywhere
+        __builtin_memcpy(&x_value, base[m] + i, sizeof(T));
+        const typename V::reg x = V::set1(x_value);
         FR_UNROLL
         for (int v = 0; v < NV; ++v) acc[m][v] = V::fma(x, w[v], acc[m][v]);
       }
