@@ -52,7 +52,7 @@ def measure(n: int, c: int, size: int, kernel: int, stride: int, memory_format: 
         **times,
         "ratio": times["eager"] / times["fused"],
         "contested": any(timing.as_dict()["contested"] for timing in timings.values()),
-        "algorithm": "library" if plan is None else plan.kernel.algorithm,  # type: ignore[attr-defined]
+        "algorithm": "library" if plan is None or plan.kernel is None else plan.kernel.algorithm,  # type: ignore[attr-defined]
     }
 
 

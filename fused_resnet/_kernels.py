@@ -23,6 +23,7 @@ Plan = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 _MOST_PLANS = 4096  # beyond this many shapes, start over: a plan is cheap to make again
+_SMALL = 1 << 16  # elements: a pass less saves less than our call costs more
 _UNKNOWN: Any = object()
 _plans: dict[Any, Any] = {}  # layouts and parameters -> Plan, or None for the general path
 _algorithm = "auto"
@@ -39,9 +40,15 @@ def convolution(
     groups: int,
     relu: bool,
 ) -> Plan | None:
-    """The plan of one convolution, or None where the general path serves. Raises for arguments that are not legal."""
+    """The plan of one convolution, or None where the general path serves and needs more than the library's convolution.
+
+    Raises for arguments that are not legal."""
     shape = check_convolution(input, weight, bias, shortcut, stride, padding, dilation, groups)
-    if reasons(input.device.type, input.dtype, input.shape, weight.shape, stride, padding, dilation, groups):
+    channels_last = is_channels_last(input)
+    if reasons(input.device.type, input.dtype, input.shape, weight.shape, stride, padding, dilation, groups, channels_last):
+        symmetric = padding.top == padding.bottom and padding.left == padding.right
+        if input.is_cpu and input.dtype in (torch.float32, torch.float64) and symmetric:
+            return _library_plan(shape, stride, (padding.top, padding.left), dilation, groups, relu)
         return None
     return _plan(shape, input, weight, bias, shortcut, stride, padding, dilation, relu, torch.get_num_threads())
 
@@ -82,6 +89,65 @@ def cached(
     return plan
 
 
+def _maker(
+    shape: tuple[int, int, int, int],
+    input: Tensor,
+    weight: Tensor,
+    has_bias: bool,
+    shortcut_strides: tuple[int, ...] | None,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    relu: bool,
+    output_strides: tuple[int, ...],
+    threads: int,
+) -> Callable[[str], Any]:
+    """What makes the compiled convolution, given an algorithm."""
+    arguments = (
+        DTYPES[input.dtype],
+        tuple(input.shape),
+        tuple(weight.shape),
+        shape,
+        stride,
+        (padding.top, padding.left),
+        dilation,
+        input.stride(),
+        output_strides,
+        shortcut_strides,
+        has_bias,
+        relu,
+        threads,
+    )
+    strict = _numerics.current == "strict"
+    return lambda algorithm: cpu.Convolution(*arguments, algorithm, strict)  # type: ignore[union-attr]
+
+
+def explain_convolution(input: Tensor, weight: Tensor, stride: int, padding: Pair) -> dict[str, str]:
+    """How a convolution of these (meta) tensors with bias, shortcut and ReLU would be computed on the CPU, and why.
+
+    Raises:
+        TypeError, ValueError: for arguments that are not legal.
+    """
+    pads = Padding(padding[0], padding[0], padding[1], padding[1])
+    strides, ones = (stride, stride), (1, 1)
+    shape = check_convolution(input, weight, None, None, strides, pads, ones, 1)
+    channels_last = is_channels_last(input)
+    why = reasons("cpu", input.dtype, input.shape, weight.shape, strides, pads, ones, 1, channels_last)
+    if why:
+        return {"path": "general: the library's convolution, then addition and ReLU in one pass", "reason": "; ".join(why)}
+    output = torch.empty(shape, device="meta", memory_format=output_format(input, weight, shape)).stride()
+    threads = torch.get_num_threads()
+    kernel = _maker(shape, input, weight, True, output, strides, pads, ones, True, output, threads)(_algorithm)
+    return {
+        "path": f"hot: one kernel, {kernel.isa}, {threads} thread{'s' if threads > 1 else ''}",
+        "algorithm": kernel.algorithm,
+        "reason": kernel.reason,
+        "blocking": kernel.describe(),
+        "workspace": f"{kernel.workspace_bytes / 1024:.0f} KiB",
+        "weights": f"{kernel.packed_bytes / 1024:.0f} KiB packed",
+    }
+
+
 def _plan(
     shape: tuple[int, int, int, int],
     input: Tensor,
@@ -94,33 +160,10 @@ def _plan(
     relu: bool,
     threads: int,
 ) -> Plan:
-    assert cpu is not None
     output_strides = torch.empty(shape, device="meta", memory_format=output_format(input, weight, shape)).stride()
-    dtype = input.dtype
-    has_bias, bias_strided = bias is not None, bias is not None and not bias.is_contiguous()
-
-    def make(algorithm: str) -> Any:
-        assert cpu is not None
-        return cpu.Convolution(
-            DTYPES[dtype],
-            tuple(input_shape),
-            tuple(weight_shape),
-            shape,
-            stride,
-            (padding.top, padding.left),
-            dilation,
-            input_strides,
-            output_strides,
-            shortcut_strides,
-            has_bias,
-            relu,
-            threads,
-            algorithm,
-            _numerics.current == "strict",
-        )
-
-    input_shape, input_strides, weight_shape = input.shape, input.stride(), weight.shape
+    dtype, bias_strided = input.dtype, bias is not None and not bias.is_contiguous()
     shortcut_strides = None if shortcut is None else shortcut.stride()
+    make = _maker(shape, input, weight, bias is not None, shortcut_strides, stride, padding, dilation, relu, output_strides, threads)
     kernel = make(_algorithm)
     run, pack = kernel.run, _packer(kernel)
     fallback: list[Any] = []
@@ -146,6 +189,25 @@ def _plan(
         return output
 
     call.kernel = kernel  # type: ignore[attr-defined]  # what tests and `env` ask: instruction set, blocking, workspace
+    return call
+
+
+def _library_plan(
+    shape: tuple[int, int, int, int], stride: Pair, padding: Pair, dilation: Pair, groups: int, relu: bool
+) -> Plan:
+    """The library's convolution, then addition and ReLU in place: our one pass, or where the map is small the library's two."""
+    small = shape[0] * shape[1] * shape[2] * shape[3] < _SMALL
+
+    def call(input: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Tensor | None) -> Tensor:
+        output = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        if shortcut is None:
+            return output.relu_() if relu else output
+        if not small:
+            return bias_add_relu(output, None, shortcut, relu, output.dtype, owned=True)
+        output.add_(shortcut)
+        return output.relu_() if relu else output
+
+    call.kernel = None  # type: ignore[attr-defined]
     return call
 
 

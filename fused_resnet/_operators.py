@@ -81,7 +81,21 @@ def _conv_kernel(
     )
     if plan is not None:
         return plan(input, weight, bias, shortcut)
-    # The general path: the library's convolution, then our pass over its output, in place.
+    return general_path(input, weight, bias, shortcut, stride, padding, dilation, groups, relu)
+
+
+def general_path(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shortcut: Tensor | None,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    groups: int,
+    relu: bool,
+) -> Tensor:
+    """The library's convolution, then our pass over its output, in place."""
     dtype = input.dtype
     if dtype in (torch.bfloat16, torch.float16) and (bias is not None or shortcut is not None):
         input, weight = input.float(), weight.float()  # so that the sum is rounded once, at the end

@@ -16,6 +16,8 @@ from ._extension import cpu, missing
 _FEW_CHANNELS, _LARGE_KERNEL = 4, 25
 # As few outputs leave most of a register empty; a call on a small map is all overhead, and ours has less.
 _LARGE_MAP = 512
+# Contiguous, a 1x1 convolution is a product of matrices as they lie; ours turns input and output, which pays from here on.
+_REGISTER, _FEW_OUTPUTS = 16, 24
 
 
 def reasons(
@@ -27,6 +29,7 @@ def reasons(
     padding: Padding,
     dilation: Pair,
     groups: int,
+    channels_last: bool,
 ) -> list[str]:
     """Sentences that say why this convolution takes the general path; none for the hot path."""
     why = []
@@ -41,6 +44,10 @@ def reasons(
         why.append(
             f"{channels} input channels under a {height}x{width} kernel: for a network's stem the library's convolution is faster"
         )
-    elif max(channels, weight_shape[0]) <= _FEW_CHANNELS and height * width > 1 and input_shape[2] * input_shape[3] >= _LARGE_MAP:
-        why.append(f"{channels} input and {weight_shape[0]} output channels: too few to fill registers, the library's kernel is faster")
+    outputs = weight_shape[0]
+    large = input_shape[2] * input_shape[3] >= _LARGE_MAP
+    if large and height * width == 1 and not channels_last and outputs <= _FEW_OUTPUTS and outputs % _REGISTER in range(1, 9):
+        why.append(f"{outputs} output channels of a contiguous 1x1 convolution: too few to fill registers, the library's is faster")
+    elif max(channels, outputs) <= _FEW_CHANNELS and height * width > 1 and groups == 1 and large:
+        why.append(f"{channels} input and {outputs} output channels: too few to fill registers, the library's kernel is faster")
     return why

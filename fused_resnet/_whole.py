@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _kernels, _numerics
-from ._arguments import check_convolution, output_format
+from ._arguments import check_convolution, is_channels_last, output_format
 from ._derived import SOME, derive, is_dense
 from ._extension import cpu
 from ._fold import library_fold
@@ -109,7 +109,7 @@ def _describe(layer: Operand, h: Tensor) -> tuple[tuple[Any, ...], Tensor] | Non
         shape = check_convolution(h, weight, bias, None, stride, padding, dilation, layer.groups)
     except (TypeError, ValueError):
         return None  # layer by layer, it raises the same error
-    if reasons("cpu", h.dtype, h.shape, weight.shape, stride, padding, dilation, layer.groups):
+    if reasons("cpu", h.dtype, h.shape, weight.shape, stride, padding, dilation, layer.groups, is_channels_last(h)):
         return None
     output = torch.empty(shape, dtype=h.dtype, device="meta", memory_format=output_format(h, weight, shape))
     has_bias = layer.eps is not None or bias is not None

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _kernels, _operators
-from ._arguments import Padding, Pair, check_convolution, check_pass, check_tensor, pad, pair
+from ._arguments import Padding, Pair, check_convolution, check_pass, check_tensor, is_channels_last, pad, pair
 from ._select import reasons
 
 __all__ = ["bias_add_relu", "conv_bias_add_relu", "why_not"]
@@ -64,6 +64,8 @@ def conv_bias_add_relu(
         )
         if plan is not None:
             return plan(input, weight, bias, shortcut)
+        stride, padding, dilation = geometry(weight, stride, padding, dilation, groups)
+        return _operators.general_path(input, weight, bias, shortcut, stride, padding, dilation, groups, relu)
     stride, padding, dilation = geometry(weight, stride, padding, dilation, groups)
     try:
         return _operators.conv(input, weight, bias, shortcut, stride, padding, dilation, groups, bool(relu))
@@ -167,6 +169,7 @@ def why_not(
     check_tensor(weight, "weight", 4)
     stride, padding, dilation = geometry(weight, stride, padding, dilation, groups)
     check_convolution(input, weight, bias, shortcut, stride, padding, dilation, groups)
+    channels_last = is_channels_last(input)
     return reasons(
-        input.device.type, input.dtype, input.shape, weight.shape, stride, padding, dilation, groups
+        input.device.type, input.dtype, input.shape, weight.shape, stride, padding, dilation, groups, channels_last
     )

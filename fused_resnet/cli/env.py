@@ -1,23 +1,62 @@
 """Print what this installation is and runs on: versions, instruction sets found and in use, caches, CUDA build and devices,
 threads, the OpenMP runtimes loaded, environment variables in force, and where the compiled module was loaded from.
+
+--explain INPUT KERNEL says how one convolution would be computed here, and why: `--explain 1x64x56x56 128x3x3/2` is an input of
+1 image, 64 channels and 56x56 pixels, and 128 kernels of 3x3 with stride 2. The padding is half the kernel's size.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any
 
+import torch
+
 from .. import _machine
-from ._common import add_json, megabytes, write_json
+from .._kernels import explain_convolution
+from ._common import DTYPES, Usage, add_json, megabytes, write_json
 
 HELP = "versions, instruction sets, CUDA, threads and environment variables in force"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
+    parser.add_argument("--explain", nargs=2, metavar=("INPUT", "KERNEL"), help="how a convolution is computed: NxCxHxW KxRxS[/STRIDE]")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of --explain (default: float32)")
+    parser.add_argument("--contiguous", action="store_true", help="--explain for NCHW in memory rather than channels_last")
+
+
+def explain(input_words: str, kernel_words: str, dtype: torch.dtype, memory_format: torch.memory_format) -> dict[str, Any]:
+    """What ``env --explain`` prints: the path, the algorithm, the reason, the blocking and the memory it takes.
+
+    Raises:
+        Usage: for words that are no shape. TypeError, ValueError: for a convolution that is not legal.
+    """
+    sizes = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)", input_words)
+    kernels = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:/(\d+))?", kernel_words)
+    if sizes is None:
+        raise Usage(f"--explain: the input must be NxCxHxW, such as 1x64x56x56, got {input_words!r}")
+    if kernels is None:
+        raise Usage(f"--explain: the kernel must be KxRxS or KxRxS/STRIDE, such as 128x3x3/2, got {kernel_words!r}")
+    n, c, h, w = map(int, sizes.groups())
+    k, r, s, stride = (int(group or 1) for group in kernels.groups())
+    x = torch.empty(n, c, h, w, dtype=dtype, device="meta").contiguous(memory_format=memory_format)
+    weight = torch.empty(k, c, r, s, dtype=dtype, device="meta").contiguous(memory_format=memory_format)
+    try:
+        return {"input": input_words, "kernel": kernel_words, **explain_convolution(x, weight, stride, (r // 2, s // 2))}
+    except (TypeError, ValueError) as error:
+        raise Usage(f"--explain: {error}") from None
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.explain is not None:
+        memory_format = torch.contiguous_format if arguments.contiguous else torch.channels_last
+        told = explain(*arguments.explain, DTYPES[arguments.dtype], memory_format)
+        for name, value in told.items():
+            print(f"{name:<10}  {value}")
+        write_json(arguments.json, told)
+        return 0
     found = _machine.describe()
     rows = lines(found)
     width = max(len(name) for name, _ in rows)
