@@ -52,7 +52,8 @@ def explain(input_words: str, kernel_words: str, dtype: torch.dtype, memory_form
 def run(arguments: argparse.Namespace) -> int:
     if arguments.explain is not None:
         memory_format = torch.contiguous_format if arguments.contiguous else torch.channels_last
-        told = explain(*arguments.explain, DTYPES[arguments.dtype], memory_format)
+        first, second = arguments.explain
+        told = explain(first, second, DTYPES[arguments.dtype], memory_format)
         for name, value in told.items():
             print(f"{name:<10}  {value}")
         write_json(arguments.json, told)
