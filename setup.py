@@ -29,7 +29,7 @@ SOURCES: dict[str, list[str]] = {
     "csrc/cpu/algorithm.cpp": ["-O2"],
     "csrc/cpu/block.cpp": ["-O2"],
     "csrc/cpu/convolution.cpp": ["-O2"],
-    "csrc/cpu/direct_convolution.cpp": ["-O2"],
+    "csrc/cpu/direct_convolution.cpp": ["-O3"],
     "csrc/cpu/dispatch.cpp": ["-O2"],
     "csrc/cpu/fingerprint.cpp": ["-O2"],
     "csrc/cpu/passes.cpp": ["-O2"],

@@ -136,9 +136,6 @@ __attribute__((noinline)) void tile(const TileArgs<V>& t) {
       for (int v = 0; v < NV; ++v) acc[m][v] = V::load(t.partial + (m * NV + v) * V::width);
     }
   }
-  const T* base[M];
-  FR_UNROLL
-  for (int m = 0; m < M; ++m) base[m] = static_cast<const T*>(a.base[t.pixel + m]);
   if (t.last && a.shortcut && a.shortcut_stride_k == 1) {
     // On its way while the FMAs run: no hardware prefetcher sees this pattern, and waiting for it here would double the time
     // of a short reduction.
@@ -149,6 +146,10 @@ __attribute__((noinline)) void tile(const TileArgs<V>& t) {
       for (int v = 0; v < NV; ++v) __builtin_prefetch(shortcut + a.shortcut_offset[t.pixel + m] + v * V::width);
     }
   }
+  asm volatile("" : : : "memory");  // as below
+  const T* base[M];
+  FR_UNROLL
+  for (int m = 0; m < M; ++m) base[m] = static_cast<const T*>(a.base[t.pixel + m]);
   const T* weight = t.weight;
   const char* prefetch = t.prefetch;
   for (i64 tap = 0; tap < t.chunk->count; ++tap) {
@@ -174,17 +175,22 @@ __attribute__((noinline)) void tile(const TileArgs<V>& t) {
       }
     }
   }
-  if (!t.last) {
+  // Read again from memory: otherwise the compiler computes these addresses before the loop, and keeps them where the loop
+  // has its own registers.
+  const TileArgs<V>* late = &t;
+  asm volatile("" : "+r"(late) : : "memory");
+  const BlockArgs& b = *late->block;
+  if (!late->last) {
     FR_UNROLL
     for (int m = 0; m < M; ++m) {
       FR_UNROLL
-      for (int v = 0; v < NV; ++v) V::store(t.partial + (m * NV + v) * V::width, acc[m][v]);
+      for (int v = 0; v < NV; ++v) V::store(late->partial + (m * NV + v) * V::width, acc[m][v]);
     }
-  } else if (a.y_stride_k == 1 && (!a.shortcut || a.shortcut_stride_k == 1)) {
-    if (t.channel + NV * V::width <= a.k) {
-      finish_channels<V, S, M, NV, true>(a, acc, t.pixel, t.channel);
+  } else if (b.y_stride_k == 1 && (!b.shortcut || b.shortcut_stride_k == 1)) {
+    if (late->channel + NV * V::width <= b.k) {
+      finish_channels<V, S, M, NV, true>(b, acc, late->pixel, late->channel);
     } else {
-      finish_channels<V, S, M, NV, false>(a, acc, t.pixel, t.channel);
+      finish_channels<V, S, M, NV, false>(b, acc, late->pixel, late->channel);
     }
   } else {
     constexpr int rows = (M + V::width - 1) / V::width * V::width;
@@ -194,7 +200,7 @@ __attribute__((noinline)) void tile(const TileArgs<V>& t) {
       FR_UNROLL
       for (int v = 0; v < NV; ++v) V::store(turned + (m * NV + v) * V::width, m < M ? acc[m < M ? m : 0][v] : V::zero());
     }
-    finish_pixels<V, S, M, NV>(a, turned, t.pixel, t.channel);
+    finish_pixels<V, S, M, NV>(b, turned, late->pixel, late->channel);
   }
 }
 
@@ -216,18 +222,19 @@ struct Block {
   static constexpr i64 panel = 2 * V::width;
 
   const BlockArgs& a;
-  const i64 tiles, reduction;
+  const i64 tiles, each, more, reduction;
 
   static i64 total(const BlockArgs& a) {
     i64 sum = 0;
     for (i64 c = 0; c < a.chunk_count; ++c) sum += a.chunks[c].elements;
     return sum;
   }
-  explicit Block(const BlockArgs& args) : a(args), tiles((args.pixels + M - 1) / M), reduction(total(args)) {}
+  explicit Block(const BlockArgs& args)
+      : a(args), tiles((args.pixels + M - 1) / M), each(args.pixels / tiles), more(args.pixels % tiles), reduction(total(args)) {}
 
   i64 channels(i64 p) const { return a.k - p * panel <= V::width ? V::width : panel; }
   const T* weights(i64 p) const { return static_cast<const T*>(a.weight) + p * panel * reduction; }
-  i64 tile_begin(i64 i) const { return a.pixels * i / tiles; }  // tiles of nearly equal size
+  i64 tile_begin(i64 i) const { return i * each + smaller(i, more); }  // tiles of nearly equal size: the first ones have one more
 
   void run_tile(const TileArgs<V>& t, i64 i, i64 p) const {
     const i64 count = tile_begin(i + 1) - tile_begin(i);

@@ -204,13 +204,18 @@ void DirectConvolution::run_task(int, i64 index, const Operands& operands, char*
       const char* a = a_data + (image * a_image + row * a_row) * kernels_->accumulator_bytes;
       const i64 y0 = (t.image + image) * s.y.n + (t.row + row) * s.y.h + t.col * s.y.w;
       const i64 shortcut0 = (t.image + image) * s.shortcut.n + (t.row + row) * s.shortcut.h + t.col * s.shortcut.w;
-      for (i64 col = 0; col < t.cols; ++col, ++m) {
-        base[m] = a + col * a_col * kernels_->accumulator_bytes;
-        y_offset[m] = y0 + col * s.y.w;
-        shortcut_offset[m] = shortcut0 + col * s.shortcut.w;
-        joined[m] = workspace + joined_at_ + m * b.joined_pitch * kernels_->accumulator_bytes;
+      const i64 step = a_col * kernels_->accumulator_bytes;
+      for (i64 col = 0; col < t.cols; ++col) base[m + col] = a + col * step;
+      for (i64 col = 0; col < t.cols; ++col) y_offset[m + col] = y0 + col * s.y.w;
+      if (s.has_shortcut) {
+        for (i64 col = 0; col < t.cols; ++col) shortcut_offset[m + col] = shortcut0 + col * s.shortcut.w;
       }
+      m += t.cols;
     }
+  }
+  if (s.joined.c) {
+    const i64 step = b.joined_pitch * kernels_->accumulator_bytes;
+    for (i64 i = 0; i < pixels; ++i) joined[i] = workspace + joined_at_ + i * step;
   }
   if (s.joined.c) pack_joined(t, operands.joined, workspace + joined_at_);
   BlockArgs args;
