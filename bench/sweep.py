@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def main() -> int:
     parser.add_argument("--least", type=float, default=1.0, help="a ratio below this is reported (default: 1.0)")
     parser.add_argument("--most", type=float, default=20.0, help="seconds for one shape (default: 20)")
     parser.add_argument("--most-gflop", type=float, default=1e9, help="leave out shapes of more arithmetic than this")
-    parser.add_argument("--json")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     grid = [

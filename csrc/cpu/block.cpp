@@ -13,7 +13,7 @@ namespace {
 i64 align64(i64 bytes) { return (bytes + 63) / 64 * 64; }
 
 // Depth first, a group has at least so many output pixels of its smallest map: then weights are used often enough.
-constexpr i64 kGroupPixels = 392;
+constexpr i64 kGroupPixels = 196;
 
 // The next layer reads a pixel's channels; a distance of a multiple of 1 KiB between pixels would put them into few sets of the
 // L1 cache.
