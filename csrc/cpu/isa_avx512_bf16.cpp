@@ -3,5 +3,14 @@
 #include "table.h"
 
 namespace fused_resnet {
-const DTypeKernels kAvx512Bf16Kernels = dtype_kernels<Avx512Bf16Float, bf16, 14, Avx512Bf16Pair>();
+namespace {
+constexpr DTypeKernels bf16_kernels() {
+  DTypeKernels k = dtype_kernels<Avx512Bf16Float, bf16, 14, Avx512Bf16Pair>();
+  // Without a product there is no reason to lose a denormal.
+  k.pass_row = pass_row<Avx512Float, bf16>;
+  k.mask_row = mask_row<Avx512Float, bf16>;
+  return k;
+}
+}  // namespace
+const DTypeKernels kAvx512Bf16Kernels = bf16_kernels();
 }  // namespace fused_resnet
