@@ -23,6 +23,7 @@ std::uint64_t fingerprint(const void* data, i64 bytes, i64 most) {
   } else {
     i64 i = 0;
     for (; i + kLanes * kWord <= bytes; i += kLanes * kWord) {
+#pragma GCC unroll 8
       for (i64 lane = 0; lane < kLanes; ++lane) mix(lane, p + i + lane * kWord);
     }
     for (; i + kWord <= bytes; i += kWord) mix(0, p + i);
