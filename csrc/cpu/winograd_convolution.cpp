@@ -40,12 +40,18 @@ i64 WinogradConvolution::strip_columns() const {
   return std::min(kStripPixels / blocking_.step, most) * blocking_.step + blocking_.alpha;
 }
 
+i64 WinogradConvolution::ahead_bytes() const {
+  // Every tile may be a strip of its own: rows of shortcut and output, and of the input of as many other tiles.
+  const i64 rows = 2 * blocking_.m + blocking_.step;
+  return align64(checked_product(checked_product(blocking_.tiles, rows), sizeof(AheadRun)));
+}
+
 i64 WinogradConvolution::thread_bytes() const {
   const i64 bytes = kernels_->accumulator_bytes, columns = strip_columns() + kernels_->vector;
   // Lines of a strip, transformed in one direction or before they are turned; and as many packed rows.
   const i64 strip = align64(2 * blocking_.alpha * columns * kernels_->vector * bytes);
   const i64 product = align64(checked_product(checked_product(blocking_.positions(), blocking_.tiles), kernels_->panel * bytes));
-  return strip + product + (blocking_.shared ? 0 : transformed_bytes(blocking_.tiles));
+  return strip + product + (blocking_.shared ? 0 : transformed_bytes(blocking_.tiles)) + ahead_bytes();
 }
 
 i64 WinogradConvolution::packed_bytes() const {
@@ -162,17 +168,16 @@ void WinogradConvolution::finish(i64 begin, i64 end, i64 panel, const Operands& 
 }
 
 // What the epilogue of this panel will touch, and a share of the input of the tiles from `next` on.
-void WinogradConvolution::look_ahead(i64 begin, i64 end, i64 next, i64 panel, const Operands& operands,
-                                     std::vector<AheadRun>& runs) const {
+i64 WinogradConvolution::look_ahead(i64 begin, i64 end, i64 next, i64 panel, const Operands& operands, AheadRun* runs) const {
   const ConvShape& s = shape_;
   const i64 m = blocking_.m, step = blocking_.step, size = kernels_->storage_bytes, first = panel * kernels_->panel;
   const i64 lines = (std::min(kernels_->panel + i64(0), s.k - first) * size + 63) / 64;
-  runs.clear();
+  i64 count = 0;
   const auto add = [&](const void* data, const Strides& stride, const Strip& t, bool write) {
     const i64 columns = std::min(t.tiles * m, s.q - t.col * m);
     for (i64 p = t.row * m; p < std::min(t.row * m + m, s.p); ++p) {
       const i64 offset = t.image * stride.n + first * stride.c + p * stride.h + t.col * m * stride.w;
-      runs.push_back({static_cast<const char*>(element(data, offset)), stride.w * size, columns, lines, write});
+      runs[count++] = {static_cast<const char*>(element(data, offset)), stride.w * size, columns, lines, write};
     }
   };
   for (i64 tile = begin; tile < end;) {
@@ -181,7 +186,7 @@ void WinogradConvolution::look_ahead(i64 begin, i64 end, i64 next, i64 panel, co
     if (s.y.c == 1) add(operands.y, s.y, t, true);
     tile += t.tiles;
   }
-  if (s.x.c != 1) return;
+  if (s.x.c != 1) return count;
   const i64 next_end = std::min(next + end - begin, all_tiles());
   i64 line = 0;
   for (i64 tile = next; tile < next_end;) {
@@ -191,10 +196,11 @@ void WinogradConvolution::look_ahead(i64 begin, i64 end, i64 next, i64 panel, co
       const i64 h = t.row * step - s.pad_top + i + 1;
       if (line % panels() != panel || h < 0 || h >= s.h || w0 >= w1) continue;
       const char* from = static_cast<const char*>(element(operands.x, t.image * s.x.n + h * s.x.h + w0 * s.x.w));
-      runs.push_back({from, s.x.w * size, w1 - w0, (s.c * size + 63) / 64, false});
+      runs[count++] = {from, s.x.w * size, w1 - w0, (s.c * size + 63) / 64, false};
     }
     tile += t.tiles;
   }
+  return count;
 }
 
 i64 WinogradConvolution::tasks(int phase) const {
@@ -227,13 +233,12 @@ void WinogradConvolution::run_task(int phase, i64 index, const Operands& operand
     }
     input = transformed;
   }
-  static thread_local std::vector<AheadRun> runs;
+  AheadRun* const runs = reinterpret_cast<AheadRun*>(mine + thread_bytes() - ahead_bytes());
   const i64 next = b.shared ? all_tiles() : (part + threads_) * b.tiles;
   for (i64 panel = panel_begin; panel < panel_end; ++panel) {
-    look_ahead(begin, end, next, panel, operands, runs);
     WinogradMultiplyArgs a;
-    a.ahead = runs.data();
-    a.ahead_runs = i64(runs.size());
+    a.ahead = runs;
+    a.ahead_runs = look_ahead(begin, end, next, panel, operands, runs);
     a.input = input;
     a.position_stride = position_stride(held);
     a.block_stride = held * vector;

@@ -1,8 +1,6 @@
 // Winograd convolution F(2x2, 3x3) and F(4x4, 3x3): 3x3 kernels with stride and dilation 1.
 #pragma once
 
-#include <vector>
-
 #include "convolution.h"
 
 namespace fused_resnet {
@@ -34,12 +32,13 @@ class WinogradConvolution final : public Convolution {
   i64 panels() const { return (shape_.k + kernels_->panel - 1) / kernels_->panel; }
   i64 position_stride(i64 tiles) const;  // of the transformed input of so many tiles: elements
   i64 transformed_bytes(i64 tiles) const;
+  i64 ahead_bytes() const;               // of the runs of memory to fetch ahead
   i64 strip_columns() const;             // the most that a strip reads
 
   void transform(i64 begin, i64 end, i64 index, const void* x, char* out, i64 first, i64 tiles, char* scratch) const;
   void finish(i64 begin, i64 end, i64 panel, const Operands& operands, const char* product, char* scratch) const;
 
-  void look_ahead(i64 begin, i64 end, i64 next, i64 panel, const Operands& operands, std::vector<AheadRun>& runs) const;
+  i64 look_ahead(i64 begin, i64 end, i64 next, i64 panel, const Operands& operands, AheadRun* runs) const;  // how many
 
   WinogradBlocking blocking_;
   const WinogradKernels* winograd_;

@@ -1,0 +1,74 @@
+"""Peak memory of a network in inference, converted and not, each in a process of its own.
+
+    python bench/memory.py --model resnet50 --batch 1 8 32 --json bench/results/memory.json
+
+Prints the peak resident set of the whole process (ru_maxrss), which holds PyTorch itself and the parameters, and what lies above
+the resident set just before the first forward pass: activations, workspaces, packed weights. Both in channels_last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import fused_resnet
+from fused_resnet import _machine, _plain, cases
+from fused_resnet.cli._common import table, write_json
+
+MIB = 1024  # ru_maxrss is in KiB
+
+
+def resident() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def one(model: str, batch: int, fused: bool) -> dict[str, float]:
+    torch.set_num_threads(1)
+    size, make = cases.NETWORKS[model]
+    net = _plain.randomise(make(), torch.Generator().manual_seed(0)).eval().to(memory_format=torch.channels_last)
+    if fused:
+        fused_resnet.fuse_(net)
+    x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
+    before = resident()
+    with torch.inference_mode():
+        for _ in range(3):
+            net(x)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB
+    return {"peak_mib": peak, "above_mib": peak - before}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=tuple(cases.NETWORKS), default="resnet50")
+    parser.add_argument("--batch", type=int, nargs="+", default=(1, 8, 32))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--one", choices=("eager", "fused"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(one(options.model, options.batch[0], options.one == "fused")))
+        return 0
+    rows, results = [], []
+    for batch in options.batch:
+        found = {}
+        for name in ("eager", "fused"):
+            command = [sys.executable, __file__, "--model", options.model, "--batch", str(batch), "--one", name]
+            found[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        ratio = found["fused"]["peak_mib"] / found["eager"]["peak_mib"]
+        results.append({"model": options.model, "batch": batch, **found, "ratio": ratio})
+        above = [f"{found[name]['above_mib']:.0f}" for name in found]
+        rows.append([options.model, batch, *(f"{found[name]['peak_mib']:.0f}" for name in found), f"{ratio:.2f}", *above])
+    print(table(["model", "N", "eager MiB", "fused MiB", "ratio", "eager above", "fused above"], rows))
+    print(_machine.short())
+    write_json(options.json, {"machine": _machine.describe(paths=False), "results": results})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
