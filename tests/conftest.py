@@ -1,6 +1,7 @@
-"""What every test gets: a seed, and thread count and instruction set put back; and fixtures for the compiled kernels.
+"""What every test gets: a seed; thread count, instruction set, algorithm and numerics put back; and fixtures for the compiled
+kernels.
 
-A test that takes ``kernels`` or ``isa`` is about the hot path. Without the compiled module it fails; only where
+A test that takes ``kernels``, ``isa`` or ``algorithm`` is about the hot path. Without the compiled module it fails; only where
 FUSED_RESNET_BACKEND=reference asked for that is it skipped, and says so.
 """
 
@@ -13,7 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from fused_resnet import _extension, _kernels
+from fused_resnet import _extension, _kernels, _numerics
 
 
 @pytest.fixture(autouse=True)
@@ -21,12 +22,17 @@ def same_start() -> Iterator[None]:
     threads = torch.get_num_threads()
     cpu = _extension.cpu
     isa = None if cpu is None else cpu.isa()
+    algorithm, numerics = _kernels._algorithm, _numerics.current
     torch.manual_seed(0)
     yield
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     if cpu is not None and cpu.isa() != isa:
         _kernels.use_isa(isa)
+    if _kernels._algorithm != algorithm:
+        _kernels.use_algorithm(algorithm)
+    if _numerics.current != numerics:
+        _numerics.set_numerics(numerics)
 
 
 @pytest.fixture
@@ -50,9 +56,39 @@ def kernels() -> ModuleType:
     return _extension.cpu
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """avx512_bf16 differs from avx512 in its kernels of bfloat16 alone: what is about another dtype has then run already."""
+
+    def again(item: pytest.Item) -> bool:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        return parameters.get("isa") == "avx512_bf16" and parameters.get("dtype", torch.bfloat16) != torch.bfloat16
+
+    config.hook.pytest_deselected(items=[item for item in items if again(item)])
+    items[:] = [item for item in items if not again(item)]
+
+
 @pytest.fixture(params=_extension.cpu.available_isas() if _extension.cpu is not None else ["none"])
 def isa(request: pytest.FixtureRequest, kernels: ModuleType) -> str:
     """Each instruction set of this machine in turn, in force during the test."""
     _kernels.use_isa(request.param)
     assert kernels.isa() == request.param
     return str(request.param)
+
+
+@pytest.fixture(params=["direct", "winograd2", "winograd4"])
+def algorithm(request: pytest.FixtureRequest, kernels: ModuleType) -> str:
+    """Each algorithm in turn, in force wherever it can compute the shape; or those that ``parametrize(..., indirect=True)`` names."""
+    _kernels.use_algorithm(request.param)
+    return str(request.param)
+
+
+@pytest.fixture
+def integers_stay_exact(same_start: None) -> None:
+    """Strict numerics in force: the algorithm is chosen as ever, and whatever is chosen is exact on small integers."""
+    _numerics.set_numerics("strict")
+
+
+@pytest.fixture
+def direct(kernels: ModuleType) -> None:
+    """Direct convolution in force: for what is promised of it alone."""
+    _kernels.use_algorithm("direct")

@@ -17,7 +17,7 @@ import fused_resnet
 from fused_resnet import reference, testing
 from fused_resnet.testing.errors import valid_arguments
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "integers_stay_exact")
 ERRORS = (TypeError, ValueError)
 
 

@@ -1,7 +1,8 @@
 """Determinism: the same bits over repeats, thread counts, batches and layouts, and beside other callers.
 
-What is trusted: every output is one chain of operations whose order depends on the reduction alone, and the bias gradient sums
-fixed pieces. Float data, so that another order would show; no tolerance.
+What is trusted: every output is one chain of operations whose order depends on the algorithm and the reduction alone, and the
+bias gradient sums fixed pieces. Float data, so that another order would show; no tolerance. The algorithm itself may depend on
+the size of the batch (not on the threads), so what is said of batches is said of each algorithm.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from _calls import DTYPES, FORMATS, kernel_function, laid_out, name
+from test_exact import winograd_fits
 from torch import Tensor
 
 import fused_resnet
 from fused_resnet import testing
-from fused_resnet.cases import ConvCase, Operands
+from fused_resnet.cases import BlockCase, ConvCase, Operands
 
 THREADS = (1, 2, 3, 7)
 # Large enough that threads are used, in shapes that are cut by rows, by images, by columns and by output channels; reductions
@@ -38,10 +40,22 @@ def _same(results: list[Tensor]) -> bool:
     return all(torch.equal(_bits(results[0]), _bits(t)) for t in results[1:])
 
 
+# What is chosen, and each algorithm where it is another computation.
+CHOSEN = [(case, "auto") for case in CASES]
+EACH = [
+    (case, algorithm)
+    for case in CASES
+    for algorithm in ("direct", "winograd2", "winograd4")
+    if algorithm == "direct" or winograd_fits(case, algorithm)
+]
+
+
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("case", CASES, ids=name)
-def test_convolution(case: ConvCase, dtype: torch.dtype, memory_format: torch.memory_format, isa: str) -> None:
+@pytest.mark.parametrize(("case", "algorithm"), CHOSEN + EACH, ids=name, indirect=["algorithm"])
+def test_convolution(
+    case: ConvCase, algorithm: str, dtype: torch.dtype, memory_format: torch.memory_format, isa: str
+) -> None:
     operands = laid_out(testing.float_operands(case, dtype, torch.Generator().manual_seed(0)), memory_format)
     results = []
     for threads in THREADS:
@@ -54,8 +68,8 @@ def test_convolution(case: ConvCase, dtype: torch.dtype, memory_format: torch.me
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("case", [c for c in CASES if c.batch > 1], ids=name)
-def test_an_image_is_the_same_alone_and_in_a_batch(case: ConvCase, dtype: torch.dtype, isa: str) -> None:
+@pytest.mark.parametrize(("case", "algorithm"), [e for e in EACH if e[0].batch > 1], ids=name, indirect=["algorithm"])
+def test_an_image_is_the_same_alone_and_in_a_batch(case: ConvCase, algorithm: str, dtype: torch.dtype, isa: str) -> None:
     """And the same in both layouts: blocking and packing move data, they do not change a sum."""
     plain = testing.float_operands(case, dtype, torch.Generator().manual_seed(0))
     results = []
@@ -69,6 +83,32 @@ def test_an_image_is_the_same_alone_and_in_a_batch(case: ConvCase, dtype: torch.
         ]
         results.append(torch.cat(alone))
     assert _same(results)
+
+
+@pytest.mark.parametrize(
+    ("block", "batch"),
+    [
+        (BlockCase("basic", 64, 64, (28, 28)), 1),
+        (BlockCase("basic", 512, 512, (7, 7)), 7),
+        (BlockCase("basic", 32, 64, (14, 14), 2, "projection"), 9),
+        (BlockCase("bottleneck", 64, 32, (14, 14), 1, "projection"), 3),
+    ],
+    ids=lambda value: getattr(value, "name", f"N={value}"),
+)
+@pytest.mark.parametrize("numerics", ["fast", "strict"])
+def test_whole_blocks(block: BlockCase, batch: int, numerics: str, kernels: object) -> None:
+    """However a batch is cut into groups of images for the threads."""
+    fused_resnet.set_numerics(numerics)
+    module = block.eager()
+    fused_resnet.fuse_(module)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = block.make(batch, dtype, torch.channels_last, torch.Generator().manual_seed(0))
+        results = []
+        for threads in (*THREADS, 8):
+            torch.set_num_threads(threads)
+            with torch.no_grad():
+                results += [module.to(dtype)(x) for _ in range(2)]
+        assert _same(results)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name)

@@ -15,7 +15,7 @@ import fused_resnet
 from fused_resnet import reference, testing
 from fused_resnet.cases import ConvCase
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "integers_stay_exact")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)

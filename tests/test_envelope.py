@@ -2,6 +2,8 @@
 
 What is trusted: the reference in float64 as the truth, and the bound of ``testing/compare.py``, which is a formula in the unit
 roundoffs and PyTorch's measured error; a NaN or infinity in only one of the two fails before anything is subtracted.
+
+Direct convolution; test_winograd.py has the other algorithms' bounds.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from torch import Tensor
 
 from fused_resnet import bias_add_relu, reference, testing
 from fused_resnet.cases import AWKWARD, CONVS, ConvCase, Operands
+
+pytestmark = pytest.mark.usefixtures("direct")
 
 # Of each kernel size and stride, the convolution with the longest sum: there the error is largest.
 LONGEST = tuple({(case.kernel, case.stride, case.shortcut): case for case in sorted(CONVS, key=lambda c: c.reduction)}.values())

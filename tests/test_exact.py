@@ -3,6 +3,19 @@
 What is trusted: the library's convolution on integers (its sums are exact too), and ``testing.integer_operands``, which keeps
 every partial sum inside the range where the format holds all integers. There is no tolerance: an index, padding or tail
 that is wrong by one changes an integer.
+
+Direct convolution and Winograd F(2x2, 3x3), whose sums stay exact on the same data. With operands of at most m, its transformed
+input is a sum of four integers, at most 4 m; its transformed weight a multiple of 1/4 of at most 9 m / 4 (both are kept in the
+accumulator's type). A position's sum over C channels is so a multiple of 1/4 of at most 9 m^2 C, and an output, which adds and
+subtracts nine positions, one of at most 81 m^2 C. A format that holds all integers up to E holds all multiples of 1/4 up to E / 4:
+
+    4 (81 m^2 C + 2 m) <= E        float32, m = 8, E = 2^24: C <= 809.   float64, E = 2^53: any C.
+                                   bfloat16, m = 2, float32 accumulators: C <= 12945, and one rounding, that direct has too
+
+Where the transformed operands are kept as bfloat16 (avx512_bf16), 4 m = 8 and 9 m = 18 quarters are exact too: they fit 8 bits.
+With stride 2 (inputs in two phases: three taps on the one, two on the other) all of these are smaller.
+
+``EXACT_CHANNELS`` has the bound and the tests assert it. F(4x4, 3x3) has fractions that are no powers of two: test_winograd.py.
 """
 
 from __future__ import annotations
@@ -11,14 +24,33 @@ from functools import lru_cache
 
 import pytest
 import torch
-from _calls import DTYPES, FORMATS, compare_all, functions, laid_out, name
+from _calls import DTYPES, FORMATS, compare_all, functions, laid_out, name, plan_of
 from torch import Tensor
 
 from fused_resnet import bias_add_relu, reference, testing, why_not
 from fused_resnet._extension import cpu
 from fused_resnet.cases import AWKWARD, CONVS, ConvCase, Operands
+from fused_resnet.testing.compare import accumulator
+from fused_resnet.testing.data import EXACT
 
 ISAS = cpu.available_isas() if cpu is not None else ["none"]
+
+
+def winograd_fits(case: ConvCase, algorithm: str = "winograd2") -> bool:
+    """F(2x2, 3x3) is also there for stride 2."""
+    strides = [(1, 1), (2, 2)] if algorithm == "winograd2" else [(1, 1)]
+    return case.kernel == (3, 3) and case.stride in strides and case.dilation == (1, 1) and case.groups == 1
+
+
+def exact_channels(dtype: torch.dtype) -> int:
+    """So many input channels at most keep F(2x2, 3x3) exact: see this file's head."""
+    m = testing.MAGNITUDE[dtype]
+    return (EXACT[accumulator(dtype)] // 4 - 2 * m) // (81 * m * m)
+
+
+# F(2x2, 3x3) where it is another computation than direct.
+BOTH = [(case, "direct") for case in CONVS] + [(case, "winograd2") for case in CONVS if winograd_fits(case)]
+EXACT_ALGORITHMS = pytest.mark.parametrize("algorithm", ["direct", "winograd2"], indirect=True)
 
 
 @lru_cache(maxsize=1)
@@ -31,10 +63,12 @@ def resnet_operands(case: ConvCase, dtype: torch.dtype) -> tuple[Operands, Tenso
 # The last mark is the one that varies fastest, so that a reference is computed once for all instruction sets.
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("case", CONVS, ids=name)
-def test_resnet_convolutions(case: ConvCase, dtype: torch.dtype, isa: str) -> None:
+@pytest.mark.parametrize(("case", "algorithm"), BOTH, ids=name, indirect=["algorithm"])
+def test_resnet_convolutions(case: ConvCase, algorithm: str, dtype: torch.dtype, isa: str) -> None:
     operands, expected = resnet_operands(case, dtype)
     assert expected.count_nonzero() > 0
+    assert case.channels <= exact_channels(dtype) or algorithm == "direct"
+    assert plan_of(operands, **case.parameters).kernel.algorithm == algorithm  # type: ignore[attr-defined]
     for memory_format in FORMATS:
         arguments = laid_out(operands, memory_format)
         for function in functions(arguments, **case.parameters):
@@ -44,19 +78,24 @@ def test_resnet_convolutions(case: ConvCase, dtype: torch.dtype, isa: str) -> No
             assert ours.is_contiguous(memory_format=memory_format)
 
 
+@EXACT_ALGORITHMS
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_awkward_convolutions(one_thread: None, isa: str, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+def test_awkward_convolutions(
+    one_thread: None, isa: str, algorithm: str, dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
     generator = torch.Generator().manual_seed(1)
+    cases = AWKWARD if algorithm == "direct" else tuple(filter(winograd_fits, AWKWARD))
     count, failures = compare_all(
-        AWKWARD, lambda case: laid_out(testing.integer_operands(case, dtype, generator), memory_format), exact=True
+        cases, lambda case: laid_out(testing.integer_operands(case, dtype, generator), memory_format), exact=True
     )
     assert not failures, "\n".join(failures)
-    assert count >= len(AWKWARD)
+    assert count >= len(cases) > 40
 
 
+@EXACT_ALGORITHMS
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_more_images_than_one_task_takes(isa: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+def test_more_images_than_one_task_takes(isa: str, algorithm: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     cases = (
         ConvCase(16, 24, (7, 7), (3, 3), padding=(1, 1), shortcut=True, batch=9),
         ConvCase(33, 40, (7, 7), (1, 1), shortcut=True, batch=11),

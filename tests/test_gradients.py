@@ -26,7 +26,7 @@ BACKWARD = torch.ops.aten.convolution_backward.default
 CASE = ConvCase(3, 5, (6, 7), (3, 3), padding=(1, 1), shortcut=True, batch=2)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "integers_stay_exact")
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
@@ -78,13 +78,26 @@ def test_the_cases_have_outputs_on_both_sides_of_the_relu() -> None:
     assert not dead, f"all outputs are 0, so nothing is checked: {dead}"
 
 
+def every_tap_meets_the_map(case: ConvCase) -> bool:
+    """Not: oneDNN's bfloat16 gradient in the weight has elements then that nobody wrote (torch 2.13, 3x3 on a 1x1 map)."""
+    if isinstance(case.padding, str):
+        return min(case.size) > 1
+    return all(
+        any(0 <= output * stride - pad + tap * dilation < size for output in range(outputs))
+        for size, kernel, stride, pad, dilation, outputs in zip(
+            case.size, case.kernel, case.stride, case.padding, case.dilation, case.output_shape[2:], strict=True
+        )
+        for tap in range(kernel)
+    )
+
+
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_exact_integer_gradients(isa: str, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
     """All four gradients equal the reference's, zeros of the output included."""
     generator = torch.Generator().manual_seed(2)
     failures, zeros = [], 0
-    for case in AWKWARD:
+    for case in AWKWARD if dtype != torch.bfloat16 else filter(every_tap_meets_the_map, AWKWARD):
         operands = laid_out(testing.integer_operands(case, dtype, generator), memory_format)
         grad = testing.unit_gradient(case.output_shape, dtype, generator).contiguous(memory_format=memory_format)
         zeros += int((fused_resnet.conv_bias_add_relu(*operands, **case.parameters) == 0).sum())

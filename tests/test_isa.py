@@ -37,16 +37,21 @@ def _plans_made(case: ConvCase, dtype: torch.dtype, memory_format: torch.memory_
     return [None if plan is None else plan.kernel for plan in _kernels._plans.values()]
 
 
+DESCRIPTIONS = {"direct": "direct, input rows packed", "winograd2": "Winograd F(2x2, 3x3)"}
+
+
+@pytest.mark.parametrize("algorithm", DESCRIPTIONS, indirect=True)
 @pytest.mark.parametrize("dispatched", [False, True], ids=["direct call", "through the dispatcher"])
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_the_plan_is_of_this_instruction_set(
-    isa: str, dtype: torch.dtype, memory_format: torch.memory_format, dispatched: bool
+    isa: str, algorithm: str, dtype: torch.dtype, memory_format: torch.memory_format, dispatched: bool
 ) -> None:
     (kernel,) = _plans_made(CASE, dtype, memory_format, dispatched)
     assert kernel is not None, "the general path ran"
     assert kernel.isa == isa  # type: ignore[attr-defined]
-    assert kernel.describe().startswith("direct, input rows packed")  # type: ignore[attr-defined]
+    assert kernel.algorithm == algorithm  # type: ignore[attr-defined]
+    assert kernel.describe().startswith(DESCRIPTIONS[algorithm])  # type: ignore[attr-defined]
 
 
 def test_groups_make_no_plan(isa: str) -> None:
@@ -56,7 +61,8 @@ def test_groups_make_no_plan(isa: str) -> None:
     assert not any(plans)
 
 
-def test_changing_the_instruction_set_changes_plan_and_packing(kernels: ModuleType) -> None:
+@pytest.mark.parametrize("algorithm", DESCRIPTIONS, indirect=True)
+def test_changing_the_instruction_set_changes_plan_and_packing(kernels: ModuleType, algorithm: str) -> None:
     """One weight under each instruction set in turn, and back: their packings differ, the results do not."""
     operands = testing.integer_operands(CASE, torch.float32, torch.Generator().manual_seed(9))
     expected = reference.conv_bias_add_relu(*operands, **CASE.parameters)
