@@ -83,6 +83,8 @@ def derive(tag: object, sources: tuple[Tensor | None, ...], make: Callable[[], T
         return _make(make)
     stamps = tuple(map(_stamp, sources))  # before making: a write meanwhile is then seen at the next call
     value = _make(make)
+    if not all(map(_unchanged, sources, stamps)):  # written meanwhile by another thread: whose bytes were read is not known
+        return value
     if entry is None or entry[0]() is not owner:
         entry = (weakref.ref(owner, lambda _: _entries.pop(key, None)), {})
         _entries[key] = entry

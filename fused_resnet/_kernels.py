@@ -227,7 +227,8 @@ def _packer(kernel: Any) -> Callable[[Tensor], Tensor | None]:
 
         def make() -> Tensor | None:
             buffer = torch.empty(packed_bytes, dtype=torch.uint8)
-            return buffer if pack(weight.data_ptr(), weight.stride(), buffer.data_ptr()) else None
+            held = weight.detach()  # its memory stays while it is read, whatever another thread assigns to ``weight.data``
+            return buffer if pack(held.data_ptr(), held.stride(), buffer.data_ptr()) else None
 
         seen = None
         if not weight.is_inference() and is_dense(weight):  # else a change could not be seen

@@ -157,6 +157,7 @@ def _execute_whole(block: Bound, x: Tensor) -> Tensor | None:
     """The block as one call, or None where it has to go layer by layer."""
     if not nobody_listens(x):
         return None
+    ready = None if block.kind == "external" else _ready(block, x)
     layers = []
     for step in block.main:
         assert isinstance(step, BoundLayer)
@@ -187,8 +188,9 @@ def _execute_whole(block: Bound, x: Tensor) -> Tensor | None:
     if found is None:
         return None
     y, repeat = found
-    if shortcut is None and _whole.Ready.possible([t for layer in layers for t in layer.sources]):
-        block.plans["ready"] = _ready(block, x, repeat)
+    if ready is not None:
+        ready.repeat = repeat
+        block.plans["ready"] = ready
     return y
 
 
@@ -196,8 +198,8 @@ _CONV_SETTINGS = operator.itemgetter("stride", "padding", "dilation", "groups")
 _NORM_SETTINGS = operator.itemgetter("training", "eps")
 
 
-def _ready(block: Bound, x: Tensor, repeat: _whole.Repeat) -> _whole.Ready | None:
-    """What repeats this call; None for modules that keep their tensors in unusual places."""
+def _ready(block: Bound, x: Tensor) -> _whole.Ready | None:
+    """What will repeat this call; None for tensors that are kept in unusual places, or whose changes would not be seen."""
     places: list[tuple[dict[str, Any], str]] = []
     settings: list[tuple[dict[str, Any], Callable[[Any], Any]]] = []
     for step in (*block.main, block.last, *(block.shortcut or ())):
@@ -210,8 +212,8 @@ def _ready(block: Bound, x: Tensor, repeat: _whole.Repeat) -> _whole.Ready | Non
             places += [(norm._buffers, "running_mean"), (norm._buffers, "running_var")]
             settings.append((norm.__dict__, _NORM_SETTINGS))
     try:
-        return _whole.Ready(places, settings, x, repeat)
-    except KeyError:
+        return _whole.Ready(places, settings, x)
+    except LookupError:
         return None
 
 

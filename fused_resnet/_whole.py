@@ -47,7 +47,8 @@ class Operand(NamedTuple):
         if self.eps is None:
             weight, bias = self.sources
             assert weight is not None
-            return weight, None if bias is None else bias.contiguous()
+            # Detached: the memory stays while it is read, whatever another thread assigns to ``weight.data``.
+            return weight.detach(), None if bias is None else bias.detach().contiguous()
         return library_fold(*self.sources, self.eps)  # type: ignore[arg-type, call-arg]
 
 
@@ -216,29 +217,29 @@ class Ready:
         places: Sequence[tuple[dict[str, Any], str]],
         settings: Sequence[tuple[dict[str, Any], Callable[[Any], Any]]],
         x: Tensor,
-        repeat: Repeat,
     ) -> None:
-        """places: where the modules keep the source tensors. settings: what reads the numbers that steer the modules."""
+        """To be made before the call that it is to repeat, so that a write meanwhile is seen; ``repeat`` is set after it.
+
+        places: where the modules keep the source tensors. settings: what reads the numbers that steer the modules.
+        """
         assert cpu is not None
         self.places = places
         self.tensors = [d[name] for d, name in places]
         self.there = [t for t in self.tensors if t is not None]
+        if any([t.is_inference() or not is_dense(t) for t in self.there]):
+            raise LookupError("a change of an inference tensor, or of one with holes, would not be seen")
         self.weights = [t for t in self.there if t.dim() > 1]
+        self.held = [t.detach() for t in self.there]  # the memory that the guard reads stays, whatever is assigned to `.data`
         self.state = self._state()
         self.settings = [(d, get, get(d)) for d, get in settings]
         self.shape, self.strides, self.dtype = x.shape, x.stride(), x.dtype
         self.environment = torch.get_num_threads(), _numerics.epoch
         self.guard = cpu.Guard([(t.data_ptr(), t.nbytes) for t in self.there], SOME)
-        self.repeat = repeat
+        self.repeat: Repeat | None = None
 
     def _state(self) -> Any:
         there = self.there
         return [t._version for t in there], [t.data_ptr() for t in there], [t.stride() for t in self.weights]
-
-    @staticmethod
-    def possible(tensors: Sequence[Tensor | None]) -> bool:
-        """Whether a change of these tensors can be seen: they have a version counter, and their bytes are in one piece."""
-        return not any([t is not None and (t.is_inference() or not is_dense(t)) for t in tensors])
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """The output for ``x``, or None if something has changed."""
@@ -257,4 +258,5 @@ class Ready:
             return None
         if torch.is_grad_enabled() and any([t.requires_grad for t in self.there]):
             return None
-        return self.repeat(x) if self.guard.holds() else None
+        repeat = self.repeat
+        return repeat(x) if repeat is not None and self.guard.holds() else None
