@@ -11,6 +11,8 @@ The README has measured errors. float64 is always computed directly.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 NUMERICS = ("fast", "strict")
 
@@ -40,6 +42,17 @@ def set_numerics(name: str) -> None:
         raise ValueError(f"numerics must be {' or '.join(repr(n) for n in NUMERICS)}, got {name!r}")
     current = name
     changed()
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """``set_numerics(name)`` for a while."""
+    before = current
+    set_numerics(name)
+    try:
+        yield
+    finally:
+        set_numerics(before)
 
 
 def changed() -> None:

@@ -109,11 +109,11 @@ def test_remade_after(change: str, made: list[object]) -> None:
 
 @pytest.mark.parametrize("as_parameter", [False, True], ids=["tensor", "parameter"])
 def test_writes_through_data_of_a_large_weight(as_parameter: bool) -> None:
-    """Above 64 KiB the fingerprint samples 256 words: a write through ``.data`` that changes most of the tensor, or its ends,
+    """Above 64 KiB the fingerprint samples 64 words: a write through ``.data`` that changes most of the tensor, or its ends,
     is seen. (One that changes a few words may not be: the limit is in ``_derived``'s documentation, and the version counter
     sees everything that does not go through ``.data``.)"""
     weight = torch.randint(-2, 3, (64, 64, 3, 3)).float()
-    assert weight.nbytes > _derived._SOME
+    assert weight.nbytes > _derived.SOME
     weight = nn.Parameter(weight) if as_parameter else weight
     x = torch.randint(-2, 3, (1, 64, 4, 4)).float()
 
