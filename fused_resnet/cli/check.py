@@ -126,8 +126,8 @@ def plan(dtypes: list[torch.dtype], quick: bool, seed: int) -> Iterator[Check]:
         yield from _forward(dtype, quick, seed)
         yield from _integer_gradients(dtype, quick, seed)
     if torch.float32 in dtypes:
-        for case in _FAST_SHAPES[: 2 if quick else None]:
-            yield lambda case=case: _fast(case, seed)  # type: ignore[misc]
+        for shape in _FAST_SHAPES[: 2 if quick else None]:
+            yield lambda shape=shape: _fast(shape, seed)  # type: ignore[misc]
     if torch.float64 in dtypes:
         for case in testing.gradient_cases(quick):
             yield lambda case=case: finite_differences(case, seed)  # type: ignore[misc]
