@@ -20,6 +20,7 @@ struct DirectConvolution::Task {
 DirectConvolution::DirectConvolution(const ConvShape& shape, DType dtype, int threads, const Choice& choice)
     : Convolution(shape, dtype, threads, choice) {
   blocking_ = choose_blocking(shape_, *kernels_, cache_sizes(), threads_);
+  packed_bytes();  // throws, before the reduction is cut into pieces, where it could never be held
   if (shape_.empty()) return;
   threads_ = int(std::min<i64>(threads_, blocking_.tasks()));
 
