@@ -1,86 +1,127 @@
-"""Prints the README's figures from bench/results/: `python bench/table.py`. Nothing in the README is typed by hand."""
+"""Puts the figures of bench/results/ into the README: `python bench/table.py`. Nothing there is typed by hand.
+
+Writes what stands between the README's markers (`<!-- NAME: ... -->` and `<!-- end of NAME -->`) anew.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
-TITLES = {
-    "eager": "eager",
-    "channels_last": "eager, channels_last",
-    "compile": "torch.compile",
-    "onnxruntime": "ONNX Runtime",
-    "openvino": "OpenVINO",
-    "ncnn": "ncnn",
-    "mnn": "MNN",
-    "mnn_exact": "MNN, smaller tiles",
-    "fused": "ours",
-    "fused_channels_last": "ours, channels_last",
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+# Column: the contenders of which it shows the best.
+COLUMNS = {
+    "eager": ("eager", "channels_last"),
+    "torch.compile": ("compile",),
+    "ONNX Runtime": ("onnxruntime",),
+    "OpenVINO": ("openvino",),
+    "ncnn": ("ncnn",),
+    "MNN": ("mnn", "mnn_exact"),
+    "ours, NCHW": ("fused",),
+    "ours": ("fused_channels_last",),
 }
-OURS = ("fused", "fused_channels_last")
 
 
-def time(result: dict[str, Any], name: str, best: str | None) -> str:
-    """A cell: the median, bold if it is the best of all, with a mark if the result was wrong."""
-    if name in result.get("failed", {}):
-        return "failed"
-    if name not in result["contenders"]:
-        return ""
-    median = f"{result['contenders'][name]['median_ms']:.2f}"
-    return f"{median} (!)" if name in result["wrong"] else f"**{median}**" if name == best else median
+def load(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return content
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """A table; the first ``words`` columns are to the left, the others to the right."""
+    rule = "| " + " | ".join("---" if i < words else "---:" for i in range(len(header))) + " |"
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, *rows)).replace("\n", f"\n{rule}\n", 1)
+
+
+def best(result: dict[str, Any], names: Sequence[str]) -> float | None:
+    """The shortest median of these contenders whose result was right."""
+    times = [t["median_ms"] for name, t in result["contenders"].items() if name in names and name not in result["wrong"]]
+    return min(times, default=None)
 
 
 def trusted(result: dict[str, Any]) -> bool:
     """False where other processes held the cores for a contender."""
-    return not any(t.get("contested") for t in result["contenders"].values())
+    return not any(t.get("contested") for t in result["contenders"].values()) and result["ratio"] is not None
 
 
-def fastest(result: dict[str, Any]) -> str | None:
-    """Of the contenders whose result is right."""
-    right = {name: t["median_ms"] for name, t in result["contenders"].items() if name not in result["wrong"]}
-    return min(right, key=lambda name: right[name], default=None)
+def mean(ratios: Sequence[float]) -> str:
+    return f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}"
 
 
-def mean(ratios: list[float]) -> str:
-    return f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}" if ratios else "-"
+def machine(data: dict[str, Any]) -> str:
+    found = data["machine"]
+    return f"{found['cpu']}, {found['extension']['isa']} kernels, torch {found['torch']}"
 
 
-def table(file: Path) -> str:
-    """The medians of one run as a Markdown table, with the machine and the geometric means below."""
-    data = json.loads(file.read_text(encoding="utf-8"))
-    columns = [name for name in TITLES if any(name in r["contenders"] for r in data["results"])]
-    lines = [
-        "| " + " | ".join([data["options"]["what"], "batch", "threads", *(TITLES[c] for c in columns), "ratio", "to eager"]) + " |",
-        "| --- |" + " ---: |" * (len(columns) + 4),
-    ]
-    clean = [r for r in data["results"] if trusted(r) and r["ratio"] is not None]
+def times(name: str) -> str:
+    """The medians of one run, with what was left out and the machine below."""
+    data = load(name)
+    what, options = data["options"]["what"], data["options"]
+    clean = [r for r in data["results"] if trusted(r)]
+    columns = {title: names for title, names in COLUMNS.items() if any(best(r, names) is not None for r in clean)}
+    rows = []
     for r in clean:
-        cells = [time(r, c, fastest(r)) for c in columns]
-        to_eager = r.get("ratio_eager", r["ratio"])
-        ratios = [f"{r['ratio']:.2f}", "" if to_eager is None else f"{to_eager:.2f}"]
-        lines.append("| " + " | ".join([r["case"], str(r["batch"]), str(r["threads"]), *cells, *ratios]) + " |")
-    machine, ratios = data["machine"], [r["ratio"] for r in clean]
-    to_eagers = [r["ratio_eager"] for r in clean if r.get("ratio_eager") is not None]
-    won = sum(fastest(r) in OURS for r in clean)
-    dropped = len(data["results"]) - len(clean)
-    marked = any(r["wrong"] for r in clean)
-    wrong = " (!): the result was outside what rounding explains; such a time counts in no ratio." if marked else ""
-    lines += [
-        "",
-        f"Milliseconds, medians of interleaved samples of one run, each contender in a process of its own; ratio: the best peer over "
-        f"the better of ours; to eager: the better eager over the better of ours. Geometric means {mean(ratios)} and "
-        f"{mean(to_eagers)}; ours is the fastest in {won} of {len(clean)} cases ({dropped} more were timed while other processes held "
-        f"the cores, and are left out).{wrong} {data['options']['dtype']}, {data['options']['mode']}; {machine['cpu']}, "
-        f"{machine['cores']} cores, {machine['extension']['isa']} kernels, FMA peak of one core {data['fma_peak_gflops']:.0f} GFLOP/s, "
-        f"torch {machine['torch']}. (`bench/results/{file.name}`)",
-        "",
-    ]
-    return "\n".join(lines)
+        found = {title: best(r, names) for title, names in columns.items()}
+        shortest = min(t for t in found.values() if t is not None)
+        cells = ["-" if t is None else f"**{t:.2f}**" if t == shortest else f"{t:.2f}" for t in found.values()]
+        rows.append([r["case"], str(r["batch"]), str(r["threads"]), *cells, f"{r['ratio']:.2f}"])
+    ratios = [r["ratio"] for r in clean]
+    left_out = len(data["results"]) - len(clean)
+    contested = f" {left_out} more were timed while other processes held the cores, and are left out." if left_out else ""
+    wrong = " A result outside of what rounding explains counts for nothing (MNN's default Winograd tiles)."
+    text = (
+        f"Milliseconds, medians of interleaved samples of one run, each contender in a process of its own; ratio: the best of the others "
+        f"over the best of ours; geometric mean {mean(ratios)}, lowest {min(ratios):.2f}.{contested}"
+        f"{wrong if any(r['wrong'] for r in clean) else ''} {options['dtype']}, {options['mode']}; {machine(data)}, "
+        f"FMA peak of one core {data['fma_peak_gflops']:.0f} GFLOP/s. (`bench/results/{name}`)"
+    )
+    return f"{markdown([what, 'batch', 'threads', *columns, 'ratio'], rows)}\n\n{text}"
+
+
+def figures() -> str:
+    parts = [times("blocks.json"), "![blocks beside the peers](bench/results/blocks.png)", times("networks.json")]
+    parts += [times(name) for name in ("blocks_bf16.json", "networks_bf16.json") if (RESULTS / name).exists()]
+    sweep, memory = load("sweep.json"), load("memory.json")
+    below = [r for r in sweep["results"] if r["ratio"] < 1]
+    slow = max((r["fused"] - r["eager"] for r in below), default=0.0)
+    parts.append(
+        f"Square 3x3 convolutions over a grid of {len(sweep['results'])} shapes (3 to 512 channels, 4 to 112 pixels, batch 1 to 32, both "
+        f"formats, `bench/sweep.py`): geometric mean {sweep['geometric_mean']:.2f} over eager; {len(below)} below 1.0, by at most "
+        f"{1000 * slow:.0f} µs a call. ({machine(sweep)}, {sweep['threads']} thread, `bench/results/sweep.json`)"
+    )
+    peaks = "; ".join(f"batch {r['batch']}: {r['fused']['peak_mib']:.0f} over {r['eager']['peak_mib']:.0f} MiB" for r in memory["results"])
+    parts.append(
+        f"Peak resident memory of a process with a converted ResNet-50 over eager's: {peaks}. What is more is the packed weights, beside the "
+        "parameters that a checkpoint needs. (`bench/memory.py`)"
+    )
+    return "\n\n".join(parts)
+
+
+def numerics() -> str:
+    data = load("numerics.json")
+    rows: dict[str, list[str]] = {}
+    for r in data["results"]:
+        rows.setdefault(r["case"], [r["case"]]).extend(f"{r[key]:.1e}" for key in ("eager", "strict", "fast"))
+    header = ["block", "PyTorch", "strict", "fast", "PyTorch, bfloat16", "strict", "fast"]
+    text = f"|error| / |result| in the 2-norm against float64, the largest of {data['seeds']} runs (`bench/numerics.py`; {machine(data)})."
+    return f"{markdown(header, list(rows.values()))}\n\n{text}"
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    for name, content in (("figures", figures()), ("numerics", numerics())):
+        pattern = re.compile(rf"(<!-- {name}:[^\n]*-->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+        text, count = pattern.subn(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)
+        if count != 1:
+            raise SystemExit(f"README.md must have one pair of markers for {name}, has {count}")
+    readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    for path in sorted(RESULTS.glob("*.json")):
-        print(table(path))
+    main()
