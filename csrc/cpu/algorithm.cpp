@@ -14,8 +14,15 @@ constexpr double kWinogradShare = 0.6;
 // Winograd's transforms of one tile and one vector of channels, input or output, in FMA slots for each position: about twice
 // the instructions, for they load and store as much as they calculate.
 constexpr double kTransformSlots = 8;
-// Bytes that come from the L3 cache and from memory while one FMA issues (AMD Zen 5: 97 and 41 GB/s, 8.3e9 FMAs a second).
-constexpr double kL3BytesPerSlot = 11.6, kMemoryBytesPerSlot = 5;
+// Bytes that come from the L3 cache and from memory while one FMA issues. Measured on one core: with registers of 64 bytes on AMD
+// Zen 5 (97 and 41 GB/s, 8.3e9 FMAs a second); with those of 32 between AMD Zen 3 (43 and 19.5 GB/s, 6.5e9) and Zen 1 (50 and 13.5
+// GB/s, 2.5e9).
+struct Bandwidth {
+  double l3, memory;
+};
+Bandwidth bandwidth(const DTypeKernels& kernels) {
+  return kernels.vector * kernels.accumulator_bytes >= 64 ? Bandwidth{11.6, 5} : Bandwidth{12, 4.5};
+}
 // What one process can hope to find in the L3 cache, whatever the system says of its size: it is shared.
 constexpr i64 kUsableL3 = 32 << 20;
 constexpr double kWorthWhile = 0.9;  // an estimate closer to direct than this is no reason to change
@@ -59,9 +66,10 @@ double product_slots(double rows, const ConvShape& s, const DTypeKernels& kernel
   return groups * steps * (pairs * tile_slots(each, 2) + single * tile_slots(each, 1));
 }
 
-double weight_slots(double bytes, const CacheSizes& caches) {
+double weight_slots(double bytes, const DTypeKernels& kernels, const CacheSizes& caches) {
   if (bytes < 0.5 * double(caches.l2)) return 0;
-  return bytes / (bytes < 0.5 * double(kUsableL3) ? kL3BytesPerSlot : kMemoryBytesPerSlot);
+  const Bandwidth b = bandwidth(kernels);
+  return bytes / (bytes < 0.5 * double(std::min(caches.l3, kUsableL3)) ? b.l3 : b.memory);
 }
 
 Cost direct_cost(const ConvShape& s, const DTypeKernels& kernels, const CacheSizes& caches) {
@@ -70,7 +78,7 @@ Cost direct_cost(const ConvShape& s, const DTypeKernels& kernels, const CacheSiz
   const double vectors = std::ceil(double(s.k) / kernels.vector) * kernels.vector;
   Cost cost;
   cost.arithmetic = product_slots(pixels, s, kernels, reduction);
-  cost.weights = weight_slots(vectors * reduction * kernels.accumulator_bytes, caches);
+  cost.weights = weight_slots(vectors * reduction * kernels.accumulator_bytes, kernels, caches);
   return cost;
 }
 
@@ -83,7 +91,7 @@ Cost winograd_cost(const ConvShape& s, Algorithm algorithm, const DTypeKernels& 
   Cost cost;
   cost.arithmetic = positions * product_slots(tiles, s, kernels, elements(s.c, kernels)) + transforms;
   cost.weights =
-      passes * weight_slots(positions * out * kernels.vector * elements(s.c, kernels) * kernels.accumulator_bytes, caches);
+      passes * weight_slots(positions * out * kernels.vector * elements(s.c, kernels) * kernels.accumulator_bytes, kernels, caches);
   return cost;
 }
 

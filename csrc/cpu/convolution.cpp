@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "direct_convolution.h"
+#include "huge_pages.h"
 #include "winograd_convolution.h"
 #include "workspace.h"
 
@@ -30,6 +31,11 @@ std::unique_ptr<Convolution> Convolution::make(const ConvShape& shape, DType dty
   const Choice choice = choose_algorithm(shape, kernels, cache_sizes(), request);
   if (choice.algorithm == Algorithm::direct) return std::make_unique<DirectConvolution>(shape, dtype, threads, choice);
   return std::make_unique<WinogradConvolution>(shape, dtype, threads, choice);
+}
+
+bool Convolution::pack(const WeightView& weight, const WeightView& joined, void* out) const {
+  prefer_huge_pages(out, packed_bytes());
+  return write_packed(weight, joined, out);
 }
 
 void Convolution::run(const Operands& operands) const {

@@ -38,7 +38,7 @@ class Convolution {
 
   // Writes the packed weight, packed_bytes() bytes. False: it is of no use, because a value that this algorithm derives from
   // the weight is not finite; only direct convolution gives then what the definition says. `joined`: of a joined convolution.
-  virtual bool pack(const WeightView& weight, const WeightView& joined, void* out) const = 0;
+  bool pack(const WeightView& weight, const WeightView& joined, void* out) const;
   virtual i64 packed_bytes() const = 0;
   virtual std::string describe() const = 0;
 
@@ -62,6 +62,8 @@ class Convolution {
   const void* element(const void* data, i64 offset) const {
     return static_cast<const char*>(data) + offset * kernels_->storage_bytes;
   }
+
+  virtual bool write_packed(const WeightView& weight, const WeightView& joined, void* out) const = 0;
 
   ConvShape shape_;
   const DTypeKernels* kernels_;

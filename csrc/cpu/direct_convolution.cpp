@@ -73,7 +73,7 @@ i64 DirectConvolution::packed_bytes() const {
   return checked_product(checked_product(vectors * kernels_->vector, reduction), kernels_->accumulator_bytes);
 }
 
-bool DirectConvolution::pack(const WeightView& weight, const WeightView& joined, void* out) const {
+bool DirectConvolution::write_packed(const WeightView& weight, const WeightView& joined, void* out) const {
   const i64 panels = (shape_.k + kernels_->panel - 1) / kernels_->panel;
   const i64 reduction = blocking_.channels * shape_.r * shape_.s + blocking_.joined;
   const i64 elements = shape_.k * reduction;

@@ -11,7 +11,6 @@ class DirectConvolution final : public Convolution {
  public:
   DirectConvolution(const ConvShape& shape, DType dtype, int threads, const Choice& choice);
 
-  bool pack(const WeightView& weight, const WeightView& joined, void* out) const override;
   i64 packed_bytes() const override;
   std::string describe() const override { return blocking_.describe(); }
 
@@ -21,6 +20,8 @@ class DirectConvolution final : public Convolution {
   i64 thread_bytes() const override { return workspace_; }
 
  private:
+  bool write_packed(const WeightView& weight, const WeightView& joined, void* out) const override;
+
   struct Task;
   Task task(i64 index) const;
   void pack_input(const Task& task, const void* x, char* out) const;

@@ -2,7 +2,9 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
+#include <fstream>
 #include <stdexcept>
 
 namespace fused_resnet {
@@ -69,6 +71,11 @@ const CacheSizes& cache_sizes() {
     read(_SC_LEVEL1_DCACHE_SIZE, &found.l1d);
     read(_SC_LEVEL2_CACHE_SIZE, &found.l2);
     read(_SC_LEVEL3_CACHE_SIZE, &found.l3);
+    // On AMD the C library adds up the parts of the L3 cache; the kernel tells the part that a core can fill.
+    i64 part = 0;
+    char unit = 0;
+    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
+    if (file >> part >> unit && part > 0 && unit == 'K') found.l3 = std::min(found.l3, part << 10);
     return found;
   }();
   return sizes;

@@ -115,6 +115,7 @@ struct WinogradMultiplyArgs {
   const void* input = nullptr;  // [position][block of channels][tile][vector]
   i64 position_stride = 0, block_stride = 0;
   const void* weight = nullptr;  // [position][channel][width]
+  const void* next = nullptr;    // weights wanted after these, at least as many as of one position
   void* product = nullptr;       // [position][tile][width]
   i64 tiles = 0, channels = 0, width = 0;
   int positions = 0;

@@ -7,12 +7,21 @@
 namespace fused_resnet {
 namespace {
 
+inline i64 clamped(i64 value, i64 most) { return value < 0 ? 0 : smaller(value, most); }
+
 template <class V, class S>
 void pack_row(const PackRowArgs& a) {
   using T = typename V::type;
   constexpr int W = V::width;
   const S* x = static_cast<const S*>(a.x);
   T* out = static_cast<T*>(a.out);
+  if (V::group == 1 && a.stride_c == 1 && a.stride_w == a.channels && a.pitch == a.channels) {  // one run: a stem's few channels
+    const i64 length = a.pixels * a.channels;
+    i64 i = 0;
+    for (; i + W <= length; i += W) V::store(out + i, V::load_n(x + i, W));
+    if (i < length) V::store_n(out + i, V::load_n(x + i, length - i), length - i);
+    return;
+  }
   if (a.stride_c == 1) {
     // Two pages ahead of a short row there may be nothing, or something else: a prefetch of that is harmless.
     constexpr i64 ahead = 1024 / i64(sizeof(S));
@@ -41,7 +50,10 @@ void pack_row(const PackRowArgs& a) {
         alignas(64) T turned[W][W];
         FR_UNROLL
         for (int j = 0; j < W; ++j) V::store(turned[j], rows[j]);
-        for (i64 i = 0; i < pixels; ++i) V::store_n(out + (w + i) * a.pitch + done, V::load(turned[i]), channels);
+        // Whole registers where what lies behind the pixel's channels is written next anyway: masked stores are slow.
+        const i64 whole = V::group == 1 && a.channels < W ? clamped(a.pixels - w - (W + a.pitch - 1) / a.pitch, pixels) : 0;
+        for (i64 i = 0; i < whole; ++i) V::store(out + (w + i) * a.pitch, V::load(turned[i]));
+        for (i64 i = whole; i < pixels; ++i) V::store_n(out + (w + i) * a.pitch + done, V::load(turned[i]), channels);
       }
     }
     return;

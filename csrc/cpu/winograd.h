@@ -320,17 +320,19 @@ void winograd_multiply(const WinogradMultiplyArgs& a) {
   t.block = a.block_stride;
   t.channels = a.channels;
   t.prefetch_step = (a.width * i64(sizeof(T)) + groups - 1) / groups;
+  const i64 share = t.prefetch_step * a.channels, last_share = a.channels * a.width * i64(sizeof(T)) - share;
   Ahead ahead(a.ahead, a.ahead_runs, a.positions * groups);
   for (int position = 0; position < a.positions; ++position) {
     t.weight = static_cast<const T*>(a.weight) + position * a.channels * a.width;
     const T* input = static_cast<const T*>(a.input) + position * a.position_stride;
     T* product = static_cast<T*>(a.product) + position * a.tiles * a.width;
-    const char* next = reinterpret_cast<const char*>(t.weight + a.channels * a.width);
+    // Not from behind the weights: see direct.h, panels_outside.
+    const void* next = position + 1 < a.positions ? t.weight + a.channels * a.width : a.next;
     for (i64 g = 0; g < groups; ++g) {
       const i64 begin = a.tiles * g / groups, end = a.tiles * (g + 1) / groups;
       t.input = input + begin * W;
       t.product = product + begin * a.width;
-      t.prefetch = next + g * t.prefetch_step * a.channels;
+      t.prefetch = static_cast<const char*>(next) + smaller(g * share, last_share);
       ahead.fetch();
       functions[end - begin - 1](t);
     }

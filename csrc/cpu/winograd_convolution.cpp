@@ -60,7 +60,7 @@ i64 WinogradConvolution::packed_bytes() const {
   return checked_product(count, kernels_->accumulator_bytes);
 }
 
-bool WinogradConvolution::pack(const WeightView& weight, const WeightView&, void* out) const {
+bool WinogradConvolution::write_packed(const WeightView& weight, const WeightView&, void* out) const {
   std::atomic<bool> finite{true};
   const i64 per_channel = blocking_.positions() * elements() * kernels_->accumulator_bytes;
 #pragma omp parallel for schedule(static) num_threads(threads_) if (shape_.k * shape_.c > 4096)
@@ -243,7 +243,11 @@ void WinogradConvolution::run_task(int phase, i64 index, const Operands& operand
     a.position_stride = position_stride(held);
     a.block_stride = held * vector;
     a.width = shape_.k - panel * kernels_->panel <= vector ? vector : kernels_->panel;
-    a.weight = static_cast<const char*>(operands.weight) + panel * kernels_->panel * b.positions() * elements() * bytes;
+    const auto weights = [&](i64 of) {
+      return static_cast<const char*>(operands.weight) + of * kernels_->panel * b.positions() * elements() * bytes;
+    };
+    a.weight = weights(panel);
+    a.next = weights(panel + 1 < panel_end ? panel + 1 : panel_begin);
     a.product = product;
     a.tiles = end - begin;
     a.channels = elements();

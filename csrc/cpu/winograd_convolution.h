@@ -9,7 +9,6 @@ class WinogradConvolution final : public Convolution {
  public:
   WinogradConvolution(const ConvShape& shape, DType dtype, int threads, const Choice& choice);
 
-  bool pack(const WeightView& weight, const WeightView& joined, void* out) const override;
   i64 packed_bytes() const override;
   std::string describe() const override { return blocking_.describe(); }
 
@@ -20,6 +19,8 @@ class WinogradConvolution final : public Convolution {
   i64 thread_bytes() const override;
 
  private:
+  bool write_packed(const WeightView& weight, const WeightView& joined, void* out) const override;
+
   // Tiles side by side in one row of tiles.
   struct Strip {
     i64 image, row, col, tiles;

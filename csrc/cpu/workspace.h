@@ -6,6 +6,7 @@
 #include <new>
 
 #include "../types.h"
+#include "huge_pages.h"
 
 namespace fused_resnet {
 
@@ -18,6 +19,7 @@ class Workspace {
     if (bytes > kept().size) {
       void* data = nullptr;
       if (posix_memalign(&data, 64, std::size_t(bytes)) != 0) throw std::bad_alloc();
+      prefer_huge_pages(data, bytes);
       std::free(kept().data);
       kept().data = static_cast<char*>(data);
       kept().size = bytes;
