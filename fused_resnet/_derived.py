@@ -12,7 +12,7 @@ read on every call.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from ._extension import cpu
 
 T = TypeVar("T")
+State = tuple[int, int] | None  # version and address
 _ALL = 1 << 62  # fingerprint every byte
 SOME = 1 << 16  # ... or at most this many
 
@@ -29,7 +30,7 @@ _entries: dict[int, tuple[weakref.ref[Tensor], dict[object, tuple[tuple[Any, ...
 
 
 def _identity(t: Tensor) -> tuple[Any, ...]:
-    """What tells a tensor's state without reading its bytes. The layout is part of it."""
+    """What tells a tensor's state without reading its bytes: first ``state_of``. The layout is part of it."""
     return (-1 if t.is_inference() else t._version, t.data_ptr(), t.shape, t.stride())
 
 
@@ -40,18 +41,30 @@ def _fingerprint(t: Tensor, identity: tuple[Any, ...]) -> int:
     return int(cpu.fingerprint(identity[1], t.nbytes, _ALL if identity[0] == -1 else SOME))
 
 
-def _unchanged(t: Tensor | None, stamp: Any) -> bool:
+def state_of(t: Tensor | None) -> State:
+    """What a change of a tensor's values or memory changes, unless it is a write through ``.data``."""
+    return None if t is None else (-1 if t.is_inference() else t._version, t.data_ptr())
+
+
+def snapshots(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The tensors with the memory that they have now, which stays alive and theirs."""
+    with torch.inference_mode(False), torch.no_grad():
+        return tuple([None if t is None else t.detach() for t in tensors])
+
+
+def _unchanged(t: Tensor | None, stamp: Any, held: Tensor | None = None) -> bool:
+    """Whether the tensor is as it was; of a snapshot (``held``) itself, whether the memory is."""
     if t is None or stamp is None:
         return t is stamp
     identity = _identity(t)
-    return bool(stamp[2]() is t and identity == stamp[0] and _fingerprint(t, identity) == stamp[1])
+    return bool((held is not None or stamp[2]() is t) and identity == stamp[0] and _fingerprint(t, identity) == stamp[1])
 
 
-def _stamp(t: Tensor | None) -> Any:
-    if t is None:
+def _stamp(t: Tensor | None, held: Tensor | None) -> Any:
+    if t is None or held is None:
         return None
-    identity = _identity(t)
-    return identity, _fingerprint(t, identity), weakref.ref(t)  # another tensor may come to live at the same address
+    identity = _identity(held)
+    return identity, _fingerprint(held, identity), weakref.ref(t)  # another tensor may come to live at the same address
 
 
 def is_dense(t: Tensor) -> bool:
@@ -64,11 +77,20 @@ def is_dense(t: Tensor) -> bool:
     return True
 
 
-def derive(tag: object, sources: tuple[Tensor | None, ...], make: Callable[[], T]) -> T:
-    """``make()``, or what it returned before if no source has changed since. Kept as long as the first source lives.
+def derive(tag: object, sources: Sequence[Tensor | None], make: Callable[..., T]) -> T:
+    """``make(*sources)``, or what it returned before if no source has changed since. Kept as long as the first source lives.
 
     Made anew on every call where a change could not be seen: for a source that is not dense, and for an inference tensor
     without the compiled module.
+    """
+    return find(tag, sources, make)[1]
+
+
+def find(tag: object, sources: Sequence[Tensor | None], make: Callable[..., T]) -> tuple[tuple[State, ...], T]:
+    """As ``derive``, and before the value the states of the sources that it was made from.
+
+    ``make`` gets snapshots: tensors that share the sources' memory and keep it, whatever another thread assigns to their
+    ``.data`` meanwhile, even there and back. So the value belongs to the states, though perhaps no longer to the sources.
     """
     owner = sources[0]
     assert owner is not None
@@ -78,24 +100,26 @@ def derive(tag: object, sources: tuple[Tensor | None, ...], make: Callable[[], T
         kept = entry[1].get(tag)
         if kept is not None and all(map(_unchanged, sources, kept[0])):
             value: T = kept[1]
-            return value
-    if not all(t is None or (is_dense(t) and (cpu is not None or not t.is_inference())) for t in sources):
-        return _make(make)
-    stamps = tuple(map(_stamp, sources))  # before making: a write meanwhile is then seen at the next call
-    value = _make(make)
-    if not all(map(_unchanged, sources, stamps)):  # written meanwhile by another thread: whose bytes were read is not known
-        return value
+            return tuple([None if stamp is None else stamp[0][:2] for stamp in kept[0]]), value
+    held = snapshots(sources)
+    states = tuple(map(state_of, held))
+    if not all(t is None or (is_dense(t) and (cpu is not None or not t.is_inference())) for t in held):
+        return states, _make(make, held)
+    stamps = tuple(map(_stamp, sources, held))  # before making: a write meanwhile is then seen at the next call
+    value = _make(make, held)
+    if not all(map(_unchanged, held, stamps, held)):  # written meanwhile by another thread: whose bytes were read is not known
+        return states, value
     if entry is None or entry[0]() is not owner:
         entry = (weakref.ref(owner, lambda _: _entries.pop(key, None)), {})
         _entries[key] = entry
     entry[1][tag] = (stamps, value)
-    return value
+    return states, value
 
 
-def _make(make: Callable[[], T]) -> T:
+def _make(make: Callable[..., T], held: Sequence[Tensor | None]) -> T:
     # Normal tensors even under inference_mode: they outlive it, and their changes can be counted.
     with torch.inference_mode(False), torch.no_grad():
-        return make()
+        return make(*held)
 
 
 def clear() -> None:

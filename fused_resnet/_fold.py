@@ -40,7 +40,7 @@ def folded(conv: nn.Module, norm: Any, compiling: bool) -> tuple[Tensor, Tensor]
     ):
         return fold(*sources, norm.eps)
     eps = norm.eps
-    return derive(("folded", eps), sources, lambda: library_fold(*sources, eps))
+    return derive(("folded", eps), sources, lambda *held: library_fold(*held, eps))  # type: ignore[call-arg, arg-type]
 
 
 def _check_dtypes(weight: Tensor, mean: Tensor) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from . import _numerics
 from ._arguments import Padding, Pair, check_convolution, is_channels_last, output_format
-from ._derived import SOME, derive, is_dense
+from ._derived import SOME, is_dense, snapshots
+from ._derived import find as derived
 from ._extension import cpu
 from ._select import reasons
 
@@ -225,18 +226,18 @@ def _packer(kernel: Any) -> Callable[[Tensor], Tensor | None]:
     def find(weight: Tensor) -> Tensor | None:
         assert cpu is not None
 
-        def make() -> Tensor | None:
+        def make(held: Tensor) -> Tensor | None:
             buffer = torch.empty(packed_bytes, dtype=torch.uint8)
-            held = weight.detach()  # its memory stays while it is read, whatever another thread assigns to ``weight.data``
             return buffer if pack(held.data_ptr(), held.stride(), buffer.data_ptr()) else None
 
         seen = None
         if not weight.is_inference() and is_dense(weight):  # else a change could not be seen
-            address = weight.data_ptr()
-            seen = weakref.ref(weight), weight._version, address, cpu.Guard([(address, weight.nbytes)], SOME)
-        value = derive(tag, (weight,), make)
-        if seen is not None:
-            last[:] = *seen, value  # the plan's key has the layout
+            (held,) = snapshots((weight,))
+            assert held is not None
+            seen = cpu.Guard([(held.data_ptr(), held.nbytes)], SOME)
+        (state,), value = derived(tag, (weight,), make)
+        if seen is not None and state is not None:  # else it was replaced meanwhile
+            last[:] = weakref.ref(weight), *state, seen, value  # the plan's key has the layout
         return value
 
     return packed

@@ -366,7 +366,7 @@ def _autocast(device: str) -> Any:
             if t is None or t.dtype == dtype or not t.is_floating_point() or t.dtype == torch.float64:
                 return t
             if t is weight and not _needs_grad(t) and not torch.compiler.is_compiling():
-                return derive(("cast", dtype), (t,), lambda: t.to(dtype))
+                return derive(("cast", dtype), (t,), lambda held: held.to(dtype))
             return t.to(dtype)
 
         with torch._C._ExcludeDispatchKeyGuard(keys):

@@ -7,7 +7,7 @@ errors.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _kernels, _numerics
 from ._arguments import check_convolution, is_channels_last, output_format
-from ._derived import SOME, derive, is_dense
+from ._derived import SOME, State, find, is_dense, snapshots, state_of
 from ._extension import cpu
 from ._fold import library_fold
 from ._select import reasons
@@ -43,13 +43,14 @@ class Operand(NamedTuple):
         bias = self.sources[1] is not None
         return weight.shape, weight.stride(), weight.dtype, bias, *self[1:]
 
-    def folded(self) -> tuple[Tensor, Tensor | None]:
-        if self.eps is None:
-            weight, bias = self.sources
-            assert weight is not None
-            # Detached: the memory stays while it is read, whatever another thread assigns to ``weight.data``.
-            return weight.detach(), None if bias is None else bias.detach().contiguous()
-        return library_fold(*self.sources, self.eps)  # type: ignore[arg-type, call-arg]
+
+def _folded(sources: Sequence[Tensor | None], eps: float | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a layer from its ``sources``."""
+    if eps is None:
+        weight, bias = sources
+        assert weight is not None
+        return weight, None if bias is None else bias.contiguous()
+    return library_fold(*sources, eps)  # type: ignore[arg-type, call-arg]
 
 
 class Packed(NamedTuple):
@@ -62,7 +63,8 @@ class Packed(NamedTuple):
 
 
 Repeat = Callable[[Tensor], Tensor]
-Packer = Callable[[Sequence[Operand]], Packed]
+States = Iterable[tuple["Tensor | None", State]]  # which state of each source tensor was packed
+Packer = Callable[[Sequence[Operand]], tuple[Packed, States]]
 
 
 def run(
@@ -160,11 +162,12 @@ def _plan(
     shape, strides, dtype = h.shape, h.stride(), x.dtype
 
     def call(layers: Sequence[Operand], x: Tensor, shortcut: Tensor | None) -> tuple[Tensor, Repeat]:
-        run, packed = block.run, [pack(layers) for pack in packers]
-        if any([p.buffer is None for p in packed]):  # only direct convolution is right with these weights
+        run, found = block.run, [pack(layers) for pack in packers]
+        if any([p.buffer is None for p, _ in found]):  # only direct convolution is right with these weights
             if not direct:
                 direct.extend(make("direct"))
-            run, packed = direct[0].run, [pack(layers) for pack in direct[1]]
+            run, found = direct[0].run, [pack(layers) for pack in direct[1]]
+        packed = [p for p, _ in found]
         weights, biases = [p.weight for p in packed], [p.bias for p in packed]
 
         def repeat(x: Tensor, shortcut: int = 0) -> Tensor:
@@ -173,6 +176,7 @@ def _plan(
             return output
 
         repeat.keeps = packed  # type: ignore[attr-defined]  # alive: the addresses are theirs
+        repeat.states = {id(t): state for _, states in found for t, state in states if t is not None}  # type: ignore[attr-defined]
         return repeat(x, 0 if shortcut is None else shortcut.data_ptr()), repeat
 
     call.block = block  # type: ignore[attr-defined]  # what tests ask
@@ -185,18 +189,18 @@ def _packer(block: Any, index: int, main: int) -> Packer:
     size, pack, tag = kernel.packed_bytes, kernel.pack, (kernel.isa, kernel.algorithm)
     joined = block.joined and index == main - 1
 
-    def packed(layers: Sequence[Operand]) -> Packed:
+    def packed(layers: Sequence[Operand]) -> tuple[Packed, States]:
         layer = layers[index]
         sources, eps = layer.sources, layer.eps
         other = layers[main] if joined else None
         if other is not None:
             sources = (*sources, *other.sources)
 
-        def make() -> Packed:
-            weight, bias = layer.folded()
+        def make(*held: Tensor | None) -> Packed:
+            weight, bias = _folded(held[: len(layer.sources)], eps)
             more: tuple[Any, ...] = ()
             if other is not None:
-                other_weight, other_bias = other.folded()
+                other_weight, other_bias = _folded(held[len(layer.sources) :], other.eps)
                 more = other_weight.data_ptr(), other_weight.stride()
                 bias = other_bias if bias is None else bias if other_bias is None else bias + other_bias
             buffer = torch.empty(size, dtype=torch.uint8)
@@ -204,7 +208,8 @@ def _packer(block: Any, index: int, main: int) -> Packer:
                 return Packed(0, 0, None, None)
             return Packed(buffer.data_ptr(), 0 if bias is None else bias.data_ptr(), buffer, bias)
 
-        return derive(("whole", *tag, eps, other and other.eps), sources, make)
+        states, value = find(("whole", *tag, eps, other and other.eps), sources, make)
+        return value, zip(sources, states, strict=True)
 
     return packed
 
@@ -218,7 +223,7 @@ class Ready:
         settings: Sequence[tuple[dict[str, Any], Callable[[Any], Any]]],
         x: Tensor,
     ) -> None:
-        """To be made before the call that it is to repeat, so that a write meanwhile is seen; ``repeat`` is set after it.
+        """To be made before the call that it is to repeat, so that a write meanwhile is seen; ``accept`` is for after it.
 
         places: where the modules keep the source tensors. settings: what reads the numbers that steer the modules.
         """
@@ -228,18 +233,26 @@ class Ready:
         self.there = [t for t in self.tensors if t is not None]
         if any([t.is_inference() or not is_dense(t) for t in self.there]):
             raise LookupError("a change of an inference tensor, or of one with holes, would not be seen")
-        self.weights = [t for t in self.there if t.dim() > 1]
-        self.held = [t.detach() for t in self.there]  # the memory that the guard reads stays, whatever is assigned to `.data`
-        self.state = self._state()
+        self.held = [t for t in snapshots(self.there) if t is not None]  # the memory that the guard reads stays
+        self.state = self._state(self.held)
         self.settings = [(d, get, get(d)) for d, get in settings]
         self.shape, self.strides, self.dtype = x.shape, x.stride(), x.dtype
         self.environment = torch.get_num_threads(), _numerics.epoch
-        self.guard = cpu.Guard([(t.data_ptr(), t.nbytes) for t in self.there], SOME)
+        self.guard = cpu.Guard([(t.data_ptr(), t.nbytes) for t in self.held], SOME)
         self.repeat: Repeat | None = None
 
-    def _state(self) -> Any:
-        there = self.there
-        return [t._version for t in there], [t.data_ptr() for t in there], [t.stride() for t in self.weights]
+    @staticmethod
+    def _state(there: Sequence[Tensor]) -> Any:
+        return [t._version for t in there], [t.data_ptr() for t in there], [t.stride() for t in there if t.dim() > 1]
+
+    def accept(self, repeat: Repeat) -> bool:
+        """Whether ``repeat`` computes with the tensors as they were: another thread may have replaced one meanwhile, and put it
+        back."""
+        states = repeat.states  # type: ignore[attr-defined]
+        if any([states.get(id(t)) != state_of(held) for t, held in zip(self.there, self.held, strict=True)]):
+            return False
+        self.repeat = repeat
+        return True
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """The output for ``x``, or None if something has changed."""
@@ -254,7 +267,7 @@ class Ready:
             tensors = [d[name] for d, name in self.places]
         except KeyError:
             return None
-        if not all(map(operator.is_, tensors, self.tensors)) or self._state() != self.state:
+        if not all(map(operator.is_, tensors, self.tensors)) or self._state(self.there) != self.state:
             return None
         if torch.is_grad_enabled() and any([t.requires_grad for t in self.there]):
             return None

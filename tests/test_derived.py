@@ -38,16 +38,16 @@ def check(weight: Tensor) -> None:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Grows by one tag each time that a derived value is made."""
     tags: list[object] = []
-    real = _derived.derive
+    real = _derived.find
 
-    def derive(tag: object, sources: tuple[Tensor | None, ...], make: Callable[[], Any]) -> Any:
-        def counted() -> Any:
+    def find(tag: object, sources: tuple[Tensor | None, ...], make: Callable[..., Any]) -> Any:
+        def counted(*held: Tensor | None) -> Any:
             tags.append(tag)
-            return make()
+            return make(*held)
 
         return real(tag, sources, counted)
 
-    monkeypatch.setattr(_kernels, "derive", derive)
+    monkeypatch.setattr(_kernels, "derived", find)
     _kernels._plans.clear()
     return tags
 
@@ -301,10 +301,10 @@ def test_the_cast_weight_of_autocast_follows_too() -> None:
 def test_a_failed_packing_is_not_kept(no_entries: None) -> None:
     weight = _weight()
 
-    def fails() -> Tensor:
+    def fails(held: Tensor) -> Tensor:
         raise MemoryError
 
     with pytest.raises(MemoryError):
         _derived.derive("packed", (weight,), fails)
-    assert _derived.derive("packed", (weight,), lambda: 5) == 5
+    assert _derived.derive("packed", (weight,), lambda held: 5) == 5
     check(weight)
