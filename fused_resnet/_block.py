@@ -22,6 +22,7 @@ from torch.nn.modules import module as nn_module
 from ._arguments import DTYPES
 from ._match import match
 from ._residual import Bound, Residual, bind, execute
+from ._stem import BoundStem, Stem, bind_stem, execute_stem, match_stem
 from ._trace import HOOKS, Refused, is_leaf, only_input
 
 _PLAIN = (type(None), bool, int, float, str)
@@ -31,7 +32,7 @@ _IGNORED = {"training", "_is_full_backward_hook", "_non_persistent_buffers_set"}
 class State:
     """What a fused block keeps in its ``__dict__``. Copies and pickles as the description alone."""
 
-    def __init__(self, description: Residual | None) -> None:
+    def __init__(self, description: Residual | Stem | None) -> None:
         self.description = description
         self.current: Snapshot | None = None
         self.warned = False
@@ -41,12 +42,16 @@ class State:
 
 
 class Snapshot:
-    """The state of a block on which the decision to run it fused was made, and the decision: ``bound``, or a reason."""
+    """The state of a block on which the decision to run it fused was made, and the decision: ``bound``, or a reason.
+
+    Of a network with a fused stem, only its own children of torch.nn: it calls the others, whatever is in them.
+    """
 
     def __init__(self, block: nn.Module) -> None:
-        self.bound: Bound | None = None
+        self.bound: Bound | BoundStem | None = None
         self.reason = ""
-        inner = [m for name, m in block.named_modules() if name]
+        stem = getattr(type(block), "_fused_stem", False)
+        inner = [m for m in block.children() if is_leaf(m)] if stem else [m for name, m in block.named_modules() if name]
         self.modules = inner
         self.types = [type(m) for m in inner]
         # Lengths change when a hook comes or goes, or an attribute (a replaced forward) is set.
@@ -89,6 +94,7 @@ class FusedBlock:
 
     _fx_leaf: ClassVar[bool] = True
     _fused_original: ClassVar[type[nn.Module] | None] = None  # the class before conversion; None: born as a fused block
+    _fused_stem: ClassVar[bool] = False  # a network whose stem is fused, and no block
     _needs_shortcut: ClassVar[bool] = True
     _fused_resnet: State
     _plain_forward: Callable[..., Tensor]
@@ -98,8 +104,7 @@ class FusedBlock:
         state = self._fused_resnet
         if torch.compiler.is_compiling():
             if _is_valid(self) and x.dim() == 4 and x.dtype in DTYPES.get(x.device.type, ()):
-                assert state.description is not None
-                return execute(bind(self, state.description), x, True)  # type: ignore[arg-type]
+                return _execute(_bind(self, state.description), x, True)
             return self._plain_forward(x)
         current = state.current
         if current is None or not current.holds(self):  # type: ignore[arg-type]
@@ -112,7 +117,7 @@ class FusedBlock:
                 if y is not None:
                     return y
             if not _obstacle(x):
-                return execute(bound, x, False)
+                return _execute(bound, x, False)
         return self._plain_forward(x)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -122,16 +127,36 @@ class FusedBlock:
         if original is None or isinstance(reduced, str):
             return reduced
         function, args, *rest = reduced
-        return _rebuild, (original, function, tuple(original if a is type(self) else a for a in args)), *rest
+        plain = tuple(original if a is type(self) else a for a in args)
+        return _rebuild, (original, function, plain, type(self)._fused_stem), *rest
 
 
-def _rebuild(original: type[nn.Module], function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _rebuild(original: type[nn.Module], function: Callable[..., Any], args: tuple[Any, ...], stem: bool = False) -> Any:
     """Unpickles a converted block: the empty object of its original class, with the class of the converted one."""
     from .fusion import fused_class
 
     block = function(*args)
-    block.__class__ = fused_class(original)
+    block.__class__ = fused_class(original, stem)
     return block
+
+
+def look_at(block: Any) -> Residual | Stem:
+    """What a fused block does as its own forward says.
+
+    Raises:
+        Refused: with the reason, if it cannot run fused (any more).
+    """
+    cls = type(block)
+    return match_stem(block, cls._plain_forward) if cls._fused_stem else match(block, cls._plain_forward, cls._needs_shortcut)
+
+
+def _bind(block: Any, description: Residual | Stem | None) -> Bound | BoundStem:
+    assert description is not None
+    return bind_stem(block, description) if isinstance(description, Stem) else bind(block, description)
+
+
+def _execute(bound: Bound | BoundStem, x: Tensor, compiling: bool) -> Tensor:
+    return execute_stem(bound, x, compiling) if isinstance(bound, BoundStem) else execute(bound, x, compiling)
 
 
 def forward_like(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -148,8 +173,8 @@ def refresh(block: Any, state: State) -> Snapshot:
     """Look at the block again: describe it, or keep the reason why it runs as its author wrote it."""
     current = Snapshot(block)
     try:
-        description = match(block, type(block)._plain_forward, type(block)._needs_shortcut)
-        current.bound = bind(block, description)
+        description = look_at(block)
+        current.bound = _bind(block, description)
         state.description = description
     except Refused as error:
         current.reason = str(error)

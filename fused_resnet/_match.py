@@ -40,9 +40,9 @@ def match(module: nn.Module, forward: Callable[..., Any], needs_shortcut: bool =
     is_block = not needs_shortcut or any(_is_add(node) for node in graph.nodes)
     try:
         _check_tree(module)
-        description = _Matcher(module, graph, needs_shortcut).description()
+        description = Matcher(module, graph, needs_shortcut).description()
         try:
-            other = _Matcher(module, trace(module, forward, training=True), needs_shortcut).description()
+            other = Matcher(module, trace(module, forward, training=True), needs_shortcut).description()
         except Refused as error:
             raise Refused(f"in training mode, {error}") from None
         if other != description:
@@ -55,15 +55,19 @@ def match(module: nn.Module, forward: Callable[..., Any], needs_shortcut: bool =
 def _check_tree(module: nn.Module) -> None:
     """Whatever is absorbed loses its own call: refuse what listens to that call or replaces it."""
     for name, child in module.named_modules():
-        if not name:
-            continue
-        for attribute, words in HOOKS.items():
-            if getattr(child, attribute):
-                raise Refused(f"{name} has {words}, which a fused block would not call")
-        if "forward" in child.__dict__:
-            raise Refused(f"the forward of {name} was replaced on the instance")
-        if parametrize.is_parametrized(child):
-            raise Refused(f"{name} has a parametrization")
+        if name:
+            check_heard(name, child)
+
+
+def check_heard(name: str, child: nn.Module) -> None:
+    """One module that would be absorbed."""
+    for attribute, words in HOOKS.items():
+        if getattr(child, attribute):
+            raise Refused(f"{name} has {words}, which a fused block would not call")
+    if "forward" in child.__dict__:
+        raise Refused(f"the forward of {name} was replaced on the instance")
+    if parametrize.is_parametrized(child):
+        raise Refused(f"{name} has a parametrization")
 
 
 def _is_add(node: fx.Node) -> bool:
@@ -75,7 +79,7 @@ def _is_inplace_add(node: fx.Node) -> bool:
     return node.target is operator.iadd or node.target == "add_"
 
 
-class _Matcher:
+class Matcher:
     def __init__(self, module: nn.Module, graph: fx.Graph, needs_shortcut: bool) -> None:
         self.module = module
         self.graph = graph
@@ -241,7 +245,7 @@ class _Matcher:
         elif node.op == "call_function":
             for name, function in FUNCTIONS.items():
                 if node.target is function and len(node.all_input_nodes) == 1:
-                    return Call(name, True, _plain_value(node.args[1:]), tuple(_plain_value(list(node.kwargs.items()))))
+                    return Call(name, True, plain_value(node.args[1:]), tuple(plain_value(list(node.kwargs.items()))))
             if self.is_relu(node):
                 raise Refused(f"{self.say(node)} does not follow a convolution")
         raise Refused(self.not_known(node))
@@ -295,9 +299,9 @@ class _Matcher:
         return int(conv.weight.shape[0])
 
 
-def _plain_value(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """fx's immutable lists as tuples, so that a description holds nothing of fx."""
-    return tuple(_plain_value(v) for v in value) if isinstance(value, (list, tuple)) else value
+    return tuple(plain_value(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 def _paths(steps: tuple[Step, ...]) -> Iterator[str]:

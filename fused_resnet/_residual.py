@@ -97,17 +97,17 @@ def _find(module: nn.Module, path: str) -> Any:
     return module
 
 
-def _bind_step(module: nn.Module, step: Step) -> BoundStep:
+def bind_step(module: nn.Module, step: Step, functions: dict[str, Callable[..., Any]] = FUNCTIONS) -> BoundStep:
     if isinstance(step, Layer):
         norm = None if step.norm is None else _find(module, step.norm)
         return BoundLayer(_find(module, step.conv), norm, step.relu)
-    function = FUNCTIONS[step.target] if step.function else _find(module, step.target)
+    function = functions[step.target] if step.function else _find(module, step.target)
     return BoundCall(function, step.args, dict(step.kwargs))
 
 
 def bind(module: nn.Module, description: Residual) -> Bound:
     """The description with ``module``'s submodules filled in."""
-    steps = tuple([_bind_step(module, step) for step in description.main])
+    steps = tuple([bind_step(module, step) for step in description.main])
     last = steps[-1]
     assert isinstance(last, BoundLayer)
     shortcut = description.shortcut
@@ -122,7 +122,7 @@ def bind(module: nn.Module, description: Residual) -> Bound:
     return Bound(
         steps[:-1],
         last,
-        None if shortcut is None else tuple([_bind_step(module, step) for step in shortcut]),
+        None if shortcut is None else tuple([bind_step(module, step) for step in shortcut]),
         description.left == "main",
         description.inplace,
         description.relu,
@@ -144,12 +144,12 @@ def execute(block: Bound, x: Tensor, compiling: bool) -> Tensor:
             return y
     h = x
     for step in block.main:
-        h = _step(step, h, compiling)
+        h = run_step(step, h, compiling)
     if block.shortcut is None:
         return _layer(block.last, h, None, block.relu, compiling)
     shortcut = x
     for step in block.shortcut:
-        shortcut = _step(step, shortcut, compiling)
+        shortcut = run_step(step, shortcut, compiling)
     return _end(block, h, shortcut, compiling)
 
 
@@ -182,14 +182,13 @@ def _execute_whole(block: Bound, x: Tensor) -> Tensor | None:
             if isinstance(step, BoundLayer) and _is_live(step.norm):
                 return None  # its statistics must change once
         for step in block.shortcut:
-            shortcut = _step(step, shortcut, False)
+            shortcut = run_step(step, shortcut, False)
     assert block.kind is not None
     found = _whole.run(block.plans, layers, x, shortcut, block.kind, block.left_is_main)
     if found is None:
         return None
     y, repeat = found
-    if ready is not None:
-        ready.repeat = repeat
+    if ready is not None and ready.accept(repeat):
         block.plans["ready"] = ready
     return y
 
@@ -225,7 +224,7 @@ def _operand(layer: BoundLayer, relu: bool) -> _whole.Operand:
     return _whole.Operand(sources, norm.eps, conv.stride, conv.padding, conv.dilation, conv.groups, relu)
 
 
-def _step(step: BoundStep, x: Tensor, compiling: bool) -> Tensor:
+def run_step(step: BoundStep, x: Tensor, compiling: bool) -> Tensor:
     if isinstance(step, BoundLayer):
         return _layer(step, x, None, step.relu, compiling)
     output: Tensor = step.function(x, *step.args, **step.kwargs)

@@ -82,7 +82,9 @@ class _Tracer(TracerBase):
         return super().create_arg(a)
 
 
-def _twin(module: nn.Module, path: str, training: bool, tracer: _Tracer, memo: dict[int, nn.Module]) -> nn.Module:
+def _twin(
+    module: nn.Module, path: str, training: bool, tracer: _Tracer, memo: dict[int, nn.Module], leaf: Callable[[nn.Module], bool]
+) -> nn.Module:
     """A shallow copy of ``module`` in the given mode, without hooks, whose leaves record their calls."""
     if id(module) in memo:
         return memo[id(module)]
@@ -93,13 +95,13 @@ def _twin(module: nn.Module, path: str, training: bool, tracer: _Tracer, memo: d
     d.update({name: {} for name in HOOKS})
     d["training"] = training
     d["_modules"] = {
-        name: child and _twin(child, f"{path}.{name}" if path else name, training, tracer, memo)
+        name: child and _twin(child, f"{path}.{name}" if path else name, training, tracer, memo, leaf)
         for name, child in module._modules.items()
     }
     if path:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if is_leaf(module):
+            if leaf(module):
                 return tracer.create_proxy("call_module", path, args, kwargs)
             tracer.stack.append(path)
             output = cls.forward(twin, *args, **kwargs)
@@ -111,8 +113,10 @@ def _twin(module: nn.Module, path: str, training: bool, tracer: _Tracer, memo: d
     return twin
 
 
-def trace(module: nn.Module, forward: Callable[..., Any], training: bool) -> fx.Graph:
-    """The operations of ``forward(module, x)`` in the given mode.
+def trace(
+    module: nn.Module, forward: Callable[..., Any], training: bool, leaf: Callable[[nn.Module], bool] = is_leaf
+) -> fx.Graph:
+    """The operations of ``forward(module, x)`` in the given mode; modules for which ``leaf`` holds are one operation each.
 
     Raises:
         Refused: if it cannot be traced, takes other inputs than one or is as long as a whole network.
@@ -121,7 +125,7 @@ def trace(module: nn.Module, forward: Callable[..., Any], training: bool) -> fx.
     name = only_input(forward)
     try:
         x = tracer.create_proxy("placeholder", name, (), {})
-        output = forward(_twin(module, "", training, tracer, {}), x)
+        output = forward(_twin(module, "", training, tracer, {}, leaf), x)
         tracer.create_node("output", "output", (tracer.create_arg(output),), {})
     except Refused:
         raise

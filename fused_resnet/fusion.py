@@ -14,16 +14,17 @@ from typing import Any
 from torch import nn
 
 from . import _extension
-from ._block import FusedBlock, Snapshot, State, forward_like
+from ._block import FusedBlock, Snapshot, State, forward_like, look_at
 from ._match import match
 from ._residual import Call, Layer, Residual, bind
+from ._stem import Stem, bind_stem, match_stem
 from ._trace import Refused
 
 __all__ = ["FusionEntry", "FusionReport", "fuse_", "unfuse_"]
 
 _NO_BLOCK = (nn.Sequential.forward, nn.Module.forward)  # the forwards of modules that only hold others
-# Original class -> its fused subclass, as long as a block of it lives.
-_classes: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
+# (original class, whether only its stem is fused) -> its fused subclass, as long as a module of it lives.
+_classes: weakref.WeakValueDictionary[tuple[type, bool], type] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,13 @@ class FusionEntry:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """What ``fuse_`` did: an entry for each residual block, in the model's order. ``print`` shows it as a table."""
+    """What ``fuse_`` did: an entry for each residual block, in the model's order. ``print`` shows it as a table.
+
+    stems: the networks whose stem (the convolution, batch norm and ReLU in front of the blocks) is one layer too, by name.
+    """
 
     entries: tuple[FusionEntry, ...]
+    stems: tuple[str, ...] = ()
 
     @property
     def fused(self) -> list[FusionEntry]:
@@ -61,7 +66,8 @@ class FusionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts, strings and bools, for ``json.dump``."""
-        return {"entries": [asdict(e) for e in self.entries], "fused": len(self.fused), "refused": len(self.refused)}
+        entries = [asdict(e) for e in self.entries]
+        return {"entries": entries, "fused": len(self.fused), "refused": len(self.refused), "stems": list(self.stems)}
 
     def __str__(self) -> str:
         if not self.entries:
@@ -75,7 +81,8 @@ class FusionReport:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         why = sorted({e.path_reason for e in self.entries if e.path_reason})
         notes = [f"general path: {reason}" for reason in why]
-        return "\n".join([*lines, f"{len(self.fused)} fused, {len(self.refused)} refused", *notes])
+        stems = [f"stem of {name or 'the model'}: convolution, batch norm and ReLU as one layer" for name in self.stems]
+        return "\n".join([*lines, f"{len(self.fused)} fused, {len(self.refused)} refused", *stems, *notes])
 
 
 def fuse_(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None = None) -> FusionReport:
@@ -83,7 +90,8 @@ def fuse_(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None =
 
     A block is recognised by what its forward computes, relu(main(x) + shortcut(x)), not by its class. Nothing is
     converted that would change the result; whatever looks like a residual block and is not converted is in the report
-    with the reason. Batch norm with running statistics (eval) is folded into the convolution, derived anew when a
+    with the reason. The stem of a network with converted blocks (a convolution, batch norm and ReLU at the beginning of its own
+    forward) becomes one layer too. Batch norm with running statistics (eval) is folded into the convolution, derived anew when a
     parameter changes; in training it stays as it is.
 
     Args:
@@ -100,7 +108,9 @@ def fuse_(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None =
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn must be callable or None, got {type(filter_fn).__name__}")
-    return FusionReport(tuple(_convert("", model, filter_fn or (lambda name, module: True), set())))
+    stems: list[str] = []
+    entries = tuple(_convert("", model, filter_fn or (lambda name, module: True), set(), stems))
+    return FusionReport(entries, tuple(stems))
 
 
 def unfuse_(model: nn.Module) -> nn.Module:
@@ -118,47 +128,74 @@ def unfuse_(model: nn.Module) -> nn.Module:
     return model
 
 
-def fused_class(original: type[nn.Module]) -> type:
-    """The fused subclass of a module class, made on demand."""
-    cls = _classes.get(original)
+def fused_class(original: type[nn.Module], stem: bool = False) -> type:
+    """The fused subclass of a module class, made on demand. ``stem``: of a network, for its stem only."""
+    cls = _classes.get((original, stem))
     if cls is None:
         body = {
             "__module__": original.__module__,
             "__qualname__": f"Fused{original.__qualname__}",
             "__doc__": original.__doc__,
             "_fused_original": original,
+            "_fused_stem": stem,
+            "_fx_leaf": not stem,
             "_plain_forward": original.forward,
             "forward": forward_like(original.forward),
         }
         cls = type(f"Fused{original.__name__}", (FusedBlock, original), body)
-        _classes[original] = cls
+        _classes[original, stem] = cls
     return cls
 
 
-def _convert(name: str, module: nn.Module, accept: Callable[[str, nn.Module], bool], seen: set[int]) -> Iterator[FusionEntry]:
-    """Convert ``module`` or, if it is no block, what is in it."""
+def _convert(
+    name: str, module: nn.Module, accept: Callable[[str, nn.Module], bool], seen: set[int], stems: list[str]
+) -> Iterator[FusionEntry]:
+    """Convert ``module`` or, if it is no block, what is in it and its stem."""
     if id(module) in seen:
         return
     seen.add(id(module))
     cls = type(module)
-    if isinstance(module, FusedBlock):
+    if isinstance(module, FusedBlock) and not module._fused_stem:
         yield _already(name, module)
         return
     if not any(isinstance(m, nn.Conv2d) for m in module.modules()):
         return
     refusal = None
-    if cls.forward not in _NO_BLOCK and not cls.__module__.startswith("torch.nn."):
+    own = cls.forward not in _NO_BLOCK and not cls.__module__.startswith("torch.nn.")
+    if own and not isinstance(module, FusedBlock):
         refusal = _try(name, module, accept)
         if isinstance(refusal, FusionEntry) and refusal.fused:
             yield refusal
             return
-    found = False
+    found, fused = False, False
     for child_name, child in module.named_children():
-        for entry in _convert(f"{name}.{child_name}" if name else child_name, child, accept, seen):
-            found = True
+        for entry in _convert(f"{name}.{child_name}" if name else child_name, child, accept, seen, stems):
+            found, fused = True, fused or entry.fused
             yield entry
     if refusal is not None and not found:
         yield refusal
+    if own and fused and _convert_stem(module):
+        stems.append(name)
+
+
+def _convert_stem(module: nn.Module) -> bool:
+    """Whether the module runs with its stem fused: what its own forward does in front of and behind its blocks."""
+    cls: Any = type(module)
+    try:
+        if isinstance(module, FusedBlock):
+            look_at(module)
+            return True
+        if "forward" in module.__dict__:
+            return False
+        description = match_stem(module, cls.forward)
+        module.__class__ = fused_class(cls, stem=True)
+    except (Refused, TypeError):  # a class that cannot be extended
+        return False
+    state = State(description)
+    state.current = Snapshot(module)
+    state.current.bound = bind_stem(module, description)
+    module.__dict__["_fused_resnet"] = state
+    return True
 
 
 def _try(name: str, module: nn.Module, accept: Callable[[str, nn.Module], bool]) -> FusionEntry | None:
@@ -188,9 +225,10 @@ def _already(name: str, module: Any) -> FusionEntry:
     original = type(module)._fused_original
     shown = (original or type(module)).__name__
     try:
-        description = match(module, type(module)._plain_forward, type(module)._needs_shortcut)
+        description = look_at(module)
     except Refused as error:
         return FusionEntry(name, shown, False, reason=f"a fused block that runs unfused now: {error}")
+    assert not isinstance(description, Stem)
     entry = _fused_entry(name, shown, module, description)
     return FusionEntry(**{**asdict(entry), "became": f"already fused: {entry.became}"})
 

@@ -41,7 +41,7 @@ def assert_close(ours: Tensor, eager: Tensor, truth: Tensor, depth: int, magnitu
     3 u depth magnitude. A NaN fails. ``test_planted_faults`` shows that this is tight enough.
 
     Winograd is inside of these four: where F(4x4, 3x3) is chosen, its roundings are 2.9 times direct convolution's at 8
-    channels and 1.6 times at 512 (test_winograd.py, ``loss``), and those of folding, three units for each layer, do not grow
+    channels and 1.6 times at 512 (``_winograd.norm_bound``), and those of folding, three units for each layer, do not grow
     with the channels, while eager's own error does. Measured over all conversion tests: at most half of the bound.
     """
     assert ours.dtype == eager.dtype

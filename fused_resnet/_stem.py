@@ -1,0 +1,101 @@
+"""A network's stem: the convolution, batch norm and ReLU with which its own forward begins, as one layer.
+
+What follows stays as it is: the children are called one after the other, as the network's forward does, so that hooks, modes and
+replaced modules behave as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ._match import Matcher, check_heard, plain_value
+from ._residual import BoundCall, BoundLayer, Call, Layer, Step, bind_step, run_step
+from ._trace import Refused, only_input, trace
+
+# Functions of one tensor and constants, by the name under which a description keeps them; methods of tensors under the same.
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "flatten": torch.flatten,
+    "mean": torch.mean,
+    "relu": torch.relu,
+    "avg_pool2d": F.avg_pool2d,
+    "max_pool2d": F.max_pool2d,
+    "adaptive_avg_pool2d": F.adaptive_avg_pool2d,
+}
+_METHODS = ("flatten", "mean", "relu")
+
+
+@dataclass(frozen=True)
+class Stem:
+    """``rest(relu(norm(conv(x))))``, where the rest is one call after another."""
+
+    layer: Layer
+    rest: tuple[Step, ...]
+
+
+class BoundStem(NamedTuple):
+    layer: BoundLayer
+    rest: tuple[BoundLayer | BoundCall, ...]
+    plans: dict[Any, Any]
+
+
+def match_stem(module: nn.Module, forward: Callable[..., Any]) -> Stem:
+    """What ``forward(module, x)`` does as a stem and calls of the module's children.
+
+    Raises:
+        Refused: with the reason, if it does something else or if running it fused could change the result.
+    """
+    only_input(forward)
+    found = [_description(module, trace(module, forward, training, leaf=lambda child: True)) for training in (False, True)]
+    if found[0] != found[1]:
+        raise Refused("its forward does something else in training mode than in eval mode")
+    return found[0]
+
+
+def _description(module: nn.Module, graph: fx.Graph) -> Stem:
+    matcher = Matcher(module, graph, needs_shortcut=False)
+    start = next(iter(graph.nodes))
+    (end,) = (node.args[0] for node in graph.nodes if node.op == "output")
+    if not isinstance(end, fx.Node):
+        raise Refused("its forward does not return one tensor")
+    path = matcher.path(matcher.solid(end), start)
+    absorbed = next((i for i in range(min(3, len(path))) if matcher.is_relu(path[i])), -1) + 1
+    first = matcher.steps(path[:absorbed])
+    if len(first) != 1 or not isinstance(first[0], Layer):
+        raise Refused("it does not begin with a convolution, a batch norm and a ReLU")
+    for node in path[:absorbed]:
+        if node.op == "call_module":
+            check_heard(str(node.target), matcher.at(node))
+    return Stem(first[0], tuple([_call(matcher, node) for node in path[absorbed:]]))
+
+
+def _call(matcher: Matcher, node: fx.Node) -> Call:
+    arguments = plain_value(node.args[1:]), tuple(plain_value(list(node.kwargs.items())))
+    if node.op == "call_module" and not any(arguments):
+        return Call(str(node.target))
+    if node.op == "call_method" and node.target in _METHODS:
+        return Call(str(node.target), True, *arguments)
+    for name, function in FUNCTIONS.items():
+        if node.op == "call_function" and node.target is function:
+            return Call(name, True, *arguments)
+    raise Refused(f"after its stem it calls {matcher.say(node)}")
+
+
+def bind_stem(module: nn.Module, description: Stem) -> BoundStem:
+    """The description with ``module``'s children filled in."""
+    layer = bind_step(module, description.layer)
+    assert isinstance(layer, BoundLayer)
+    return BoundStem(layer, tuple([bind_step(module, step, FUNCTIONS) for step in description.rest]), {})
+
+
+def execute_stem(stem: BoundStem, x: Tensor, compiling: bool) -> Tensor:
+    """Execute a bound stem and what follows it."""
+    x = run_step(stem.layer, x, compiling)
+    for step in stem.rest:
+        x = run_step(step, x, compiling)
+    return x
