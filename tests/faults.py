@@ -184,7 +184,7 @@ FAULTS = (
         "last panel not computed when it is half full",
         ("csrc/cpu/direct_convolution.cpp",),
         "t.panels_end = std::min(panels, t.panel + b.panels);",
-        "t.panels_end = std::min(std::max<i64>(shape_.k / kernels_->panel, 1), t.panel + b.panels);",
+        "t.panels_end = std::min(std::max<i64>(shape_.k / b.cut.channels, 1), t.panel + b.panels);",
         (EXACT,),
     ),
     Fault(

@@ -11,6 +11,8 @@ i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
 // Of the L2 cache, for what a task of a Winograd convolution reads again and again.
 constexpr double kWinogradShare = 0.6;
+// Of the L1 cache, for the weights of one position and one panel.
+constexpr double kPositionShare = 0.67;
 // Winograd's transforms of one tile and one vector of channels, input or output, in FMA slots for each position: about twice
 // the instructions, for they load and store as much as they calculate.
 constexpr double kTransformSlots = 8;
@@ -58,12 +60,26 @@ double tile_slots(double rows, double vectors) { return std::max({rows * vectors
 // Elements of A that hold so many channels.
 double elements(i64 channels, const DTypeKernels& kernels) { return std::ceil(double(channels) / kernels.group); }
 
+// Panels of nearly equal width, of at most so many registers.
+Panels cut_panels(i64 k, const DTypeKernels& kernels, int most) {
+  Panels cut;
+  cut.k = k;
+  cut.vector = kernels.vector;
+  const i64 vectors = std::max<i64>(ceil_div(k, kernels.vector), 1), panels = ceil_div(vectors, most);
+  cut.channels = ceil_div(vectors, panels) * kernels.vector;
+  return cut;
+}
+
 // Slots for `rows` rows (pixels or tiles) times all output channels times `steps` elements of the reduction.
-double product_slots(double rows, const ConvShape& s, const DTypeKernels& kernels, double steps) {
+double product_slots(double rows, const Panels& cut, const DTypeKernels& kernels, double steps) {
   if (rows <= 0) return 0;
-  const double groups = std::ceil(rows / kernels.tile_pixels), vectors = std::ceil(double(s.k) / kernels.vector);
-  const double pairs = std::floor(vectors / 2), single = vectors - 2 * pairs, each = rows / groups;
-  return groups * steps * (pairs * tile_slots(each, 2) + single * tile_slots(each, 1));
+  const auto panel = [&](i64 width) {
+    const i64 vectors = width / kernels.vector;
+    const double groups = std::ceil(rows / kernels.rows[vectors - 1]);
+    return groups * tile_slots(rows / groups, double(vectors));
+  };
+  const i64 last = cut.count() - 1;
+  return steps * (double(last) * panel(cut.channels) + panel(cut.width(last)));
 }
 
 double weight_slots(double bytes, const DTypeKernels& kernels, const CacheSizes& caches) {
@@ -77,7 +93,7 @@ Cost direct_cost(const ConvShape& s, const DTypeKernels& kernels, const CacheSiz
   const double reduction = elements(s.c, kernels) * double(s.r) * double(s.s) + elements(s.joined.c, kernels);
   const double vectors = std::ceil(double(s.k) / kernels.vector) * kernels.vector;
   Cost cost;
-  cost.arithmetic = product_slots(pixels, s, kernels, reduction);
+  cost.arithmetic = product_slots(pixels, cut_panels(s.k, kernels, kernels.vectors), kernels, reduction);
   cost.weights = weight_slots(vectors * reduction * kernels.accumulator_bytes, kernels, caches);
   return cost;
 }
@@ -89,7 +105,7 @@ Cost winograd_cost(const ConvShape& s, Algorithm algorithm, const DTypeKernels& 
   const double transforms = tiles * (in + out) * positions * kTransformSlots;
   const double passes = b.shared ? std::ceil(tiles / double(b.tiles)) : double(b.tile_parts);
   Cost cost;
-  cost.arithmetic = positions * product_slots(tiles, s, kernels, elements(s.c, kernels)) + transforms;
+  cost.arithmetic = positions * product_slots(tiles, b.cut, kernels, elements(s.c, kernels)) + transforms;
   cost.weights =
       passes * weight_slots(positions * out * kernels.vector * elements(s.c, kernels) * kernels.accumulator_bytes, kernels, caches);
   return cost;
@@ -158,12 +174,20 @@ WinogradBlocking choose_winograd_blocking(const ConvShape& s, Algorithm algorith
   b.alpha = winograd.alpha;
   b.rows = ceil_div(s.p, b.m);
   b.cols = ceil_div(s.q, b.m);
-  const i64 all = s.n * b.rows * b.cols, panels = ceil_div(s.k, kernels.panel), bytes = kernels.accumulator_bytes;
+  const i64 all = s.n * b.rows * b.cols, bytes = kernels.accumulator_bytes;
   const i64 channels = ceil_div(s.c, kernels.vector * kernels.group) * kernels.vector;
   // A task's transformed input and one panel of products stay in the L2 cache, beside the weights that stream through it.
-  const double per_tile = double(b.positions()) * double(channels + kernels.panel) * double(bytes);
-  const i64 most = std::max<i64>(i64(kWinogradShare * double(caches.l2) / per_tile), 1);
-  const i64 few = 2 * kernels.tile_pixels;
+  const auto fits = [&](const Panels& cut) {
+    const double per_tile = double(b.positions()) * double(channels + cut.channels) * double(bytes);
+    return std::max<i64>(i64(kWinogradShare * double(caches.l2) / per_tile), 1);
+  };
+  const i64 few = 2 * kernels.rows[1];
+  // Wide panels need fewer loads for a product, but their tiles have fewer rows, so that a position's weights are read more often:
+  // from the L1 cache, or not at all. And narrow ones leave room for more tiles.
+  b.cut = cut_panels(s.k, kernels, kernels.vectors);
+  const double position = double(ceil_div(s.c, kernels.group)) * double(b.cut.channels) * double(bytes);
+  if (position > kPositionShare * double(caches.l1d) || fits(b.cut) < std::min(few, all)) b.cut = cut_panels(s.k, kernels, 2);
+  const i64 most = fits(b.cut), panels = b.cut.count();
   b.shared = most < few || (threads > 1 && all < 2 * few * threads);
   b.tiles = std::clamp<i64>(b.shared ? few : most, 1, std::max<i64>(all, 1));
   b.tile_parts = ceil_div(all, b.tiles);
@@ -198,11 +222,12 @@ bool readable_in_place(const ConvShape& s, const DTypeKernels& kernels) {
 
 Blocking choose_blocking(const ConvShape& s, const DTypeKernels& kernels, const CacheSizes& caches, int threads) {
   Blocking b;
-  const i64 panels = ceil_div(s.k, kernels.panel);
+  b.cut = cut_panels(s.k, kernels, kernels.vectors);
+  const i64 panels = b.cut.count();
   const i64 bytes = kernels.accumulator_bytes;
-  // Copying costs a load and a store for each input vector. With four panels or more to share it that is nothing beside the
+  // Copying costs a load and a store for each input vector. With eight registers of output channels or more to share it that is nothing beside the
   // FMAs, and it cures a bad pitch.
-  const bool bad_pitch = (s.x.w * s.stride_w * kernels.storage_bytes) % kBadPitch == 0 && panels >= 4;
+  const bool bad_pitch = (s.x.w * s.stride_w * kernels.storage_bytes) % kBadPitch == 0 && s.k >= 8 * kernels.vector;
   const bool gaps = s.stride_w > 1;  // pixels that are skipped: copying fetches ahead what is needed, and no more
   b.packed = !readable_in_place(s, kernels) || bad_pitch || gaps;
   const auto pitch = [bytes](i64 channels) { return (channels * bytes) % 1024 == 0 ? channels + 64 / bytes : channels; };
@@ -212,9 +237,9 @@ Blocking choose_blocking(const ConvShape& s, const DTypeKernels& kernels, const 
   b.joined_pitch = b.joined ? pitch(b.joined) : 0;
 
   const i64 reduction = b.channels * s.r * s.s + b.joined;
-  const double weight_bytes = double(panels) * double(kernels.panel) * double(reduction) * double(bytes);
+  const double weight_bytes = double(panels) * double(b.cut.channels) * double(reduction) * double(bytes);
   b.tiles_outside = weight_bytes <= double(caches.l2) / 4;
-  b.chunk = b.tiles_outside ? reduction : std::max<i64>(kChunkBytes / (kernels.panel * bytes), 1);
+  b.chunk = b.tiles_outside ? reduction : std::max<i64>(kChunkBytes / (b.cut.channels * bytes), 1);
 
   // The slots that r rows of output need, and the width for q columns.
   const auto slots_for = [&](i64 rows) { return s.r == 1 ? rows : (rows - 1) * s.stride_h + (s.r - 1) * s.dilation_h + 1; };

@@ -31,6 +31,7 @@ Choice choose_algorithm(const ConvShape& shape, const DTypeKernels& kernels, con
 struct WinogradBlocking {
   int m = 4, step = 4, alpha = 6;
   i64 rows = 0, cols = 0;    // tiles of one image
+  Panels cut;                // of the output channels
   i64 tiles = 1;             // of one task
   i64 panels = 1;            // of one task
   bool shared = false;       // two phases
@@ -51,7 +52,8 @@ const WinogradKernels* winograd_kernels(const ConvShape& shape, Algorithm algori
 struct Blocking {
   bool packed = true;  // input rows are copied into the workspace (padded, widened); false: read where they are
   i64 images = 1, rows = 1, cols = 1;  // output rows and columns of one task; rows < P only where images == 1
-  i64 panels = 1;                      // panels of output channels in one task
+  Panels cut;                          // of the output channels
+  i64 panels = 1;                      // of one task
   i64 channels = 0, joined = 0;        // elements of A for each pixel (see DTypeKernels::group)
   i64 pitch = 0;                       // packed: elements between two pixels of a row
   i64 joined_pitch = 0;                // elements between two pixels of the joined input, which is always copied

@@ -27,7 +27,7 @@ FR_INLINE void finish_channels(const BlockArgs& a, const typename V::reg (&acc)[
   FR_UNROLL
   for (int v = 0; v < NV; ++v) {
     const i64 k = channel + v * V::width;
-    const i64 count = Full ? V::width : smaller(a.k - k, V::width);
+    const i64 count = Full ? V::width : smaller(a.panels.k - k, V::width);
     if (!Full && count <= 0) break;
     typename V::reg bias = V::zero();
     if (a.bias) bias = Full ? V::load_all(static_cast<const S*>(a.bias) + k) : V::load_n(static_cast<const S*>(a.bias) + k, count);
@@ -68,7 +68,7 @@ __attribute__((noinline)) void finish_pixels(const BlockArgs& a, const typename 
     const bool shortcut_run = a.shortcut && consecutive(shortcut_offset, pixels);
     for (int v = 0; v < NV; ++v) {
       const i64 k = channel + v * W;
-      const i64 channels = smaller(a.k - k, W);
+      const i64 channels = smaller(a.panels.k - k, W);
       if (channels <= 0) break;
       typename V::reg rows[W];
       FR_UNROLL
@@ -114,8 +114,7 @@ struct TileArgs {
   i64 pixel, channel;                // the first of each
   typename V::type* partial;         // [M][NV][width]
   bool first, last;                  // chunk of the reduction
-  const char* prefetch;              // this tile's share of the weights that come next, on their way into the L2 cache:
-  i64 prefetch_step;                 // bytes for each element of the reduction
+  Fetch fetch;                       // this tile's share of what comes next, a step for each element of the reduction
 };
 
 template <class V, class S, int M, int NV>
@@ -151,20 +150,18 @@ __attribute__((noinline)) void tile(const TileArgs<V>& t) {
   FR_UNROLL
   for (int m = 0; m < M; ++m) base[m] = static_cast<const T*>(a.base[t.pixel + m]);
   const T* weight = t.weight;
-  const char* prefetch = t.prefetch;
+  Fetch fetch = t.fetch;
   for (i64 tap = 0; tap < t.chunk->count; ++tap) {
     if (t.chunk->taps[tap].source) {
       FR_UNROLL
       for (int m = 0; m < M; ++m) base[m] = static_cast<const T*>(a.joined[t.pixel + m]);
     }
     const i64 begin = t.chunk->taps[tap].offset, end = begin + t.chunk->taps[tap].length;
-    for (i64 i = begin; i < end; ++i) {
+    const auto step = [&](i64 i) FR_INLINE_LAMBDA {
       typename V::reg w[NV];
       FR_UNROLL
       for (int v = 0; v < NV; ++v) w[v] = V::load(weight + v * V::width);
       weight += NV * V::width;
-      __builtin_prefetch(prefetch, 0, 2);
-      prefetch += t.prefetch_step;
       FR_UNROLL
       for (int m = 0; m < M; ++m) {
         T x_value;  // a pair of bfloat16 may lie anywhere
@@ -173,7 +170,14 @@ __attribute__((noinline)) void tile(const TileArgs<V>& t) {
         FR_UNROLL
         for (int v = 0; v < NV; ++v) acc[m][v] = V::fma(x, w[v], acc[m][v]);
       }
+    };
+    i64 i = begin;
+    for (; i + Fetch::kEvery <= end; i += Fetch::kEvery) {
+      fetch.some();
+      FR_UNROLL
+      for (int u = 0; u < Fetch::kEvery; ++u) step(i + u);
     }
+    for (; i < end; ++i) step(i);
   }
   // Read again from memory: otherwise the compiler computes these addresses before the loop, and keeps them where the loop
   // has its own registers.
@@ -187,7 +191,7 @@ __attribute__((noinline)) void tile(const TileArgs<V>& t) {
       for (int v = 0; v < NV; ++v) V::store(late->partial + (m * NV + v) * V::width, acc[m][v]);
     }
   } else if (b.y_stride_k == 1 && (!b.shortcut || b.shortcut_stride_k == 1)) {
-    if (late->channel + NV * V::width <= b.k) {
+    if (late->channel + NV * V::width <= b.panels.k) {
       finish_channels<V, S, M, NV, true>(b, acc, late->pixel, late->channel);
     } else {
       finish_channels<V, S, M, NV, false>(b, acc, late->pixel, late->channel);
@@ -215,57 +219,71 @@ struct TileTable<V, S, NV, 0, Rest...> {
   static constexpr TileFunction<V> function[sizeof...(Rest)] = {tile<V, S, Rest, NV>...};
 };
 
+// Those of a panel of `vectors` registers, of at most NV.
+template <class V, class S, int NV>
+const TileFunction<V>* tile_functions(i64 vectors) {
+  if constexpr (NV > 1) {
+    if (vectors < NV) return tile_functions<V, S, NV - 1>(vectors);
+  }
+  return TileTable<V, S, NV, V::rows[NV - 1]>::function;
+}
+
 // All tiles of a block, in one of two orders.
-template <class V, class S, int M>
+template <class V, class S>
 struct Block {
   using T = typename V::type;
-  static constexpr i64 panel = 2 * V::width;
 
   const BlockArgs& a;
-  const i64 tiles, each, more, reduction;
+  const i64 reduction;
 
   static i64 total(const BlockArgs& a) {
     i64 sum = 0;
     for (i64 c = 0; c < a.chunk_count; ++c) sum += a.chunks[c].elements;
     return sum;
   }
-  explicit Block(const BlockArgs& args)
-      : a(args), tiles((args.pixels + M - 1) / M), each(args.pixels / tiles), more(args.pixels % tiles), reduction(total(args)) {}
+  explicit Block(const BlockArgs& args) : a(args), reduction(total(args)) {}
 
-  i64 channels(i64 p) const { return a.k - p * panel <= V::width ? V::width : panel; }
-  const T* weights(i64 p) const { return static_cast<const T*>(a.weight) + p * panel * reduction; }
-  i64 tile_begin(i64 i) const { return i * each + smaller(i, more); }  // tiles of nearly equal size: the first ones have one more
+  // The block's pixels in tiles of nearly equal size: the first ones have one more.
+  struct Cut {
+    i64 tiles, each, more;
+    Cut(i64 pixels, i64 vectors) {
+      const i64 most = V::rows[vectors - 1];
+      tiles = (pixels + most - 1) / most;
+      each = pixels / tiles;
+      more = pixels % tiles;
+    }
+    i64 begin(i64 i) const { return i * each + smaller(i, more); }
+    i64 size(i64 i) const { return each + (i < more); }
+  };
 
-  void run_tile(const TileArgs<V>& t, i64 i, i64 p) const {
-    const i64 count = tile_begin(i + 1) - tile_begin(i);
-    (channels(p) == panel ? TileTable<V, S, 2, M>::function : TileTable<V, S, 1, M>::function)[count - 1](t);
-  }
+  i64 vectors(i64 p) const { return a.panels.width(p) / V::width; }
+  const T* weights(i64 p) const { return static_cast<const T*>(a.weight) + a.panels.begin(p) * reduction; }
 
   // Many weights: a chunk of one panel serves every pixel before the next is touched; meanwhile the next one is fetched into
-  // the L2 cache, a share by each tile. Behind the last one comes the first, for the next block. Nothing is fetched from behind
-  // the weights: where no memory is mapped, each prefetch would walk the page table (and take a hundred times as long).
+  // the L2 cache, a share by each tile. Behind the last one comes the first, for the next block.
   void panels_outside() const {
     for (i64 p = a.panel_begin; p < a.panel_end; ++p) {
+      const Cut cut(a.pixels, vectors(p));
+      const TileFunction<V>* const functions = tile_functions<V, S, V::vectors>(vectors(p));
+      const i64 width = a.panels.width(p);
       TileArgs<V> t;
       t.block = &a;
       t.weight = weights(p);
-      t.channel = p * panel;
+      t.channel = a.panels.begin(p);
       for (i64 c = 0; c < a.chunk_count; ++c) {
         t.chunk = &a.chunks[c];
         t.first = c == 0;
         t.last = c == a.chunk_count - 1;
         const i64 elements = t.chunk->elements, next_panel = !t.last ? p : p + 1 < a.panel_end ? p + 1 : a.panel_begin;
-        const T* next = t.last ? weights(next_panel) : t.weight + channels(p) * elements;
-        const i64 bytes = channels(next_panel) * a.chunks[t.last ? 0 : c + 1].elements * i64(sizeof(T));
-        t.prefetch_step = (bytes + tiles * elements - 1) / (tiles * elements);
-        const i64 share = elements * t.prefetch_step, last_share = bytes > share ? bytes - share : 0;
-        for (i64 i = 0; i < tiles; ++i) {
-          t.pixel = tile_begin(i);
-          t.partial = static_cast<T*>(a.partial) + t.pixel * channels(p);
-          t.prefetch = reinterpret_cast<const char*>(next) + smaller(i * share, last_share);
-          run_tile(t, i, p);
+        const T* next = t.last ? weights(next_panel) : t.weight + width * elements;
+        const i64 bytes = a.panels.width(next_panel) * a.chunks[t.last ? 0 : c + 1].elements * i64(sizeof(T));
+        for (i64 i = 0; i < cut.tiles; ++i) {
+          t.pixel = cut.begin(i);
+          t.partial = static_cast<T*>(a.partial) + t.pixel * width;
+          t.fetch = Fetch(next, bytes, i, cut.tiles, elements);
+          functions[cut.size(i) - 1](t);
         }
-        t.weight += channels(p) * elements;
+        t.weight += width * elements;
       }
     }
   }
@@ -280,25 +298,24 @@ struct Block {
     t.partial = nullptr;
     // What to fetch ahead is the input of the next tile, where that is one run of memory; a share by each panel.
     const i64 panels = a.panel_end - a.panel_begin;
-    for (i64 i = 0; i < tiles; ++i) {
-      t.pixel = tile_begin(i);
-      const i64 next = i + 1 < tiles ? tile_begin(i + 1) : t.pixel;
-      const char* ahead = static_cast<const char*>(a.base[next]);
-      t.prefetch_step = (i64(sizeof(T)) * (tile_begin(i + 1) - t.pixel) + panels - 1) / panels;
-      if (!a.input_run) t.prefetch_step = 0;
+    const Cut cut(a.pixels, vectors(a.panel_begin));
+    for (i64 i = 0; i < cut.tiles; ++i) {
+      t.pixel = cut.begin(i);
+      const i64 next = i + 1 < cut.tiles ? cut.begin(i + 1) : t.pixel;
+      const i64 bytes = a.input_run ? i64(sizeof(T)) * reduction * cut.size(i) : 0;
       for (i64 p = a.panel_begin; p < a.panel_end; ++p) {
         t.weight = weights(p);
-        t.prefetch = ahead + (p - a.panel_begin) * t.prefetch_step * reduction;
-        t.channel = p * panel;
-        run_tile(t, i, p);
+        t.fetch = Fetch(a.base[next], bytes, p - a.panel_begin, panels, reduction);
+        t.channel = a.panels.begin(p);
+        tile_functions<V, S, V::vectors>(vectors(p))[cut.size(i) - 1](t);
       }
     }
   }
 };
 
-template <class V, class S, int M>
+template <class V, class S>
 void block(const BlockArgs& a) {
-  const Block<V, S, M> all(a);
+  const Block<V, S> all(a);
   if (a.tiles_outside) {
     all.tiles_outside();
   } else {

@@ -61,7 +61,7 @@ DirectConvolution::DirectConvolution(const ConvShape& shape, DType dtype, int th
   scratch_ += align64(checked_product(blocking_.pixels(), checked_product(blocking_.joined_pitch, kernels_->accumulator_bytes)));
   const i64 per_pixel = checked_product(blocking_.pixels(), 4 * sizeof(i64));
   if (chunks_.size() > 1) {
-    partial_ = checked_product(blocking_.pixels(), kernels_->panel * kernels_->accumulator_bytes);
+    partial_ = checked_product(blocking_.pixels(), blocking_.cut.channels * kernels_->accumulator_bytes);
   }
   workspace_ = align64(scratch_ + partial_ + per_pixel);
   checked_product(workspace_, threads_);
@@ -74,7 +74,7 @@ i64 DirectConvolution::packed_bytes() const {
 }
 
 bool DirectConvolution::write_packed(const WeightView& weight, const WeightView& joined, void* out) const {
-  const i64 panels = (shape_.k + kernels_->panel - 1) / kernels_->panel;
+  const i64 panels = blocking_.cut.count();
   const i64 reduction = blocking_.channels * shape_.r * shape_.s + blocking_.joined;
   const i64 elements = shape_.k * reduction;
 #pragma omp parallel for schedule(static) num_threads(threads_) if (elements > 65536)
@@ -86,8 +86,8 @@ bool DirectConvolution::write_packed(const WeightView& weight, const WeightView&
     a.c = shape_.c;
     a.r = shape_.r;
     a.s = shape_.s;
-    a.k_begin = p * kernels_->panel;
-    a.width = shape_.k - a.k_begin <= kernels_->vector ? kernels_->vector : kernels_->panel;
+    a.k_begin = blocking_.cut.begin(p);
+    a.width = blocking_.cut.width(p);
     a.out = static_cast<char*>(out) + a.k_begin * reduction * kernels_->accumulator_bytes;
     kernels_->pack_weight(a);
     if (shape_.joined.c == 0) continue;
@@ -103,7 +103,7 @@ bool DirectConvolution::write_packed(const WeightView& weight, const WeightView&
 
 DirectConvolution::Task DirectConvolution::task(i64 index) const {
   const Blocking& b = blocking_;
-  const i64 panels = (shape_.k + kernels_->panel - 1) / kernels_->panel;
+  const i64 panels = b.cut.count();
   Task t;
   t.panel = index % b.panel_parts * b.panels;
   index /= b.panel_parts;
@@ -227,7 +227,7 @@ void DirectConvolution::run_task(int, i64 index, const Operands& operands, char*
   args.chunk_count = i64(chunks_.size());
   args.partial = workspace + scratch_;
   args.weight = operands.weight;
-  args.k = s.k;
+  args.panels = b.cut;
   args.panel_begin = t.panel;
   args.panel_end = t.panels_end;
   args.bias = s.has_bias ? operands.bias : nullptr;

@@ -5,7 +5,7 @@
 namespace fused_resnet {
 const KernelTable kAvx2Table = {
     "avx2",
-    {dtype_kernels<Avx2Float, float, 6>(), dtype_kernels<Avx2Double, double, 6>(), dtype_kernels<Avx2Float, bf16, 6>()},
+    {dtype_kernels<Avx2Float, float>(), dtype_kernels<Avx2Double, double>(), dtype_kernels<Avx2Float, bf16>()},
     fma_peak<Avx2Float>,
 };
 }  // namespace fused_resnet

@@ -5,8 +5,8 @@
 namespace fused_resnet {
 const KernelTable kAvx512Table = {
     "avx512",
-    {dtype_kernels<Avx512Float, float, 14>(), dtype_kernels<Avx512Double, double, 14>(),
-     dtype_kernels<Avx512Float, bf16, 14>()},
+    {dtype_kernels<Avx512Float, float>(), dtype_kernels<Avx512Double, double>(),
+     dtype_kernels<Avx512Float, bf16>()},
     fma_peak<Avx512Float>,
 };
 }  // namespace fused_resnet

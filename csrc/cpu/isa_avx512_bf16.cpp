@@ -5,7 +5,7 @@
 namespace fused_resnet {
 namespace {
 constexpr DTypeKernels bf16_kernels() {
-  DTypeKernels k = dtype_kernels<Avx512Bf16Float, bf16, 14, Avx512Bf16Pair>();
+  DTypeKernels k = dtype_kernels<Avx512Bf16Float, bf16, Avx512Bf16Pair>();
   // Without a product there is no reason to lose a denormal.
   k.pass_row = pass_row<Avx512Float, bf16>;
   k.mask_row = mask_row<Avx512Float, bf16>;

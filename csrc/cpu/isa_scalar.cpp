@@ -5,8 +5,8 @@
 namespace fused_resnet {
 const KernelTable kScalarTable = {
     "scalar",
-    {dtype_kernels<ScalarVec<float>, float, 4>(), dtype_kernels<ScalarVec<double>, double, 4>(),
-     dtype_kernels<ScalarVec<float>, bf16, 4>()},
+    {dtype_kernels<ScalarVec<float>, float>(), dtype_kernels<ScalarVec<double>, double>(),
+     dtype_kernels<ScalarVec<float>, bf16>()},
     fma_peak<ScalarVec<float>>,
 };
 }  // namespace fused_resnet

@@ -20,6 +20,19 @@ struct Chunk {
   i64 elements;  // the sum of their lengths
 };
 
+// Output channels are cut into panels of a few registers each; the last one may have fewer.
+struct Panels {
+  i64 k = 0, vector = 1;  // output channels in all; channels in a register
+  i64 channels = 1;       // of a full panel, a multiple of `vector`
+
+  i64 count() const { return (k + channels - 1) / channels; }
+  i64 begin(i64 p) const { return p * channels; }
+  i64 width(i64 p) const {  // of panel p: whole registers
+    const i64 left = k - begin(p);
+    return left >= channels ? channels : (left + vector - 1) / vector * vector;
+  }
+};
+
 // One block of output pixels times a range of output channels. Element i of a tap of pixel m is base[m][tap.offset + i].
 struct BlockArgs {
   const void* const* base = nullptr;    // [pixels]
@@ -29,7 +42,7 @@ struct BlockArgs {
   i64 chunk_count = 0;
   void* partial = nullptr;       // [pixels][channels of a panel] accumulators; only where there are several chunks
   const void* weight = nullptr;  // all panels; each [element of the reduction][channels of the panel]
-  i64 k = 0;                          // output channels in all
+  Panels panels;
   i64 panel_begin = 0, panel_end = 0;
   const void* bias = nullptr;  // storage dtype; null: none
   const void* shortcut = nullptr;
@@ -150,9 +163,9 @@ struct WinogradKernels {
 
 struct DTypeKernels {
   int storage_bytes, accumulator_bytes;
-  int tile_pixels;   // at most this many pixels share the accumulators
   int vector;        // elements of the accumulator's type in a register
-  int panel;         // output channels of a full panel: two registers
+  int vectors;       // registers of output channels in a panel, at most
+  int rows[4];       // pixels that share the accumulators, at most, with a panel of 1, 2, ... registers
   int group;         // input channels in one element of A, which has the accumulator's size: 1, or a pair of bfloat16
   void (*block)(const BlockArgs&);
   void (*pack_row)(const PackRowArgs&);   // to elements of A

@@ -1,4 +1,4 @@
-// One row of an instruction set's table: all kernels of a storage dtype S on registers V, with tiles of M pixels. D: how A and
+// One row of an instruction set's table: all kernels of a storage dtype S on registers V. D: how A and
 // the packed weights are held and multiplied, V itself or pairs of bfloat16.
 #pragma once
 
@@ -10,15 +10,15 @@
 namespace fused_resnet {
 namespace {
 
-template <class V, class S, int M, class D = V>
+template <class V, class S, class D = V>
 constexpr DTypeKernels dtype_kernels() {
   return DTypeKernels{int(sizeof(S)),
                       int(sizeof(typename V::type)),
-                      M,
                       V::width,
-                      2 * V::width,
+                      V::vectors,
+                      {V::rows[0], V::rows[1], V::rows[2], V::rows[3]},
                       D::group,
-                      block<D, S, M>,
+                      block<D, S>,
                       pack_row<D, S>,
                       pack_row<V, S>,
                       pack_weight<D, S>,
@@ -28,7 +28,7 @@ constexpr DTypeKernels dtype_kernels() {
                       winograd_kernels<V, S, D, Winograd2<V>>(),
                       winograd_kernels<V, S, D, Winograd2Stride2<V>>(),
                       winograd_kernels<V, S, D, Winograd4<V>>(),
-                      winograd_multiply<D, M>};
+                      winograd_multiply<D>};
 }
 
 }  // namespace

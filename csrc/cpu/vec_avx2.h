@@ -16,6 +16,7 @@ struct Avx2Float {
   using reg = __m256;
   static constexpr int width = 8;
   static constexpr int group = 1;
+  static constexpr int vectors = 2, rows[] = {6, 6, 0, 0};  // register tiles: see DTypeKernels
   static __m256i mask(i64 n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n >= width ? width : int(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
@@ -81,6 +82,7 @@ struct Avx2Double {
   using reg = __m256d;
   static constexpr int width = 4;
   static constexpr int group = 1;
+  static constexpr int vectors = 2, rows[] = {6, 6, 0, 0};  // register tiles: see DTypeKernels
   static __m256i mask(i64 n) {
     return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n >= width ? width : n), _mm256_setr_epi64x(0, 1, 2, 3));
   }

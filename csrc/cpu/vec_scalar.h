@@ -14,6 +14,7 @@ struct ScalarVec {
   using reg = T;
   static constexpr int width = 1;
   static constexpr int group = 1;
+  static constexpr int vectors = 2, rows[] = {4, 4, 0, 0};  // register tiles: see DTypeKernels
   static reg zero() { return T(0); }
   static reg set1(T v) { return v; }
   static reg load(const T* p) { return *p; }

@@ -222,14 +222,13 @@ struct MultiplyArgs {
   const typename V::type* weight;  // [C][NV * W]
   typename V::type* product;       // [tiles][NV * W]
   i64 channels;
-  const char* prefetch;            // what comes next, on its way into the L2 cache:
-  i64 prefetch_step;               // bytes for each channel
+  Fetch fetch;                     // what comes next, a step for each channel
 };
 
 template <class V, int M, int NV>
 __attribute__((noinline)) void multiply_tile(const MultiplyArgs<V>& t) {
   using T = typename V::type;
-  constexpr int W = V::width, U = W < 4 ? W : 4;
+  constexpr int W = V::width, U = W < Fetch::kEvery ? W : Fetch::kEvery;
   typename V::reg acc[M][NV];
   FR_UNROLL
   for (int m = 0; m < M; ++m) {
@@ -237,14 +236,12 @@ __attribute__((noinline)) void multiply_tile(const MultiplyArgs<V>& t) {
     for (int v = 0; v < NV; ++v) acc[m][v] = V::zero();
   }
   const T* weight = t.weight;
-  const char* prefetch = t.prefetch;
+  Fetch fetch = t.fetch;
   const auto step = [&](const T* input) FR_INLINE_LAMBDA {
     typename V::reg w[NV];
     FR_UNROLL
     for (int v = 0; v < NV; ++v) w[v] = V::load(weight + v * W);
     weight += NV * W;
-    __builtin_prefetch(prefetch, 0, 2);
-    prefetch += t.prefetch_step;
     FR_UNROLL
     for (int m = 0; m < M; ++m) {
       const typename V::reg x = V::set1(input[m * W]);
@@ -254,11 +251,22 @@ __attribute__((noinline)) void multiply_tile(const MultiplyArgs<V>& t) {
   };
   const T* block = t.input;
   i64 left = t.channels;
-  for (; left >= W; left -= W, block += t.block) {
-    for (int j = 0; j < W; j += U) {
-      FR_UNROLL
-      for (int u = 0; u < U; ++u) step(block + j + u);
+  const auto whole_blocks = [&](auto often) FR_INLINE_LAMBDA {
+    for (; left >= W; left -= W, block += t.block) {
+      for (int j = 0; j < W; j += U) {
+        if (!often.value) fetch.some();
+        FR_UNROLL
+        for (int u = 0; u < U; ++u) {
+          if (often.value) fetch.one();
+          step(block + j + u);
+        }
+      }
     }
+  };
+  if (fetch.often()) {
+    whole_blocks(Flag<true>());
+  } else {
+    whole_blocks(Flag<false>());
   }
   for (i64 j = 0; j < left; ++j) step(block + j);
   FR_UNROLL
@@ -310,17 +318,25 @@ class Ahead {
   i64 piece_ = 0, quota_;
 };
 
-template <class V, int M>
+// As tile_functions of direct.h.
+template <class V, int NV>
+auto multiply_functions(i64 vectors) -> void (*const*)(const MultiplyArgs<V>&) {
+  if constexpr (NV > 1) {
+    if (vectors < NV) return multiply_functions<V, NV - 1>(vectors);
+  }
+  return MultiplyTable<V, NV, V::rows[NV - 1]>::function;
+}
+
+template <class V>
 void winograd_multiply(const WinogradMultiplyArgs& a) {
   using T = typename V::type;
   constexpr int W = V::width;
-  const auto* functions = a.width == W ? MultiplyTable<V, 1, M>::function : MultiplyTable<V, 2, M>::function;
-  const i64 groups = (a.tiles + M - 1) / M;
+  const auto* functions = multiply_functions<V, V::vectors>(a.width / W);
+  const i64 most = V::rows[a.width / W - 1], groups = (a.tiles + most - 1) / most;
   MultiplyArgs<V> t;
   t.block = a.block_stride;
   t.channels = a.channels;
-  t.prefetch_step = (a.width * i64(sizeof(T)) + groups - 1) / groups;
-  const i64 share = t.prefetch_step * a.channels, last_share = a.channels * a.width * i64(sizeof(T)) - share;
+  const i64 bytes = a.channels * a.width * i64(sizeof(T));
   Ahead ahead(a.ahead, a.ahead_runs, a.positions * groups);
   for (int position = 0; position < a.positions; ++position) {
     t.weight = static_cast<const T*>(a.weight) + position * a.channels * a.width;
@@ -332,7 +348,7 @@ void winograd_multiply(const WinogradMultiplyArgs& a) {
       const i64 begin = a.tiles * g / groups, end = a.tiles * (g + 1) / groups;
       t.input = input + begin * W;
       t.product = product + begin * a.width;
-      t.prefetch = static_cast<const char*>(next) + smaller(g * share, last_share);
+      t.fetch = Fetch(next, bytes, g, groups, a.channels);
       ahead.fetch();
       functions[end - begin - 1](t);
     }

@@ -50,7 +50,7 @@ i64 WinogradConvolution::thread_bytes() const {
   const i64 bytes = kernels_->accumulator_bytes, columns = strip_columns() + kernels_->vector;
   // Lines of a strip, transformed in one direction or before they are turned; and as many packed rows.
   const i64 strip = align64(2 * blocking_.alpha * columns * kernels_->vector * bytes);
-  const i64 product = align64(checked_product(checked_product(blocking_.positions(), blocking_.tiles), kernels_->panel * bytes));
+  const i64 product = align64(checked_product(checked_product(blocking_.positions(), blocking_.tiles), blocking_.cut.channels * bytes));
   return strip + product + (blocking_.shared ? 0 : transformed_bytes(blocking_.tiles)) + ahead_bytes();
 }
 
@@ -70,8 +70,8 @@ bool WinogradConvolution::write_packed(const WeightView& weight, const WeightVie
     a.stride = weight.stride;
     a.k = shape_.k;
     a.c = shape_.c;
-    a.k_begin = p * kernels_->panel;
-    a.width = shape_.k - a.k_begin <= kernels_->vector ? kernels_->vector : kernels_->panel;
+    a.k_begin = blocking_.cut.begin(p);
+    a.width = blocking_.cut.width(p);
     a.out = static_cast<char*>(out) + a.k_begin * per_channel;
     if (!winograd_->weight(a)) finite = false;
   }
@@ -143,8 +143,8 @@ void WinogradConvolution::finish(i64 begin, i64 end, i64 panel, const Operands& 
   const i64 m = blocking_.m, bytes = kernels_->accumulator_bytes;
   WinogradOutputArgs a;
   a.k = s.k;
-  a.channel = panel * kernels_->panel;
-  a.width = s.k - a.channel <= kernels_->vector ? kernels_->vector : kernels_->panel;
+  a.channel = blocking_.cut.begin(panel);
+  a.width = blocking_.cut.width(panel);
   a.position_stride = (end - begin) * a.width;
   a.bias = s.has_bias ? operands.bias : nullptr;
   a.shortcut_stride = s.shortcut;
@@ -170,8 +170,8 @@ void WinogradConvolution::finish(i64 begin, i64 end, i64 panel, const Operands& 
 // What the epilogue of this panel will touch, and a share of the input of the tiles from `next` on.
 i64 WinogradConvolution::look_ahead(i64 begin, i64 end, i64 next, i64 panel, const Operands& operands, AheadRun* runs) const {
   const ConvShape& s = shape_;
-  const i64 m = blocking_.m, step = blocking_.step, size = kernels_->storage_bytes, first = panel * kernels_->panel;
-  const i64 lines = (std::min(kernels_->panel + i64(0), s.k - first) * size + 63) / 64;
+  const i64 m = blocking_.m, step = blocking_.step, size = kernels_->storage_bytes, first = blocking_.cut.begin(panel);
+  const i64 lines = (std::min(blocking_.cut.channels, s.k - first) * size + 63) / 64;
   i64 count = 0;
   const auto add = [&](const void* data, const Strides& stride, const Strip& t, bool write) {
     const i64 columns = std::min(t.tiles * m, s.q - t.col * m);
@@ -211,7 +211,7 @@ i64 WinogradConvolution::tasks(int phase) const {
 void WinogradConvolution::run_task(int phase, i64 index, const Operands& operands, char* shared, char* mine) const {
   const WinogradBlocking& b = blocking_;
   const i64 bytes = kernels_->accumulator_bytes, vector = kernels_->vector;
-  const i64 product_bytes = align64(b.positions() * b.tiles * kernels_->panel * bytes);
+  const i64 product_bytes = align64(b.positions() * b.tiles * b.cut.channels * bytes);
   char* const product = mine;
   char* const transformed = mine + product_bytes;
   char* const scratch = b.shared ? transformed : transformed + transformed_bytes(b.tiles);
@@ -242,9 +242,9 @@ void WinogradConvolution::run_task(int phase, i64 index, const Operands& operand
     a.input = input;
     a.position_stride = position_stride(held);
     a.block_stride = held * vector;
-    a.width = shape_.k - panel * kernels_->panel <= vector ? vector : kernels_->panel;
+    a.width = b.cut.width(panel);
     const auto weights = [&](i64 of) {
-      return static_cast<const char*>(operands.weight) + of * kernels_->panel * b.positions() * elements() * bytes;
+      return static_cast<const char*>(operands.weight) + b.cut.begin(of) * b.positions() * elements() * bytes;
     };
     a.weight = weights(panel);
     a.next = weights(panel + 1 < panel_end ? panel + 1 : panel_begin);

@@ -30,7 +30,7 @@ class WinogradConvolution final : public Convolution {
   i64 vectors() const { return (shape_.c + kernels_->vector - 1) / kernels_->vector; }  // of input channels
   i64 blocks() const { return (vectors() + kernels_->group - 1) / kernels_->group; }    // of elements, a vector each
   i64 elements() const { return (shape_.c + kernels_->group - 1) / kernels_->group; }   // of the reduction
-  i64 panels() const { return (shape_.k + kernels_->panel - 1) / kernels_->panel; }
+  i64 panels() const { return blocking_.cut.count(); }
   i64 position_stride(i64 tiles) const;  // of the transformed input of so many tiles: elements
   i64 transformed_bytes(i64 tiles) const;
   i64 ahead_bytes() const;               // of the runs of memory to fetch ahead
