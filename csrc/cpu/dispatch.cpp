@@ -74,6 +74,10 @@ const CacheSizes& cache_sizes() {
     // On AMD the C library adds up the parts of the L3 cache; the kernel tells the part that a core can fill.
     i64 part = 0;
     char unit = 0;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    found.intel = __builtin_cpu_is("intel");
+#endif
     std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
     if (file >> part >> unit && part > 0 && unit == 'K') found.l3 = std::min(found.l3, part << 10);
     return found;

@@ -10,6 +10,7 @@ namespace fused_resnet {
 
 struct CacheSizes {
   i64 l1d = 32 << 10, l2 = 1 << 20, l3 = 8 << 20;  // bytes; what is assumed where the system does not say
+  bool intel = false;                              // whose they are
 };
 
 std::vector<const KernelTable*> available_tables();  // the best one last
