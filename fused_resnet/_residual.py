@@ -6,8 +6,9 @@ its description can be copied, pickled and compiled. Parameters are read from th
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -142,14 +143,10 @@ def execute(block: Bound, x: Tensor, compiling: bool) -> Tensor:
         y = _execute_whole(block, x)
         if y is not None:
             return y
-    h = x
-    for step in block.main:
-        h = run_step(step, h, compiling)
+    h = run_steps(block.main, x, compiling)
     if block.shortcut is None:
         return _layer(block.last, h, None, block.relu, compiling)
-    shortcut = x
-    for step in block.shortcut:
-        shortcut = run_step(step, shortcut, compiling)
+    shortcut = run_steps(block.shortcut, x, compiling)
     return _end(block, h, shortcut, compiling)
 
 
@@ -157,7 +154,7 @@ def _execute_whole(block: Bound, x: Tensor) -> Tensor | None:
     """The block as one call, or None where it has to go layer by layer."""
     if not nobody_listens(x):
         return None
-    ready = None if block.kind == "external" else _ready(block, x)
+    ready = _ready(block, x)
     layers = []
     for step in block.main:
         assert isinstance(step, BoundLayer)
@@ -177,18 +174,15 @@ def _execute_whole(block: Bound, x: Tensor) -> Tensor | None:
         layers.append(_operand(step, False))
     elif block.kind == "external":
         assert block.shortcut is not None
-        shortcut = x
-        for step in block.shortcut:
-            if isinstance(step, BoundLayer) and _is_live(step.norm):
-                return None  # its statistics must change once
-        for step in block.shortcut:
-            shortcut = run_step(step, shortcut, False)
+        if any([isinstance(step, BoundLayer) and _is_live(step.norm) for step in block.shortcut]):
+            return None  # its statistics must change once
+        shortcut = run_steps(block.shortcut, x)
     assert block.kind is not None
     found = _whole.run(block.plans, layers, x, shortcut, block.kind, block.left_is_main)
     if found is None:
         return None
     y, repeat = found
-    if ready is not None and ready.accept(repeat):
+    if ready is not None and ready.accept(repeat, shortcut):
         block.plans["ready"] = ready
     return y
 
@@ -201,7 +195,10 @@ def _ready(block: Bound, x: Tensor) -> _whole.Ready | None:
     """What will repeat this call; None for tensors that are kept in unusual places, or whose changes would not be seen."""
     places: list[tuple[dict[str, Any], str]] = []
     settings: list[tuple[dict[str, Any], Callable[[Any], Any]]] = []
-    for step in (*block.main, block.last, *(block.shortcut or ())):
+    external = block.shortcut if block.kind == "external" else None
+    # An external shortcut is made anew each time; of its layers it matters only whether a norm is live.
+    settings += [(s.norm.__dict__, _NORM_SETTINGS) for s in external or () if isinstance(s, BoundLayer) and s.norm is not None]
+    for step in (*block.main, block.last, *(() if external is not None else block.shortcut or ())):
         assert isinstance(step, BoundLayer)
         conv, norm, _ = step
         places += [(conv._parameters, "weight"), (conv._parameters, "bias")]
@@ -211,7 +208,7 @@ def _ready(block: Bound, x: Tensor) -> _whole.Ready | None:
             places += [(norm._buffers, "running_mean"), (norm._buffers, "running_var")]
             settings.append((norm.__dict__, _NORM_SETTINGS))
     try:
-        return _whole.Ready(places, settings, x)
+        return _whole.Ready(places, settings, x, None if external is None else functools.partial(run_steps, external))
     except LookupError:
         return None
 
@@ -229,6 +226,12 @@ def run_step(step: BoundStep, x: Tensor, compiling: bool) -> Tensor:
         return _layer(step, x, None, step.relu, compiling)
     output: Tensor = step.function(x, *step.args, **step.kwargs)
     return output
+
+
+def run_steps(steps: Sequence[BoundStep], x: Tensor, compiling: bool = False) -> Tensor:
+    for step in steps:
+        x = run_step(step, x, compiling)
+    return x
 
 
 def _is_live(norm: Any) -> bool:

@@ -7,7 +7,7 @@ replaced modules behave as ever.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ._match import Matcher, check_heard, plain_value
-from ._residual import BoundCall, BoundLayer, Call, Layer, Step, bind_step, run_step
+from ._residual import Bound, BoundCall, BoundLayer, Call, Layer, Residual, Step, bind, bind_step, execute, run_steps
 from ._trace import Refused, only_input, trace
 
 # Functions of one tensor and constants, by the name under which a description keeps them; methods of tensors under the same.
@@ -39,7 +39,7 @@ class Stem:
 
 
 class BoundStem(NamedTuple):
-    layer: BoundLayer
+    layer: Bound  # a block of one layer
     rest: tuple[BoundLayer | BoundCall, ...]
     plans: dict[Any, Any]
 
@@ -88,14 +88,13 @@ def _call(matcher: Matcher, node: fx.Node) -> Call:
 
 def bind_stem(module: nn.Module, description: Stem) -> BoundStem:
     """The description with ``module``'s children filled in."""
-    layer = bind_step(module, description.layer)
-    assert isinstance(layer, BoundLayer)
+    layer = bind(module, Residual((replace(description.layer, relu=False),), None, relu=description.layer.relu))
     return BoundStem(layer, tuple([bind_step(module, step, FUNCTIONS) for step in description.rest]), {})
 
 
 def execute_stem(stem: BoundStem, x: Tensor, compiling: bool) -> Tensor:
     """Execute a bound stem and what follows it."""
-    x = run_step(stem.layer, x, compiling)
-    for step in stem.rest:
-        x = run_step(step, x, compiling)
-    return x
+    ready = None if compiling else stem.layer.plans.get("ready")
+    y = ready(x) if ready is not None and type(x) is Tensor else None
+    x = execute(stem.layer, x, compiling) if y is None else y
+    return run_steps(stem.rest, x, compiling)

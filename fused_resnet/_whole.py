@@ -62,7 +62,7 @@ class Packed(NamedTuple):
     bias_tensor: Tensor | None
 
 
-Repeat = Callable[[Tensor], Tensor]
+Repeat = Callable[..., Tensor]  # of the input and, if there is an external shortcut, its address
 States = Iterable[tuple["Tensor | None", State]]  # which state of each source tensor was packed
 Packer = Callable[[Sequence[Operand]], tuple[Packed, States]]
 
@@ -222,10 +222,12 @@ class Ready:
         places: Sequence[tuple[dict[str, Any], str]],
         settings: Sequence[tuple[dict[str, Any], Callable[[Any], Any]]],
         x: Tensor,
+        shortcut: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """To be made before the call that it is to repeat, so that a write meanwhile is seen; ``accept`` is for after it.
 
         places: where the modules keep the source tensors. settings: what reads the numbers that steer the modules.
+        shortcut: what makes the tensor to add from the input, where that is neither the input nor one of the layers' work.
         """
         assert cpu is not None
         self.places = places
@@ -240,17 +242,20 @@ class Ready:
         self.environment = torch.get_num_threads(), _numerics.epoch
         self.guard = cpu.Guard([(t.data_ptr(), t.nbytes) for t in self.held], SOME)
         self.repeat: Repeat | None = None
+        self.shortcut = shortcut
+        self.added: Any = None  # the shortcut's layout
 
     @staticmethod
     def _state(there: Sequence[Tensor]) -> Any:
         return [t._version for t in there], [t.data_ptr() for t in there], [t.stride() for t in there if t.dim() > 1]
 
-    def accept(self, repeat: Repeat) -> bool:
+    def accept(self, repeat: Repeat, shortcut: Tensor | None) -> bool:
         """Whether ``repeat`` computes with the tensors as they were: another thread may have replaced one meanwhile, and put it
         back."""
         states = repeat.states  # type: ignore[attr-defined]
         if any([states.get(id(t)) != state_of(held) for t, held in zip(self.there, self.held, strict=True)]):
             return False
+        self.added = None if shortcut is None else (shortcut.shape, shortcut.stride(), shortcut.dtype)
         self.repeat = repeat
         return True
 
@@ -272,4 +277,11 @@ class Ready:
         if torch.is_grad_enabled() and any([t.requires_grad for t in self.there]):
             return None
         repeat = self.repeat
-        return repeat(x) if repeat is not None and self.guard.holds() else None
+        if repeat is None or not self.guard.holds():
+            return None
+        if self.shortcut is None:
+            return repeat(x)
+        shortcut = self.shortcut(x)
+        if (shortcut.shape, shortcut.stride(), shortcut.dtype) != self.added or not nobody_listens(shortcut):
+            return None
+        return repeat(x, shortcut.data_ptr())

@@ -13,6 +13,8 @@ i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 constexpr double kWinogradShare = 0.6;
 // Of the L1 cache, for the weights of one position and one panel.
 constexpr double kPositionShare = 0.67;
+// So much longer than the arithmetic of a thread may its weights take before they are shared out.
+constexpr double kShareWeights = 1.2;
 // Winograd's transforms of one tile and one vector of channels, input or output, in FMA slots for each position: about twice
 // the instructions, for they load and store as much as they calculate.
 constexpr double kTransformSlots = 8;
@@ -101,17 +103,21 @@ Cost direct_cost(const ConvShape& s, const DTypeKernels& kernels, const CacheSiz
   return cost;
 }
 
-Cost winograd_cost(const ConvShape& s, Algorithm algorithm, const DTypeKernels& kernels, const CacheSizes& caches) {
-  const WinogradBlocking b = choose_winograd_blocking(s, algorithm, kernels, caches, 1);
+// With the weights read so many times.
+Cost winograd_cost(const ConvShape& s, const WinogradBlocking& b, double passes, const DTypeKernels& kernels, const CacheSizes& caches) {
   const double tiles = double(s.n) * double(b.rows) * double(b.cols), positions = double(b.positions());
   const double in = std::ceil(double(s.c) / kernels.vector), out = std::ceil(double(s.k) / kernels.vector);
   const double transforms = tiles * (in + out) * positions * kTransformSlots;
-  const double passes = b.shared ? std::ceil(tiles / double(b.tiles)) : double(b.tile_parts);
   Cost cost;
   cost.arithmetic = positions * product_slots(tiles, b.cut, kernels, elements(s.c, kernels)) + transforms;
   cost.weights =
       weight_slots(positions * out * kernels.vector * elements(s.c, kernels) * kernels.accumulator_bytes, passes, kernels, caches);
   return cost;
+}
+
+Cost winograd_cost(const ConvShape& s, Algorithm algorithm, const DTypeKernels& kernels, const CacheSizes& caches) {
+  const WinogradBlocking b = choose_winograd_blocking(s, algorithm, kernels, caches, 1);
+  return winograd_cost(s, b, double(b.tile_parts), kernels, caches);
 }
 
 std::string two_digits(double value) {
@@ -191,7 +197,13 @@ WinogradBlocking choose_winograd_blocking(const ConvShape& s, Algorithm algorith
   const double position = double(ceil_div(s.c, kernels.group)) * double(b.cut.channels) * double(bytes);
   if (position > kPositionShare * double(caches.l1d) || fits(b.cut) < std::min(few, all)) b.cut = cut_panels(s.k, kernels, 2);
   const i64 most = fits(b.cut), panels = b.cut.count();
-  b.shared = most < few || (threads > 1 && all < 2 * few * threads);
+  b.shared = most < few && most < all;
+  if (threads > 1 && !b.shared && all < 2 * few * threads) {
+    // Few tiles for each thread. Either each takes some of them, and reads all weights; or some panels of all tiles, whose input is
+    // then transformed by one thread for another, and goes through the cache that they share.
+    const Cost cost = winograd_cost(s, b, 1, kernels, caches);
+    b.shared = all < few || cost.weights > kShareWeights * cost.arithmetic / threads;
+  }
   b.tiles = std::clamp<i64>(b.shared ? few : most, 1, std::max<i64>(all, 1));
   b.tile_parts = ceil_div(all, b.tiles);
   b.panel_parts = 1;
