@@ -108,6 +108,8 @@ class FusedBlock:
             return self._plain_forward(x)
         current = state.current
         if current is None or not current.holds(self):  # type: ignore[arg-type]
+            if isinstance(x, fx.Proxy):
+                return self._plain_forward(x)  # somebody traces a twin of it, whose state is not its own
             current = refresh(self, state)
         bound = current.bound
         if bound is not None:

@@ -98,7 +98,7 @@ def find(tag: object, sources: Sequence[Tensor | None], make: Callable[..., T]) 
     entry = _entries.get(key)
     if entry is not None and entry[0]() is owner:
         kept = entry[1].get(tag)
-        if kept is not None and all(map(_unchanged, sources, kept[0])):
+        if kept is not None and len(kept[0]) == len(sources) and all(map(_unchanged, sources, kept[0])):
             value: T = kept[1]
             return tuple([None if stamp is None else stamp[0][:2] for stamp in kept[0]]), value
     held = snapshots(sources)

@@ -208,7 +208,7 @@ def _packer(block: Any, index: int, main: int) -> Packer:
                 return Packed(0, 0, None, None)
             return Packed(buffer.data_ptr(), 0 if bias is None else bias.data_ptr(), buffer, bias)
 
-        states, value = find(("whole", *tag, eps, other and other.eps), sources, make)
+        states, value = find(("whole", *tag, joined, eps, other and other.eps), sources, make)
         return value, zip(sources, states, strict=True)
 
     return packed

@@ -91,7 +91,7 @@ def check(call: Call) -> str:
 
 small = st.integers(1, 9)
 sizes = st.one_of(small, st.sampled_from([13, 14, 15, 16, 17, 28, 29, 31, 58]))
-channels = st.one_of(small, st.sampled_from([15, 16, 17, 24, 31, 32, 33, 40, 64, 65]))
+channels = st.one_of(small, st.sampled_from([15, 16, 17, 24, 31, 32, 33, 40, 48, 64, 65, 80, 96]))
 layouts = st.sampled_from(sorted(testing.LAYOUTS))
 
 

@@ -11,10 +11,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import _blocks
 import pytest
 import torch
 import torch.nn.functional as F
-from _blocks import assert_close, assert_same, layers, randomise, truth_of
+from _blocks import assert_close, assert_same, layers, truth_of
 from torch import Tensor, nn
 
 from fused_resnet import _block, _plain, models
@@ -27,6 +28,15 @@ def _quiet() -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*runs unfused")
         yield
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Without the variances below eps: over so many layers they amplify rounding errors until nothing else is seen."""
+    for module in _blocks.randomise(model).modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_var is not None
+            module.running_var.clamp_(min=0.5)
+    return model
 
 
 class Network(nn.Module):
@@ -86,10 +96,6 @@ def pair(x: Tensor) -> tuple[Any, Any]:
 def _write(t: Tensor) -> None:
     with torch.no_grad():
         t.mul_(-1.5).add_(0.1)
-
-
-def _blocks(m: Any) -> list[Any]:
-    return [*m.layer1, *m.layer2]
 
 
 def _replace(m: Any, path: str, module: nn.Module) -> None:
@@ -226,6 +232,73 @@ def test_compiles_whole(x: Tensor) -> None:
         assert_same(compiled, original, x)
 
 
+class Nested(Network):
+    """Its stem lies deeper: a change there would have to be looked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.ModuleDict({"conv": self.conv1, "norm": self.bn1, "act": self.relu})
+        del self.conv1, self.bn1, self.relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem["act"](self.stem["norm"](self.stem["conv"](x)))
+        x = self.layer2(self.layer1(self.maxpool(x)))
+        result: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
+        return result
+
+
+def test_an_identity_behind_the_stem_is_heard(x: Tensor) -> None:
+    """As those who want features do it."""
+    network: Any = randomise(Network()).eval()
+    network.fc = nn.Identity()
+    assert fuse_(network).stems == ("",)
+    heard: list[int] = []
+    network.fc.register_forward_hook(lambda module, args, output: heard.append(output.shape[1]))
+    with torch.no_grad():
+        network(x), network(x)
+    assert heard == [32, 32]
+
+
+def test_converted_twice_within_another(x: Tensor) -> None:
+    original = nn.Sequential(randomise(Network()).eval(), nn.Linear(10, 3))
+    outer = Outer(copy.deepcopy(original[0]), copy.deepcopy(original[1]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first, second = fuse_(outer), fuse_(outer)
+    assert first.stems == second.stems == ("body",)
+    with torch.no_grad():
+        assert_same(outer, original, x)
+
+
+class Outer(nn.Module):
+    def __init__(self, body: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(self.body(x))
+        return result
+
+
+@pytest.mark.parametrize("joined_first", [True, False])
+def test_a_projection_without_a_norm_comes_and_goes(joined_first: bool) -> None:
+    """It is a part of the last product, or is not there at all; the same weights serve both."""
+    block: Any = _plain.Bottleneck(64, 16)
+    for name in ("bn1", "bn2", "bn3"):
+        setattr(block, name, nn.Identity())
+    projection = nn.Conv2d(64, 64, 1)
+    x = torch.randn(2, 64, 9, 9)
+    original = copy.deepcopy(block).eval()
+    holder: Any = nn.Sequential(block.eval())
+    block.downsample = original.downsample = projection if joined_first else None
+    assert len(fuse_(holder).fused) == 1
+    with torch.no_grad():
+        for there in (joined_first, not joined_first, joined_first):
+            block.downsample = original.downsample = projection if there else None
+            assert_same(block, original, x)
+
+
 class TwoInputs(Network):
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         return super().forward(x) * scale
@@ -236,7 +309,7 @@ class NoNorm(Network):
         return super().forward(F.gelu(x))
 
 
-@pytest.mark.parametrize("network", [TwoInputs, NoNorm])
+@pytest.mark.parametrize("network", [TwoInputs, NoNorm, Nested])
 def test_a_stem_of_another_kind_stays(network: type[nn.Module], x: Tensor) -> None:
     """The blocks are fused all the same."""
     original = randomise(network()).eval()

@@ -829,6 +829,36 @@ def test_no_memory_for_the_workspace(algorithm: str, threads: int, kernels: Modu
     assert done.stdout.split() == ["MemoryError", "True"] * 3
 
 
+@pytest.mark.parametrize("algorithm", ["auto", "direct", *WINOGRAD])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=name)
+def test_one_weight_for_inputs_of_every_size(algorithm: str, dtype: torch.dtype, isa: str, generator: torch.Generator) -> None:
+    """What was packed for one size and batch is used for all others."""
+    _kernels.use_algorithm(algorithm)
+    for channels in (80, 128):
+        base = testing.integer_operands(ConvCase(channels, 72, (3, 3), (3, 3), padding=(1, 1)), dtype, generator)
+        for batch, size in ((1, 14), (2, 12), (1, 28), (1, 3), (5, 9), (1, 7)):
+            x = torch.randint(-2, 3, (batch, channels, size, size), generator=generator).to(dtype)
+            y = fused_resnet.conv_bias_add_relu(x, base.weight, padding=1)
+            truth = reference.conv_bias_add_relu(x.double(), base.weight.double(), padding=1)
+            error = testing.norm_error(y, truth)
+            assert error <= (5e-2 if dtype == torch.bfloat16 else 1e-5), (batch, size)  # a wrong layout: of order 1; rounding: at most 2e-2
+
+
+@pytest.mark.parametrize("algorithm", ["auto", *WINOGRAD])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
+def test_groups_of_a_block_share_their_weights(algorithm: str, dtype: torch.dtype, kernels: ModuleType) -> None:
+    """Also the last group of images, which may be smaller."""
+    block = fnn.BasicBlock(128, 128).eval().to(dtype)
+    _kernels.use_algorithm(algorithm)
+    with torch.no_grad():
+        for batch, size in ((3, 13), (3, 14), (5, 10), (7, 7)):
+            x = torch.randn(batch, 128, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                alone = torch.cat([copy.deepcopy(block)(x[i : i + 1]) for i in range(batch)])
+                assert testing.norm_error(block(x), alone.double()) <= 1e-5, (batch, size, threads)
+
+
 def test_derived_values_of_each_algorithm_are_kept_apart(kernels: ModuleType, generator: torch.Generator) -> None:
     """One weight under every algorithm in turn, twice: three packings, each used again."""
     case = ConvCase(5, 19, (6, 7), (3, 3), padding=(1, 1))

@@ -39,7 +39,12 @@ constexpr i64 kChunkBytes = 128 << 10;
 // A multiple of this between pixels puts a tile's pixels into so few sets of the L1 cache that they evict each other.
 constexpr i64 kBadPitch = 2048;
 
+// FMA instructions for which a second thread is worth its while: some 45 microseconds of one core.
+constexpr double kSerialSlots = 2.5e5;
+
 }  // namespace
+
+double serial_macs(const DTypeKernels& kernels) { return kSerialSlots * kernels.vector * kernels.group; }
 
 const WinogradKernels* winograd_kernels(const ConvShape& s, Algorithm algorithm, const DTypeKernels& kernels) {
   if (s.r != 3 || s.s != 3 || s.dilation_h != 1 || s.dilation_w != 1 || s.stride_h != s.stride_w || s.joined.c) return nullptr;
@@ -192,10 +197,11 @@ WinogradBlocking choose_winograd_blocking(const ConvShape& s, Algorithm algorith
   };
   const i64 few = 2 * kernels.rows[1];
   // Wide panels need fewer loads for a product, but their tiles have fewer rows, so that a position's weights are read more often:
-  // from the L1 cache, or not at all. And narrow ones leave room for more tiles.
+  // from the L1 cache, or not at all. And narrow ones leave room for more tiles. Whatever the number of tiles: a packed weight serves
+  // inputs of every size.
   b.cut = cut_panels(s.k, kernels, kernels.vectors);
   const double position = double(ceil_div(s.c, kernels.group)) * double(b.cut.channels) * double(bytes);
-  if (position > kPositionShare * double(caches.l1d) || fits(b.cut) < std::min(few, all)) b.cut = cut_panels(s.k, kernels, 2);
+  if (position > kPositionShare * double(caches.l1d) || fits(b.cut) < few) b.cut = cut_panels(s.k, kernels, 2);
   const i64 most = fits(b.cut), panels = b.cut.count();
   b.shared = most < few && most < all;
   if (threads > 1 && !b.shared && all < 2 * few * threads) {

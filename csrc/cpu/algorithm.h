@@ -26,12 +26,16 @@ struct Choice {
 // Whatever the number of threads, so that the result does not depend on it.
 Choice choose_algorithm(const ConvShape& shape, const DTypeKernels& kernels, const CacheSizes& caches, const Request& request);
 
+// Below this many multiply-adds a convolution is done before other threads have woken up and fetched their share of the data from
+// this one's caches.
+double serial_macs(const DTypeKernels& kernels);
+
 // Winograd: runs of tiles, times ranges of panels of output channels. Either one phase, whose tasks each transform the input of
 // their tiles for themselves; or two, the first of which transforms the whole input for the tasks of the second.
 struct WinogradBlocking {
   int m = 4, step = 4, alpha = 6;
   i64 rows = 0, cols = 0;    // tiles of one image
-  Panels cut;                // of the output channels
+  Panels cut;                // of the output channels; the packed weight's layout, so never a matter of N, H, W or threads
   i64 tiles = 1;             // of one task
   i64 panels = 1;            // of one task
   bool shared = false;       // two phases
@@ -52,7 +56,7 @@ const WinogradKernels* winograd_kernels(const ConvShape& shape, Algorithm algori
 struct Blocking {
   bool packed = true;  // input rows are copied into the workspace (padded, widened); false: read where they are
   i64 images = 1, rows = 1, cols = 1;  // output rows and columns of one task; rows < P only where images == 1
-  Panels cut;                          // of the output channels
+  Panels cut;                          // of the output channels; the packed weight's layout, so a matter of K alone
   i64 panels = 1;                      // of one task
   i64 channels = 0, joined = 0;        // elements of A for each pixel (see DTypeKernels::group)
   i64 pitch = 0;                       // packed: elements between two pixels of a row

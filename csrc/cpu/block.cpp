@@ -33,6 +33,17 @@ ConvShape shape_of(const Layer& layer, i64 n, i64 c, i64 h, i64 w) {
   return s;
 }
 
+// Of the main path.
+double macs(const BlockShape& block) {
+  double sum = 0;
+  i64 c = block.c;
+  for (const Layer& layer : block.main) {
+    sum += shape_of(layer, block.n, c, 1, 1).macs();
+    c = layer.k;
+  }
+  return sum;
+}
+
 }  // namespace
 
 Block::Block(const BlockShape& shape, DType dtype, int threads, const Request& request)
@@ -42,6 +53,7 @@ Block::Block(const BlockShape& shape, DType dtype, int threads, const Request& r
   const Layer& last = shape_.main.back();
   joined_ = shape_.kind == Shortcut::projection &&
             can_join(shape_of(last, shape_.n, 1, 1, 1), shape_of(shape_.projection, shape_.n, shape_.c, shape_.h, shape_.w));
+  if (macs(shape_) < double(shape_.main.size()) * serial_macs(current_table().dtype[int(dtype)])) threads_ = 1;
   i64 images = std::max<i64>(shape_.n, 1);
   if (shape_.n > 1) {
     i64 pixels = last.p * last.q;
@@ -75,6 +87,7 @@ Block::Group Block::plan(i64 images, int threads, const Request& request) const 
     s.shortcut = shortcut_strides;
     if (joined_ && index + 1 == shape_.main.size()) {
       s.joined = {shape_.c, shape_.projection.stride_h, shape_.projection.stride_w, shape_.x};
+      s.has_bias = s.has_bias || shape_.projection.has_bias;
     }
     // Chosen for the whole batch: the result depends neither on the size of a group nor on what that depends on.
     Request wanted = request;

@@ -10,12 +10,6 @@
 #include "workspace.h"
 
 namespace fused_resnet {
-namespace {
-
-// Below this many multiply-adds waking threads costs more than it saves.
-constexpr double kSerialMacs = 2e5;
-
-}  // namespace
 
 Convolution::Convolution(const ConvShape& shape, DType dtype, int threads, const Choice& choice)
     : shape_(shape),
@@ -26,8 +20,8 @@ Convolution::Convolution(const ConvShape& shape, DType dtype, int threads, const
 
 std::unique_ptr<Convolution> Convolution::make(const ConvShape& shape, DType dtype, int threads, const Request& request) {
   shape.validate();
-  threads = shape.macs() < kSerialMacs ? 1 : std::max(threads, 1);
   const DTypeKernels& kernels = current_table().dtype[int(dtype)];
+  threads = shape.macs() < serial_macs(kernels) ? 1 : std::max(threads, 1);
   const Choice choice = choose_algorithm(shape, kernels, cache_sizes(), request);
   if (choice.algorithm == Algorithm::direct) return std::make_unique<DirectConvolution>(shape, dtype, threads, choice);
   return std::make_unique<WinogradConvolution>(shape, dtype, threads, choice);

@@ -301,11 +301,12 @@ struct Block {
     const Cut cut(a.pixels, vectors(a.panel_begin));
     for (i64 i = 0; i < cut.tiles; ++i) {
       t.pixel = cut.begin(i);
-      const i64 next = i + 1 < cut.tiles ? cut.begin(i + 1) : t.pixel;
-      const i64 bytes = a.input_run ? i64(sizeof(T)) * reduction * cut.size(i) : 0;
+      const void* const* next = a.base + (i + 1 < cut.tiles ? cut.begin(i + 1) : t.pixel);
+      const void* const* last = a.base + (i + 1 < cut.tiles ? cut.begin(i + 1) + cut.size(i + 1) - 1 : t.pixel);
+      const i64 bytes = a.input_run ? static_cast<const char*>(*last) - static_cast<const char*>(*next) : 0;
       for (i64 p = a.panel_begin; p < a.panel_end; ++p) {
         t.weight = weights(p);
-        t.fetch = Fetch(a.base[next], bytes, p - a.panel_begin, panels, reduction);
+        t.fetch = Fetch(*next, bytes, p - a.panel_begin, panels, reduction);
         t.channel = a.panels.begin(p);
         tile_functions<V, S, V::vectors>(vectors(p))[cut.size(i) - 1](t);
       }

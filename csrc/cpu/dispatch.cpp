@@ -70,7 +70,9 @@ const CacheSizes& cache_sizes() {
     };
     read(_SC_LEVEL1_DCACHE_SIZE, &found.l1d);
     read(_SC_LEVEL2_CACHE_SIZE, &found.l2);
-    read(_SC_LEVEL3_CACHE_SIZE, &found.l3);
+    i64 all = 0;
+    read(_SC_LEVEL3_CACHE_SIZE, &all);
+    if (all > 0) found.l3 = all;
     // On AMD the C library adds up the parts of the L3 cache; the kernel tells the part that a core can fill.
     i64 part = 0;
     char unit = 0;
@@ -79,7 +81,7 @@ const CacheSizes& cache_sizes() {
     found.intel = __builtin_cpu_is("intel");
 #endif
     std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
-    if (file >> part >> unit && part > 0 && unit == 'K') found.l3 = std::min(found.l3, part << 10);
+    if (file >> part >> unit && part > 0 && unit == 'K') found.l3 = all > 0 ? std::min(all, part << 10) : part << 10;
     return found;
   }();
   return sizes;

@@ -1,4 +1,4 @@
-// AVX-512: 32 registers hold a tile of 14 pixels x 2 vectors, 2 of weights and a broadcast.
+// AVX-512: 32 registers hold a tile of 6 pixels x 4 vectors (9 x 3, 14 x 2), as many of weights as it has vectors and a broadcast.
 #include "vec_avx512.h"
 #include "table.h"
 

@@ -15,7 +15,7 @@ void pack_row(const PackRowArgs& a) {
   constexpr int W = V::width;
   const S* x = static_cast<const S*>(a.x);
   T* out = static_cast<T*>(a.out);
-  if (V::group == 1 && a.stride_c == 1 && a.stride_w == a.channels && a.pitch == a.channels) {  // one run: a stem's few channels
+  if (V::group == 1 && a.stride_c == 1 && a.stride_w == a.channels && a.pitch == a.channels) {  // one run, as a stem's few channels are
     const i64 length = a.pixels * a.channels;
     i64 i = 0;
     for (; i + W <= length; i += W) V::store(out + i, V::load_n(x + i, W));

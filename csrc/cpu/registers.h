@@ -17,10 +17,10 @@ struct Flag {
 
 inline i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
 
-// A run of memory on its way into the L2 cache while something else is calculated, a share of it at each of `steps` steps. Each
-// line once: a prefetch takes a place among the few misses that a core can wait for, even where the line is there already. Nothing
-// is fetched from behind the run: where no memory is mapped, each prefetch would walk the page table (and take a hundred times as
-// long).
+// A run of memory on its way into the L2 cache while something else is calculated, a share of it at each of `steps` steps. No line
+// much more than once: a prefetch takes a place among the few misses that a core can wait for, even where the line is there already.
+// Nothing is fetched from behind the run: where no memory is mapped, each prefetch would walk the page table (and take a hundred
+// times as long).
 class Fetch {
  public:
   static constexpr int kEvery = 4;  // a loop that fetches little is unrolled so often, and fetches once for all of these steps
@@ -34,7 +34,8 @@ class Fetch {
     each_ = (count * kEvery + steps - 1) / (steps > 0 ? steps : 1);
     stride_ = count * 64 / (steps > 0 ? steps : 1);
   }
-  // Whether there is so much that each step should have its share: then `one` before each, else `some` before every kEvery.
+  // Whether there is so much that each step should have its share: then `one` before each, else `some` before every kEvery. Where a
+  // step's share is more than a line, `one` fetches the first of them, and the hardware, which sees the run, the others.
   bool often() const { return each_ > kEvery / 2; }
   FR_INLINE void one() {
     __builtin_prefetch(next_, 0, 2);

@@ -1,4 +1,4 @@
-// Winograd convolution F(2x2, 3x3) and F(4x4, 3x3): 3x3 kernels with stride and dilation 1.
+// Winograd convolution F(2x2, 3x3) and F(4x4, 3x3): 3x3 kernels with dilation 1 and stride 1 or, F(2x2) only, 2.
 #pragma once
 
 #include "convolution.h"

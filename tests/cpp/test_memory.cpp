@@ -473,10 +473,11 @@ void winograd_cases() {
     }
   }
   // Rows of more tiles than a strip or a task holds; so many channels that one task's input does not fit the L2 cache; tasks
-  // that end in the middle of a row, and of an image.
+  // that end in the middle of a row, and of an image; weights enough for several threads to share them out.
   const i64 many = cache_sizes().l2 / (16 * 4 * 8);  // float32, F(2x2), 8 tiles
   const i64 large[][5] = {{1, 17, 2, 31, 40}, {1, 40, 3, 61, 16},  {2, 16, 1, 130, 33}, {1, 33, 5, 58, 17}, {1, 600, 4, 70, 3},
-                          {1, many, 5, 6, 3}, {3, 40, 17, 17, 33}, {5, 16, 14, 14, 40}, {1, 5, 40, 41, 70}, {2, 3, 60, 60, 70}};
+                          {1, many, 5, 6, 3}, {3, 40, 17, 17, 33}, {5, 16, 14, 14, 40}, {1, 5, 40, 41, 70}, {2, 3, 60, 60, 70},
+                          {1, 512, 6, 6, 140}, {1, 40, 20, 20, 130}};
   for (const auto& [n, c, h, w, k] : large) {
     some(n, c, h, w, k, 1, 1, 1);
     some(n, c, 2 * h, 2 * w - 1, k, 1, 1, 2);
@@ -491,6 +492,40 @@ void winograd_cases() {
                     several ? "several threads" : "one thread");
       context = text;
       expect(hits[{table->isa, algorithm, stride, phases, several}] > 0, "this blocking was hit");
+    }
+  }
+}
+
+// A packed weight serves inputs of every size, on any number of threads: its layout does not depend on them, whatever the caches.
+void layouts() {
+  for (const KernelTable* table : available_tables()) {
+    for (int dtype = 0; dtype < kDTypes; ++dtype) {
+      const DTypeKernels& kernels = table->dtype[dtype];
+      for (const i64 l1d : {16, 32, 48}) {
+        for (const i64 l2 : {256, 512, 1024, 2048}) {
+          CacheSizes caches;
+          caches.l1d = l1d << 10, caches.l2 = l2 << 10;
+          for (const i64 channels : {3, 40, 81, 100, 128, 200, 256, 512}) {
+            for (const Algorithm algorithm : {Algorithm::direct, Algorithm::winograd2, Algorithm::winograd4}) {
+              i64 first = 0;
+              for (const i64 n : {1, 3, 32}) {
+                for (const i64 size : {1, 7, 13, 28, 56}) {
+                  for (const int threads : {1, 2, 7}) {
+                    ConvShape s;
+                    s.n = n, s.c = channels, s.h = s.w = s.p = s.q = size, s.k = 200, s.r = s.s = 3, s.pad_top = s.pad_left = 1;
+                    s.x = {size * size * channels, 1, size * channels, channels}, s.y = {size * size * 200, 1, size * 200, 200};
+                    const i64 width = algorithm == Algorithm::direct
+                                          ? choose_blocking(s, kernels, caches, threads).cut.channels
+                                          : choose_winograd_blocking(s, algorithm, kernels, caches, threads).cut.channels;
+                    if (first == 0) first = width;
+                    expect(width == first, "the same panels for every size of the input");
+                  }
+                }
+              }
+            }
+          }
+        }
+      }
     }
   }
 }
@@ -568,6 +603,8 @@ int main(int arguments, char** argument) {
     dtype_cases<bf16>(DType::bfloat16, table->isa, "bfloat16");
   }
   winograd_cases();
+  context = "layouts";
+  layouts();
   extremes();
   std::printf("%d checks, %d failures\n", checks, failures);
   return failures ? 1 : 0;
