@@ -8,6 +8,7 @@ namespace fused_resnet {
 namespace {
 
 constexpr i64 kSerialElements = 32768;  // below this waking threads costs more than it saves
+constexpr i64 kFewChannels = 64;
 constexpr i64 kMostPieces = 256;        // of a bias gradient in channels_last
 
 // The tensor as rows of memory: of channels where they are side by side (channels_last), else of pixels of one channel.
@@ -46,6 +47,9 @@ i64 offset(const PassShape& s, const Rows& r, const Strides& strides, i64 i) {
 
 i64 channel(const PassShape& s, const Rows& r, i64 i) { return r.plane ? i % s.k : i / s.p % s.k; }
 
+// Whether pixel follows pixel, all channels of each side by side.
+bool dense_lines(const Strides& s, const PassShape& shape) { return s.c == 1 && s.w == shape.k; }
+
 const char* at(const void* data, i64 elements, i64 bytes) { return static_cast<const char*>(data) + elements * bytes; }
 
 }  // namespace
@@ -55,6 +59,16 @@ void bias_add_relu(const PassShape& s, const void* input, const void* bias, cons
   if (s.n == 0 || s.k == 0 || s.p == 0 || s.q == 0) return;
   const DTypeKernels& kernels = current_table().dtype[int(s.dtype)];
   const i64 bytes = kernels.storage_bytes, input_bytes = s.wide_input ? kernels.accumulator_bytes : bytes;
+  if (s.k > 1 && s.k < kFewChannels && s.q > 1 && dense_lines(s.result, s) && dense_lines(s.first, s) &&
+      (!shortcut || dense_lines(s.second, s))) {
+    // A line of pixels as one pixel of many channels: rows of a few channels would be most of the work.
+    PassShape line = s;
+    line.k = s.q * s.k;
+    line.q = 1;
+    std::vector<char> tiled(bias ? std::size_t(line.k * bytes) : 0);
+    for (std::size_t i = 0; i < tiled.size(); i += std::size_t(s.k * bytes)) std::memcpy(&tiled[i], bias, std::size_t(s.k * bytes));
+    return bias_add_relu(line, input, bias ? tiled.data() : nullptr, shortcut, result, threads);
+  }
   const Rows rows = rows_of(s, shortcut != nullptr);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows.count * rows.length > kSerialElements)
   for (i64 i = 0; i < rows.count; ++i) {
