@@ -838,8 +838,8 @@ def test_no_memory_for_the_workspace(algorithm: str, threads: int, kernels: Modu
 def test_one_weight_for_inputs_of_every_size(algorithm: str, dtype: torch.dtype, isa: str, generator: torch.Generator) -> None:
     """What was packed for one size and batch is used for all others."""
     _kernels.use_algorithm(algorithm)
-    for channels in (80, 128):
-        base = testing.integer_operands(ConvCase(channels, 72, (3, 3), (3, 3), padding=(1, 1)), dtype, generator)
+    for channels, outputs in ((80, 72), (128, 128)):
+        base = testing.integer_operands(ConvCase(channels, outputs, (3, 3), (3, 3), padding=(1, 1)), dtype, generator)
         for batch, size in ((1, 14), (2, 12), (1, 28), (1, 3), (5, 9), (1, 7)):
             x = torch.randint(-2, 3, (batch, channels, size, size), generator=generator).to(dtype)
             y = fused_resnet.conv_bias_add_relu(x, base.weight, padding=1)
