@@ -88,10 +88,12 @@ def figures() -> str:
     parts += [times(name) for name in ("blocks_bf16.json", "networks_bf16.json") if (RESULTS / name).exists()]
     sweep, memory = load("sweep.json"), load("memory.json")
     below = [r for r in sweep["results"] if r["ratio"] < 1]
+    largest = max(18 * r["channels"] ** 2 * r["size"] ** 2 * r["batch"] / 1e9 for r in sweep["results"])
     slow = max((r["fused"] - r["eager"] for r in below), default=0.0)
     parts.append(
         f"Square 3x3 convolutions over a grid of {len(sweep['results'])} shapes (3 to 512 channels, 4 to 112 pixels, batch 1 to 32, both "
-        f"formats, `bench/sweep.py`): geometric mean {sweep['geometric_mean']:.2f} over eager; {len(below)} below 1.0, by at most "
+        f"formats, of at most {largest:.1f} GFLOP, `bench/sweep.py`): "
+        f"geometric mean {sweep['geometric_mean']:.2f} over eager; {len(below)} below 1.0, by at most "
         f"{1000 * slow:.0f} µs a call. ({machine(sweep)}, {sweep['threads']} thread, `bench/results/sweep.json`)"
     )
     peaks = "; ".join(f"batch {r['batch']}: {r['fused']['peak_mib']:.0f} over {r['eager']['peak_mib']:.0f} MiB" for r in memory["results"])

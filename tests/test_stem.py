@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from _blocks import assert_close, assert_same, layers, truth_of
 from torch import Tensor, nn
 
-from fused_resnet import _block, _plain, models
+from fused_resnet import _block, _plain, models, testing
 from fused_resnet.fusion import fuse_, unfuse_
 
 
@@ -328,4 +328,6 @@ def test_cifar(shortcut: Any) -> None:
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         once, again = network(x), network(x)
+        truth = copy.deepcopy(network).double()(x.double())  # float64: direct convolution, another plan
     assert torch.equal(once, again)
+    assert testing.norm_error(once, truth) <= 1e-5

@@ -246,8 +246,8 @@ Blocking choose_blocking(const ConvShape& s, const DTypeKernels& kernels, const 
   b.cut = cut_panels(s.k, kernels, kernels.vectors);
   const i64 panels = b.cut.count();
   const i64 bytes = kernels.accumulator_bytes;
-  // Copying costs a load and a store for each input vector. With eight registers of output channels or more to share it that is nothing beside the
-  // FMAs, and it cures a bad pitch.
+  // Copying costs a load and a store for each input vector. With eight registers of output channels or more to share it that is
+  // nothing beside the FMAs, and it cures a bad pitch.
   const bool bad_pitch = (s.x.w * s.stride_w * kernels.storage_bytes) % kBadPitch == 0 && s.k >= 8 * kernels.vector;
   const bool gaps = s.stride_w > 1;  // pixels that are skipped: copying fetches ahead what is needed, and no more
   b.packed = !readable_in_place(s, kernels) || bad_pitch || gaps;
