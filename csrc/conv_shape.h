@@ -25,20 +25,21 @@ struct Joined {
 
 struct ConvShape {
   i64 n = 0, c = 0, h = 0, w = 0;  // input [N, C, H, W]
-  i64 k = 0, r = 0, s = 0;         // weight [K, C, R, S]
+  i64 k = 0, r = 0, s = 0;         // weight [K, C / groups, R, S]
   i64 p = 0, q = 0;                // output [N, K, P, Q]
   i64 stride_h = 1, stride_w = 1, pad_top = 0, pad_left = 0, dilation_h = 1, dilation_w = 1;
   Strides x, y, shortcut;
   bool has_bias = false, has_shortcut = false, relu = true;
+  i64 groups = 1;  // more than one: the general CUDA kernel alone
   Joined joined;  // joined.c == 0: nothing
 
-  i64 reduction() const { return c * r * s + joined.c; }  // terms of an output's sum
+  i64 reduction() const { return c / groups * r * s + joined.c; }  // terms of an output's sum
 
   bool empty() const { return n == 0 || k == 0 || p == 0 || q == 0; }
 
   // Multiply-adds, as a double: only for deciding whether threads are worth their while.
   double macs() const {
-    return double(n) * double(k) * double(p) * double(q) * (double(c) * double(r) * double(s) + double(joined.c));
+    return double(n) * double(k) * double(p) * double(q) * (double(c / groups) * double(r) * double(s) + double(joined.c));
   }
 
   // Throws std::invalid_argument or std::overflow_error unless every index below stays inside 64 bits.
@@ -49,6 +50,7 @@ struct ConvShape {
     if (stride_h < 1 || stride_w < 1 || dilation_h < 1 || dilation_w < 1 || pad_top < 0 || pad_left < 0) {
       throw std::invalid_argument("a convolution needs stride and dilation of at least 1 and padding of at least 0");
     }
+    if (groups < 1 || c % groups || k % groups) throw std::invalid_argument("groups must divide the channels");
     checked_product(checked_product(checked_product(n, c), h), w);
     checked_product(checked_product(checked_product(n, k), p), q);
     checked_product(checked_product(checked_product(k, c), r), s);

@@ -7,8 +7,8 @@ namespace fused_resnet {
 
 using i64 = std::int64_t;
 
-enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2 };
-constexpr int kDTypes = 3;
+enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };  // float16: on CUDA only
+constexpr int kCpuDTypes = 3;
 
 // Strides of a [N, C, H, W] tensor, in elements.
 struct Strides {

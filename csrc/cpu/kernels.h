@@ -180,7 +180,7 @@ struct DTypeKernels {
 
 struct KernelTable {
   const char* isa;
-  DTypeKernels dtype[kDTypes];  // indexed by DType
+  DTypeKernels dtype[kCpuDTypes];  // indexed by DType
   double (*fma_peak)(i64 iterations);  // runs float32 FMAs; returns how many flops it did
 };
 

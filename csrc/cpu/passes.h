@@ -2,18 +2,10 @@
 // bias gradient).
 #pragma once
 
+#include "../pass_shape.h"
 #include "dispatch.h"
 
 namespace fused_resnet {
-
-// A [N, K, P, Q] problem; the result is dense, contiguous or channels_last; operands have any strides (0 included).
-struct PassShape {
-  i64 n = 0, k = 0, p = 0, q = 0;
-  Strides result, first, second;  // first: input or gradient; second: shortcut or output
-  DType dtype = DType::float32;
-  bool relu = true;
-  bool wide_input = false;  // the input is in the accumulator's type, the rest in `dtype`
-};
 
 // result = relu(input + bias + shortcut); bias and shortcut may be null. result may be input.
 void bias_add_relu(const PassShape& shape, const void* input, const void* bias, const void* shortcut, void* result,
