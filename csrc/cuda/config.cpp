@@ -1,0 +1,141 @@
+#include "config.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace fused_resnet::cuda {
+namespace {
+
+constexpr i64 kLargestIndex = (i64(1) << 31) - 1;
+
+i64 bytes_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+
+// Channels_last without gaps. The stride of an axis of size 1 says nothing.
+bool is_dense(const Strides& s, i64 n, i64 c, i64 h, i64 w) {
+  return (c == 1 || s.c == 1) && (w == 1 || s.w == c) && (h == 1 || s.h == w * c) && (n == 1 || s.n == h * w * c);
+}
+
+bool is_matrix(const ConvShape& s) {
+  return s.r == 1 && s.s == 1 && s.stride_h == 1 && s.stride_w == 1 && s.pad_top == 0 && s.pad_left == 0 && s.p == s.h && s.q == s.w;
+}
+
+std::string number(i64 value) { return std::to_string(value); }
+
+// What TMA's im2col mode cannot express.
+std::string why_not_image(const ConvShape& s) {
+  if (is_matrix(s)) return "";
+  const i64 bottom = std::max<i64>(0, (s.p - 1) * s.stride_h + (s.r - 1) * s.dilation_h + 1 - s.pad_top - s.h);
+  const i64 right = std::max<i64>(0, (s.q - 1) * s.stride_w + (s.s - 1) * s.dilation_w + 1 - s.pad_left - s.w);
+  const i64 reach_h = (s.r - 1) * s.dilation_h, reach_w = (s.s - 1) * s.dilation_w;
+  if (std::max(s.stride_h, s.stride_w) > 8) return "stride " + number(std::max(s.stride_h, s.stride_w)) + ": TMA takes at most 8";
+  if (std::max(s.pad_top, s.pad_left) > 127 || std::max(bottom - reach_h, right - reach_w) > 127 ||
+      std::min(bottom - reach_h, right - reach_w) < -128 || std::max(reach_h, reach_w) >= 255) {
+    return "a kernel or a padding that reaches further than TMA's offsets of 8 bits";
+  }
+  return "";
+}
+
+// The share of the tensor cores' rate that a tile of this size can get: what shared memory delivers for it. A wgmma of 64 pixels
+// reads (64 + n) x 32 bytes at 128 a cycle and computes for n / 2 cycles.
+double efficiency(const Tile& t) {
+  if (t.architecture[3] == '8') return t.m * t.n >= 128 * 128 ? 0.8 : t.m * t.n >= 128 * 64 ? 0.65 : 0.5;  // "sm80"
+  if (t.n >= 256) return 0.85;
+  if (t.n >= 128) return t.m >= 128 ? 0.8 : 0.7;
+  return t.m >= 128 ? 0.55 : 0.5;
+}
+
+}  // namespace
+
+const char* name_of(DType dtype) {
+  switch (dtype) {
+    case DType::float64: return "float64";
+    case DType::float32: return "float32";
+    case DType::bfloat16: return "bfloat16";
+    default: return "float16";
+  }
+}
+
+std::string Tile::name() const {
+  return std::string(architecture) + " " + name_of(dtype) + (form == Form::matrix ? " matrix " : " image ") + std::to_string(m) + "x" +
+         std::to_string(n);
+}
+
+std::string why_not_tensor_cores(const ConvShape& s, DType dtype, const Device& device, bool tf32) {
+  const i64 vector = 16 / bytes_of(dtype);
+  if (device.capability() < 80) return "compute capability " + number(device.major) + "." + number(device.minor) + ": our tensor-core kernels need 8.0";
+  if (dtype == DType::float64) return "float64 has no tensor-core kernel";
+  if (dtype == DType::float32 && !tf32) return "float32 without TF32 (torch.backends.cudnn.allow_tf32) has no tensor-core kernel";
+  if (s.groups != 1) return "groups = " + number(s.groups) + ": our tensor-core kernels are for groups = 1";
+  if (s.joined.c != 0) return "a joined projection has no tensor-core kernel";
+  if (s.c % vector || s.k % vector) {
+    return number(s.c) + " input and " + number(s.k) + " output channels: " + name_of(dtype) + " tensor-core kernels need multiples of " + number(vector);
+  }
+  if (!is_dense(s.x, s.n, s.c, s.h, s.w) || !is_dense(s.y, s.n, s.k, s.p, s.q)) return "input is not channels_last without gaps";
+  if (s.has_shortcut && !is_dense(s.shortcut, s.n, s.k, s.p, s.q)) return "shortcut is not channels_last without gaps";
+  if (std::max(s.r, s.s) > 32) return "a kernel of " + number(s.r) + "x" + number(s.s) + ": our tensor-core kernels go up to 32";
+  // One image at a time must be addressable; more images than that are cut into several launches.
+  const i64 largest = std::max({s.h * s.w * s.c, s.p * s.q * s.k, s.k * s.r * s.s * s.c}) * bytes_of(dtype);
+  if (largest > kLargestIndex) return "an image or a weight of more than 2^31 bytes";
+  return device.major == 9 ? why_not_image(s) : "";
+}
+
+double predicted_time(const ConvShape& s, const Tile& t, const Device& device) {
+  // Per multiprocessor and cycle: 4096 bfloat16 operations on Hopper, half of it before; TF32 runs at half the rate.
+  const bool hopper = t.architecture[3] == '9';
+  const double rate = (hopper ? 4096.0 : 2048.0) * (t.dtype == DType::float32 ? 0.5 : 1.0) * efficiency(t);
+  const double clock = hopper ? 1.7e3 : 1.4e3, bandwidth = hopper ? 3.0e6 : 1.4e6;  // cycles, bytes a microsecond
+  const i64 step = 128 / bytes_of(t.dtype), rows = s.n * s.p * s.q;
+  const i64 steps = s.r * s.s * ceil_div(s.c, step);
+  const i64 tiles = ceil_div(rows, t.m) * ceil_div(s.k, t.n), waves = ceil_div(tiles, device.multiprocessors);
+  // The first loads of a tile take about a microsecond to come, and no step takes less than 150 cycles of latency when alone.
+  const double cycles = std::max(2.0 * t.m * t.n * double(step) / rate, tiles <= device.multiprocessors ? 150.0 : 0.0);
+  const double arithmetic = double(waves) * double(steps) * cycles / clock + 1.0;
+  const double moved = double(bytes_of(t.dtype)) * (double(s.n * s.h * s.w * s.c) + double(rows * s.k) * (s.has_shortcut ? 2 : 1) +
+                                                    double(s.k * s.r * s.s * s.c));
+  return std::max(arithmetic, moved / bandwidth) + 2.5;
+}
+
+Choice choose(const ConvShape& s, DType dtype, const Device& device, bool tf32, const std::vector<Tile>& tiles, const std::string& wanted) {
+  Choice choice;
+  if (wanted == "general") {
+    choice.reason = "asked for";
+    return choice;
+  }
+  const std::string why = why_not_tensor_cores(s, dtype, device, tf32);
+  const std::string architecture = device.major == 9 ? "sm90" : "sm80";
+  const auto suits = [&](const Tile& t) {
+    return t.dtype == dtype && t.architecture == architecture && (t.form == Form::image || is_matrix(s));
+  };
+  if (wanted != "auto") {
+    for (std::size_t i = 0; i < tiles.size(); ++i) {
+      if (tiles[i].name() != wanted) continue;
+      if (!why.empty()) throw std::invalid_argument("algorithm '" + wanted + "' cannot compute this: " + why);
+      if (!suits(tiles[i])) throw std::invalid_argument("algorithm '" + wanted + "' is not for this dtype, shape or device");
+      choice.tile = int(i);
+      choice.reason = "asked for";
+      return choice;
+    }
+    throw std::invalid_argument("algorithm must be auto, general or the name of a tile of this build, got '" + wanted + "'");
+  }
+  choice.reason = why;
+  if (!why.empty()) return choice;
+  // A matrix's own form before the im2col form of the same tile: equal predictions keep the first.
+  double best = 0;
+  for (const Form form : {Form::matrix, Form::image}) {
+    for (std::size_t i = 0; i < tiles.size(); ++i) {
+      if (!suits(tiles[i]) || tiles[i].form != form) continue;
+      const double time = predicted_time(s, tiles[i], device);
+      if (choice.tile < 0 || time < best) {
+        choice.tile = int(i);
+        best = time;
+      }
+    }
+  }
+  choice.reason = choice.tile < 0 ? std::string("this build has no ") + architecture + " kernels for " + name_of(dtype)
+                                  : tiles[std::size_t(choice.tile)].name() + ": predicted " + std::to_string(int(best + 0.5)) + " us";
+  return choice;
+}
+
+}  // namespace fused_resnet::cuda

@@ -1,0 +1,53 @@
+// Which kernel computes a convolution on a GPU, and with which tile: pure functions of shape, dtype and device, which run (and are
+// tested) without one.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../conv_shape.h"
+
+namespace fused_resnet::cuda {
+
+// What a choice depends on.
+struct Device {
+  int index = 0;
+  int major = 0, minor = 0;  // compute capability
+  int multiprocessors = 1;
+
+  int capability() const { return 10 * major + minor; }
+};
+
+// How a tensor-core kernel reads its input: as the matrix [N * H * W, C] (1x1, stride 1), or by image coordinates.
+enum class Form : int { matrix = 0, image = 1 };
+
+// One compiled tensor-core kernel: `m` pixels x `n` output channels a tile.
+struct Tile {
+  const char* architecture;  // "sm90": TMA + wgmma; "sm80": cp.async + mma.sync
+  DType dtype;
+  Form form;
+  int m, n;
+
+  std::string name() const;  // "sm90 bfloat16 image 128x128"
+};
+
+// Why the tensor cores cannot compute this convolution on this device: one sentence, or "" if they can. `tf32`: whether float32
+// may be rounded to TF32 on the way in.
+std::string why_not_tensor_cores(const ConvShape& shape, DType dtype, const Device& device, bool tf32);
+
+struct Choice {
+  int tile = -1;  // index into the tiles given; -1: the general kernel
+  std::string reason;
+};
+
+// The kernel for a convolution, out of `tiles`. `wanted`: "auto", "general", or a tile's name (std::invalid_argument where that
+// one is not there or cannot compute this).
+Choice choose(const ConvShape& shape, DType dtype, const Device& device, bool tf32, const std::vector<Tile>& tiles,
+              const std::string& wanted);
+
+// Predicted microseconds of one tile's kernel, for the choice between tiles. Not a promise: see config.cpp.
+double predicted_time(const ConvShape& shape, const Tile& tile, const Device& device);
+
+const char* name_of(DType dtype);
+
+}  // namespace fused_resnet::cuda

@@ -1,0 +1,50 @@
+#include "convolution.h"
+
+#include <algorithm>
+
+namespace fused_resnet::cuda {
+namespace {
+
+constexpr i64 kLargestTensor = (i64(1) << 31) - 1;  // bytes: the tensor-core kernels have 32-bit offsets inside
+
+i64 bytes_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+std::vector<Tile> tiles() {
+  std::vector<Tile> all;
+  for (const TensorKernel& kernel : tensor_kernels()) all.push_back(kernel.tile);
+  return all;
+}
+
+const void* advance(const void* data, i64 bytes) { return data ? static_cast<const char*>(data) + bytes : nullptr; }
+
+}  // namespace
+
+Convolution::Convolution(const ConvShape& shape, DType dtype, const Device& device, bool tf32, const std::string& algorithm)
+    : shape_(shape), dtype_(dtype), device_(device), images_(shape.n) {
+  shape_.validate();
+  const Choice choice = choose(shape_, dtype, device, tf32, tiles(), algorithm);
+  reason_ = choice.reason;
+  if (choice.tile < 0) return;
+  kernel_ = &tensor_kernels()[std::size_t(choice.tile)];
+  const i64 image = std::max(shape_.h * shape_.w * shape_.c, shape_.p * shape_.q * shape_.k) * bytes_of(dtype);
+  images_ = std::min(shape_.n, kLargestTensor / image);
+}
+
+i64 Convolution::launches() const { return shape_.empty() ? 0 : kernel_ ? (shape_.n + images_ - 1) / images_ : 1; }
+
+void Convolution::run(const ConvOperands& operands, const Strides& weight, Stream stream) const {
+  if (shape_.empty()) return;
+  if (!kernel_) return general_convolution(dtype_, shape_, weight, operands, stream);
+  const i64 x = shape_.h * shape_.w * shape_.c * bytes_of(dtype_), y = shape_.p * shape_.q * shape_.k * bytes_of(dtype_);
+  for (i64 first = 0; first < shape_.n; first += images_) {
+    ConvShape part = shape_;
+    part.n = std::min(images_, shape_.n - first);
+    ConvOperands o = operands;
+    o.x = advance(o.x, first * x);
+    o.shortcut = advance(o.shortcut, first * y);
+    o.y = static_cast<char*>(o.y) + first * y;
+    kernel_->launch(part, o, device_, stream);
+  }
+}
+
+}  // namespace fused_resnet::cuda

@@ -1,0 +1,106 @@
+// Ampere, Ada and whatever comes after Hopper: CUTLASS 2's implicit GEMM convolution (cp.async, mma.sync) with our end.
+#pragma once
+
+#include <cutlass/cutlass.h>
+
+// Keep this order: CUTLASS 4.2 uses the first from the second without including it.
+#include <cutlass/conv/conv2d_problem_size.h>
+#include <cutlass/conv/conv3d_problem_size.h>
+#include <cutlass/conv/device/implicit_gemm_convolution.h>
+#include <cutlass/conv/kernel/default_conv2d_fprop_with_broadcast.h>
+#include <cutlass/gemm/threadblock/threadblock_swizzle.h>
+
+#include "cutlass_end.cuh"
+#include "tensor.h"
+
+namespace fused_resnet::cuda::sm80 {
+
+// The end on a fragment: accumulators + bias (+ shortcut), ReLU, one rounding. In the form of CUTLASS's output operators.
+template <class Element, int Count>
+struct End {
+  static constexpr bool kIsSingleSource = true, kIsHeavy = false, kStoreZ = true, kStoreT = false;
+  static constexpr int kElementsPerAccess = Count, kCount = Count;
+  using ElementOutput = Element;
+  using ElementC = Element;
+  using ElementZ = Element;
+  using ElementT = Element;
+  using ElementVector = Element;
+  using ElementAccumulator = float;
+  using ElementCompute = float;
+  using FragmentAccumulator = cutlass::Array<float, Count>;
+  using FragmentCompute = cutlass::Array<float, Count>;
+  using FragmentC = cutlass::Array<Element, Count>;
+  using FragmentOutput = FragmentC;
+  using FragmentZ = FragmentC;
+  using FragmentT = FragmentC;
+
+  struct Params {
+    bool has_shortcut = false, relu = true;
+  };
+
+  CUTLASS_HOST_DEVICE explicit End(const Params& p) : params(p) {}
+  CUTLASS_HOST_DEVICE bool is_source_needed() const { return params.has_shortcut; }
+  CUTLASS_HOST_DEVICE void set_k_partition(int, int) {}  // the reduction is never cut
+
+  CUTLASS_HOST_DEVICE void operator()(FragmentZ& z, FragmentT&, const FragmentAccumulator& sum, const FragmentC& shortcut,
+                                      const FragmentCompute& bias) const {
+    finish(z, cutlass::plus<FragmentCompute>()(cutlass::plus<FragmentCompute>()(sum, bias),
+                                               cutlass::NumericArrayConverter<float, Element, Count>()(shortcut)));
+  }
+  CUTLASS_HOST_DEVICE void operator()(FragmentZ& z, FragmentT&, const FragmentAccumulator& sum, const FragmentCompute& bias) const {
+    finish(z, cutlass::plus<FragmentCompute>()(sum, bias));
+  }
+
+ private:
+  CUTLASS_HOST_DEVICE void finish(FragmentZ& z, const FragmentCompute& sum) const {
+    z = cutlass::NumericArrayConverter<Element, float, Count>()(OptionalReLU<FragmentCompute>()(sum, {params.relu}));
+  }
+
+  Params params;
+};
+
+// Tiles of M pixels x N channels in warps of WarpM x WarpN, `Stages` steps of the reduction in flight.
+template <class Element, int M, int N, int WarpM, int WarpN, int Stages>
+struct Kernel {
+  static constexpr int kAlignment = 16 / sizeof(Element), kDepth = 128 / sizeof(Element);
+  using Layout = cutlass::layout::TensorNHWC;
+  using Operation = cutlass::conv::device::ImplicitGemmConvolution<typename cutlass::conv::kernel::DefaultConv2dFpropWithBroadcast<
+      Element, Layout, Element, Layout, Element, Layout, float, cutlass::arch::OpClassTensorOp, cutlass::arch::Sm80,
+      cutlass::gemm::GemmShape<M, N, kDepth>, cutlass::gemm::GemmShape<WarpM, WarpN, kDepth>,
+      cutlass::gemm::GemmShape<16, 8, 32 / sizeof(Element)>, End<Element, kAlignment>,
+      cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<4>, Stages, cutlass::arch::OpMultiplyAdd,
+      cutlass::conv::IteratorAlgorithm::kOptimized, cutlass::conv::StrideSupport::kStrided, kAlignment, kAlignment>::Kernel>;
+
+  static void launch(const ConvShape& s, const ConvOperands& o, const Device&, Stream stream) {
+    const cutlass::conv::Conv2dProblemSize size(
+        int(s.n), int(s.h), int(s.w), int(s.c), int(s.k), int(s.r), int(s.s), int(s.p), int(s.q), int(s.pad_top), int(s.pad_left),
+        int(s.stride_h), int(s.stride_w), int(s.dilation_h), int(s.dilation_w), cutlass::conv::Mode::kCrossCorrelation);
+    const auto reference = [](const void* data, i64 h, i64 w, i64 c) {
+      return cutlass::TensorRef<Element, Layout>(const_cast<Element*>(static_cast<const Element*>(data)),
+                                                 Layout(int(c), int(w * c), int(h * w * c)));
+    };
+    const auto y = reference(o.y, s.p, s.q, s.k);
+    typename Operation::Arguments arguments{
+        size, reference(o.x, s.h, s.w, s.c), reference(o.weight, s.r, s.s, s.c),
+        s.has_shortcut ? reference(o.shortcut, s.p, s.q, s.k) : y, y, typename End<Element, kAlignment>::Params{s.has_shortcut, s.relu},
+        cutlass::conv::SplitKMode::kSerial, const_cast<void*>(s.has_bias ? o.bias : nullptr)};
+    Operation operation;
+    check(Operation::can_implement(arguments), "cannot compute this shape");
+    check(operation.initialize(arguments, nullptr, static_cast<cudaStream_t>(stream)), "could not be set up");
+    check(operation.run(static_cast<cudaStream_t>(stream)), "could not be launched");
+  }
+};
+
+}  // namespace fused_resnet::cuda::sm80
+
+// The kernels of one tile size; both forms are the same kernel.
+#define FR_SM80_KERNEL(M, N, WARP_M, WARP_N, STAGES, DTYPE)                                                          \
+  static const RegisterTensorKernel DTYPE##_image(                                                                   \
+      {"sm80", DType::DTYPE, Form::image, M, N},                                                                     \
+      &sm80::Kernel<ElementOf<DType::DTYPE>::Type, M, N, WARP_M, WARP_N, STAGES>::launch);
+#define FR_SM80_TILE(M, N, WARP_M, WARP_N, STAGES)                \
+  namespace fused_resnet::cuda {                                  \
+  FR_SM80_KERNEL(M, N, WARP_M, WARP_N, STAGES, bfloat16)          \
+  FR_SM80_KERNEL(M, N, WARP_M, WARP_N, STAGES, float16)           \
+  FR_SM80_KERNEL(M, N, WARP_M, WARP_N, STAGES, float32)           \
+  }

@@ -1,0 +1,216 @@
+// Hopper: persistent, warp-specialized kernels with TMA and wgmma, built from CUTLASS 3's collectives.
+//
+// A convolution over NHWC is a matrix product: [pixels, R * S * C] x [R * S * C, K]. A 1x1 convolution with stride 1 reads its
+// left operand as the matrix that it is; any other one through TMA's im2col mode, which fetches a tile of pixels under one tap
+// of the kernel and writes zeros where the tap is in the padding. The end is the same: bias of the column, shortcut, ReLU, one
+// rounding, one store.
+//
+// CUTLASS 3 has im2col main loops for Hopper only in a kernel that is not persistent, whose epilogue waits for its main loop.
+// `ImageMainloop` gives such a main loop the interface of a matrix product's, so that the persistent kernels, which overlap the
+// two, can use it; input and output pixels are the rows of matrices then, with plain TMA for shortcut and output.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+// Keep this order: CUTLASS 4.2's headers do not all include what they use.
+#include <cutlass/cutlass.h>
+
+#include <cute/tensor.hpp>
+#include <cutlass/kernel_hardware_info.h>
+#include <cutlass/gemm/gemm.h>
+
+#include <cutlass/conv/collective/collective_builder.hpp>
+#include <cutlass/conv/convnd_problem_shape.hpp>
+#include <cutlass/epilogue/collective/collective_builder.hpp>
+#include <cutlass/epilogue/fusion/operations.hpp>
+#include <cutlass/gemm/collective/collective_builder.hpp>
+#include <cutlass/gemm/device/gemm_universal_adapter.h>
+#include <cutlass/gemm/kernel/gemm_universal.hpp>
+
+#include "cutlass_end.cuh"
+#include "tensor.h"
+
+namespace fused_resnet::cuda::sm90 {
+
+using namespace cute;
+
+constexpr int kDepth = 128;  // bytes of the reduction in one stage: a swizzled line of shared memory
+
+template <class Schedule>
+struct EpilogueFor;
+template <>
+struct EpilogueFor<cutlass::gemm::KernelTmaWarpSpecializedPingpong> {
+  using Type = cutlass::epilogue::TmaWarpSpecialized;
+};
+template <>
+struct EpilogueFor<cutlass::gemm::KernelTmaWarpSpecializedCooperative> {
+  using Type = cutlass::epilogue::TmaWarpSpecializedCooperative;
+};
+
+// The im2col main loop of a forward convolution behind the interface of a matrix product's.
+template <class Element, class TileShape, class ClusterShape, int Stages, class Schedule>
+struct ImageLoop {
+  using Built = typename cutlass::conv::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, cutlass::conv::Operator::kFprop,
+      Element, cutlass::layout::TensorNHWC, 16 / sizeof(Element), Element, cutlass::layout::TensorNHWC, 16 / sizeof(Element), float,
+      TileShape, ClusterShape, cutlass::conv::collective::StageCount<Stages>,
+      cutlass::conv::KernelImplicitTmaWarpSpecializedSm90>::CollectiveOp;
+  // The same with the kernel's own arrangement of warp groups: two side by side where they cooperate on a tile.
+  using Operand = cute::conditional_t<cute::is_same_v<Element, float>, cutlass::tfloat32_t, Element>;
+  using Groups = cute::conditional_t<cute::is_same_v<Schedule, cutlass::gemm::KernelTmaWarpSpecializedCooperative>,
+                                     Layout<Shape<_2, _1, _1>>, Layout<Shape<_1, _1, _1>>>;
+  using TiledMma = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Operand, Operand, float, TileShape, cute::GMMA::Major::K, cute::GMMA::Major::K>(), Groups{}));
+  using Policy = cutlass::conv::MainloopSm90TmaGmmaWarpSpecializedImplicitGemm<cutlass::conv::Operator::kFprop, Stages, 2,
+                                                                               ClusterShape, Schedule>;
+  using Type = cutlass::conv::collective::CollectiveConv<
+      Policy, TileShape, Element, Element, TiledMma,
+      cutlass::conv::collective::detail::Sm90ImplicitGemmTileTraits<typename Built::GmemTiledCopyA, typename Built::SmemLayoutA>,
+      cutlass::conv::collective::detail::Sm90ImplicitGemmTileTraits<typename Built::GmemTiledCopyB, typename Built::SmemLayoutB>>;
+};
+
+template <class Loop>
+struct ImageMainloop : Loop {
+  using Image = typename Loop::ProblemShape;
+  using StrideA = Stride<int64_t, Int<1>, int64_t>;  // what the kernel asks of a matrix; nothing reads through it
+  using StrideB = Stride<int64_t, Int<1>, int64_t>;
+  static constexpr int NumProducerThreadEvents = 1;  // one thread issues the loads
+
+  struct Arguments {
+    Image image;
+    typename Loop::Arguments operands;
+  };
+  struct Params : Loop::Params {
+    int c, s, r;
+  };
+
+  template <class Matrix>
+  static Params to_underlying_arguments(const Matrix&, const Arguments& a, void* workspace) {
+    return Params{Loop::to_underlying_arguments(a.image, a.operands, workspace), a.image.shape_B[3], a.image.shape_B[2],
+                  a.image.shape_B[1]};
+  }
+  template <class Matrix>
+  static bool can_implement(const Matrix&, const Arguments& a) {
+    return Loop::can_implement(a.image, a.operands);
+  }
+
+  // The reduction is (C, S, R), the innermost first; a mode of size 1 in the place of a matrix product's batch.
+  template <class Matrix>
+  CUTLASS_DEVICE auto load_init(const Matrix& matrix, const Params& params) {
+    auto shape = make_shape(get<0>(matrix), get<1>(matrix), make_shape(params.c, params.s, params.r), _1{});
+    auto [a, b] = Loop::load_init(shape, params);
+    return cute::make_tuple(with_batch(a), with_batch(b));
+  }
+  template <class A, class B, class Iterator, class Coordinates>
+  CUTLASS_DEVICE void load(const Params& params, typename Loop::MainloopPipeline pipeline, typename Loop::PipelineState state,
+                           const cute::tuple<A, B>& inputs, const Coordinates& block, Iterator k, int count, int thread,
+                           uint32_t rank, typename Loop::TensorStorage& shared) {
+    Loop::load(params, pipeline, state, cute::make_tuple(without_batch(get<0>(inputs)), without_batch(get<1>(inputs))), block, k,
+               count, thread, rank, shared);
+  }
+
+ private:
+  template <class T>
+  CUTLASS_DEVICE static auto with_batch(const T& t) {
+    return make_tensor(t.data(), append<5>(t.layout(), make_layout(_1{}, _0{})));
+  }
+  template <class T>
+  CUTLASS_DEVICE static auto without_batch(const T& t) {
+    return t(_, _, _, _, _0{});
+  }
+};
+
+// Relu(input x weight + bias + shortcut) with tiles of M pixels x N channels.
+template <class Element, Form form, int M, int N, int Cluster, class Schedule>
+struct Kernel {
+  using Depth = Int<kDepth / int(sizeof(Element))>;
+  using TileShape = cute::conditional_t<form == Form::image, Shape<Int<M>, Int<N>, Shape<Depth>>, Shape<Int<M>, Int<N>, Depth>>;
+  using ClusterShape = Shape<Int<Cluster>, _1, _1>;
+  static constexpr int kAlignment = 16 / sizeof(Element);
+
+  using End = cutlass::epilogue::fusion::LinCombPerColBiasEltAct<OptionalReLU, Element, float, Element, Element, float>;
+  using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Shape<Int<M>, Int<N>, Depth>, ClusterShape,
+      cutlass::epilogue::collective::EpilogueTileAuto, float, float, Element, cutlass::layout::RowMajor, kAlignment, Element,
+      cutlass::layout::RowMajor, kAlignment, typename EpilogueFor<Schedule>::Type, End>::CollectiveOp;
+
+  // As many stages as fit beside the epilogue's buffers.
+  static constexpr int kStageBytes = (M + N) * kDepth + int(sizeof(typename cutlass::PipelineTmaAsync<1>::SharedStorage));
+  static constexpr int kStages = (cutlass::gemm::collective::detail::sm90_smem_capacity_bytes -
+                                  int(sizeof(typename Epilogue::SharedStorage)) - 1024) / kStageBytes;
+  static constexpr int kUsedStages = kStages > 8 ? 8 : kStages;
+
+  using MatrixLoop = typename cutlass::gemm::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, cutlass::layout::RowMajor, kAlignment, Element,
+      cutlass::layout::ColumnMajor, kAlignment, float, Shape<Int<M>, Int<N>, Depth>, ClusterShape,
+      cutlass::gemm::collective::StageCount<kUsedStages>, Schedule>::CollectiveOp;
+  template <Form f, class Dummy = void>
+  struct MainloopOf {
+    using Type = MatrixLoop;
+  };
+  template <class Dummy>
+  struct MainloopOf<Form::image, Dummy> {
+    using Type = ImageMainloop<typename ImageLoop<Element, TileShape, ClusterShape, kUsedStages, Schedule>::Type>;
+  };
+  using Mainloop = typename MainloopOf<form>::Type;
+
+  using Gemm = cutlass::gemm::device::GemmUniversalAdapter<
+      cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Epilogue>>;
+
+  static typename Mainloop::Arguments mainloop(const ConvShape& s, const ConvOperands& o) {
+    const auto* x = static_cast<const Element*>(o.x);
+    const auto* weight = static_cast<const Element*>(o.weight);
+    if constexpr (form == Form::matrix) {
+      return {x, {s.c, _1{}, 0}, weight, {s.c, _1{}, 0}};
+    } else {
+      const int h = int(s.h), w = int(s.w), c = int(s.c);
+      // Padding below and on the right as far as the last output reaches; further pixels are never read.
+      const i64 bottom = (s.p - 1) * s.stride_h + (s.r - 1) * s.dilation_h + 1 - s.pad_top - s.h;
+      const i64 right = (s.q - 1) * s.stride_w + (s.s - 1) * s.dilation_w + 1 - s.pad_left - s.w;
+      typename Mainloop::Image image(
+          cutlass::conv::Mode::kCrossCorrelation, {int(s.n), h, w, c}, {s.x.n, s.x.h, s.x.w, 1},
+          {int(s.k), int(s.r), int(s.s), c}, {s.r * s.s * s.c, s.s * s.c, s.c, 1}, {int(s.pad_top), int(s.pad_left)},
+          {int(bottom > 0 ? bottom : 0), int(right > 0 ? right : 0)}, {int(s.stride_h), int(s.stride_w)},
+          {int(s.dilation_h), int(s.dilation_w)}, 1);
+      return {image, {x, weight}};
+    }
+  }
+
+  static void launch(const ConvShape& s, const ConvOperands& o, const Device& device, Stream stream) {
+    const int rows = int(s.n * s.p * s.q), columns = int(s.k), depth = int(s.r * s.s * s.c);
+    auto* y = static_cast<Element*>(o.y);
+    // Without a shortcut its factor is 0 and nothing of it is read; its descriptor needs an address all the same.
+    const auto* shortcut = s.has_shortcut ? static_cast<const Element*>(o.shortcut) : y;
+    const auto strides = cute::make_stride(int64_t(s.k), _1{}, int64_t(0));
+    typename Gemm::Arguments arguments{
+        cutlass::gemm::GemmUniversalMode::kGemm, {rows, columns, depth, 1}, mainloop(s, o), {{}, shortcut, strides, y, strides}};
+    arguments.epilogue.thread.alpha = 1.0f;
+    arguments.epilogue.thread.beta = s.has_shortcut ? 1.0f : 0.0f;
+    arguments.epilogue.thread.bias_ptr = s.has_bias ? static_cast<const Element*>(o.bias) : nullptr;
+    arguments.epilogue.thread.activation = {s.relu};
+    arguments.hw_info.device_id = device.index;
+    arguments.hw_info.sm_count = device.multiprocessors;
+    Gemm gemm;
+    check(gemm.can_implement(arguments), "cannot compute this shape");
+    check(gemm.initialize(arguments, nullptr, static_cast<cudaStream_t>(stream)), "could not be set up");
+    check(gemm.run(static_cast<cudaStream_t>(stream)), "could not be launched");
+  }
+};
+
+}  // namespace fused_resnet::cuda::sm90
+
+// The kernels of one tile size: two forms of each dtype.
+#define FR_SM90_KERNEL(M, N, CLUSTER, SCHEDULE, DTYPE, FORM)                                                              \
+  static const RegisterTensorKernel DTYPE##_##FORM(                                                                       \
+      {"sm90", DType::DTYPE, Form::FORM, M, N},                                                                           \
+      &sm90::Kernel<ElementOf<DType::DTYPE>::Type, Form::FORM, M, N, CLUSTER, cutlass::gemm::KernelTmaWarpSpecialized##SCHEDULE>::launch);
+#define FR_SM90_TILE(M, N, CLUSTER, SCHEDULE)                         \
+  namespace fused_resnet::cuda {                                      \
+  FR_SM90_KERNEL(M, N, CLUSTER, SCHEDULE, bfloat16, matrix)           \
+  FR_SM90_KERNEL(M, N, CLUSTER, SCHEDULE, bfloat16, image)            \
+  FR_SM90_KERNEL(M, N, CLUSTER, SCHEDULE, float16, matrix)            \
+  FR_SM90_KERNEL(M, N, CLUSTER, SCHEDULE, float16, image)             \
+  FR_SM90_KERNEL(M, N, CLUSTER, SCHEDULE, float32, matrix)            \
+  FR_SM90_KERNEL(M, N, CLUSTER, SCHEDULE, float32, image)             \
+  }

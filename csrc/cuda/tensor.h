@@ -1,0 +1,26 @@
+// The compiled tensor-core kernels: every file in tiles/ registers its own, so that any subset can be built.
+#pragma once
+
+#include <vector>
+
+#include "config.h"
+#include "launch.h"
+
+namespace fused_resnet::cuda {
+
+// x, y, shortcut: channels_last without gaps; weight: [K, R, S, C]; all and the bias 16-byte aligned.
+using TensorLaunch = void (*)(const ConvShape& shape, const ConvOperands& operands, const Device& device, Stream stream);
+
+struct TensorKernel {
+  Tile tile;
+  TensorLaunch launch;
+};
+
+// Sorted by name.
+const std::vector<TensorKernel>& tensor_kernels();
+
+struct RegisterTensorKernel {
+  RegisterTensorKernel(const Tile& tile, TensorLaunch launch);
+};
+
+}  // namespace fused_resnet::cuda

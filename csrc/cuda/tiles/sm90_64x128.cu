@@ -1,0 +1,3 @@
+#include "../sm90.cuh"
+
+FR_SM90_TILE(64, 128, 1, Pingpong)
