@@ -1,20 +1,23 @@
-"""The compiled module: which sources, which flags for which file, and how they are built.
+"""The compiled modules: which sources, which flags for which file, and how they are built.
 
 setuptools knows one set of flags for an extension; here each instruction set has its own. So this writes a build.ninja (with
 the ninja package's own writer) and lets ninja compile, in parallel and only what changed. Everything else about the package
 is in pyproject.toml. The sources need a C++17 compiler and pybind11, never torch.
+
+fused_resnet._cpu is always built. fused_resnet._cuda is built if FUSED_RESNET_CUDA=1, not if it is 0, and if it is unset where
+there are both nvcc and an NVIDIA driver; it needs nvcc 12.4 or later and CUTLASS's headers (from PyPI's nvidia-cutlass, which pip
+fetches for the build, or from the folder that CUTLASS_PATH names), and no GPU. FUSED_RESNET_CUDA_ARCHS chooses among "80 90a".
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
-import ninja
-import pybind11
-from ninja import ninja_syntax
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -25,7 +28,7 @@ AVX2 = ["-mavx2", "-mfma"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
 # Flags beyond the common ones. GCC 12's AVX-512 headers trip -Wmaybe-uninitialized by themselves.
 SOURCES: dict[str, list[str]] = {
-    "csrc/bindings.cpp": [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", "-O2"],
+    "csrc/bindings.cpp": ["-O2"],
     "csrc/cpu/algorithm.cpp": ["-O2"],
     "csrc/cpu/block.cpp": ["-O2"],
     "csrc/cpu/convolution.cpp": ["-O2"],
@@ -42,48 +45,180 @@ SOURCES: dict[str, list[str]] = {
 # -ffp-contract=off: the scalar kernels multiply and add wherever they are compiled; the others call FMA by name.
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-ffp-contract=off", "-Wall", "-Wextra"]
 
+CUTLASS = "nvidia-cutlass==4.2.0.0"
+ARCHITECTURES = ("80", "90a")
+# -DNDEBUG: an assertion is a call, and a call inside a wgmma pipeline makes ptxas serialize it. CUTLASS's headers are not ours to
+# warn about.
+CUDA_COMMON = ["-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+
+
+class Unit(NamedTuple):
+    """One compilation: rule, source and flags."""
+
+    rule: str
+    source: str
+    flags: list[str]
+
+
+def python_includes() -> list[str]:
+    import pybind11
+
+    return [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None) or shutil.which(
+        "nvcc", path="/usr/local/cuda/bin"
+    )
+
+
+def wants_cuda() -> tuple[bool, str]:
+    """Whether the CUDA module is to be built, and why."""
+    wish = os.environ.get("FUSED_RESNET_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise SystemExit(f"FUSED_RESNET_CUDA must be 0 or 1, got {wish!r}")
+    if wish:
+        return wish == "1", f"FUSED_RESNET_CUDA={wish}"
+    if nvcc() is None:
+        return False, "there is no nvcc here (FUSED_RESNET_CUDA=1 would insist on the CUDA kernels)"
+    if not (Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi")):
+        return False, "there is no NVIDIA driver here (FUSED_RESNET_CUDA=1 builds the CUDA kernels without one)"
+    return True, "nvcc and an NVIDIA driver are here (FUSED_RESNET_CUDA=0 leaves the CUDA kernels out)"
+
+
+def architectures() -> list[str]:
+    wanted = os.environ.get("FUSED_RESNET_CUDA_ARCHS", " ".join(ARCHITECTURES)).replace(";", " ").replace(",", " ").split()
+    if not wanted or any(a not in ARCHITECTURES for a in wanted):
+        raise SystemExit(f"FUSED_RESNET_CUDA_ARCHS must be one or more of {' '.join(ARCHITECTURES)}, got {' '.join(wanted)!r}")
+    return [a for a in ARCHITECTURES if a in wanted]
+
+
+def cutlass_includes() -> list[str]:
+    """CUTLASS's header folders: those of CUTLASS_PATH, a checkout or an unpacked wheel, or of the installed nvidia-cutlass."""
+    roots = [Path(os.environ["CUTLASS_PATH"])] if os.environ.get("CUTLASS_PATH") else []
+    if not roots:
+        spec = importlib.util.find_spec("cutlass_library")
+        roots = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec is not None else []
+    for root in roots:
+        for base in (root, root / "source", root / "cutlass_library" / "source"):
+            if (base / "include" / "cutlass" / "cutlass.h").is_file():
+                return [str(base / "include"), str(base / "tools" / "util" / "include")]
+    raise SystemExit(f"the CUDA kernels need CUTLASS's headers: pip install {CUTLASS}, or name a checkout in CUTLASS_PATH")
+
+
+def targets(name: str, wanted: list[str]) -> list[str]:
+    """nvcc's -gencode flags for one source: machine code for the architectures wanted, PTX for later ones."""
+
+    def code(virtual: str, *real: str) -> str:
+        return f"-gencode=arch=compute_{virtual},code=[{','.join(real)}]"
+
+    if name.startswith("sm90_"):  # wgmma and TMA: this architecture alone
+        return [code("90a", "sm_90a")]
+    if name.startswith("sm80_"):
+        return [code("80", "sm_80", "compute_80")]
+    plain = [a.rstrip("a") for a in wanted]
+    return [code(a, f"sm_{a}", *([f"compute_{a}"] if a == plain[-1] else [])) for a in plain]
+
+
+def cpu_units() -> list[Unit]:
+    includes = {"csrc/bindings.cpp": python_includes()}
+    return [Unit("compile", source, [*includes.get(source, []), *flags]) for source, flags in SOURCES.items()]
+
+
+def cuda_units() -> list[Unit]:
+    wanted = architectures()
+    headers = [flag for folder in cutlass_includes() for flag in ("-isystem", folder)]
+    folder = ROOT / "csrc" / "cuda"
+    units = []
+    for source in ("bindings", "config", "convolution", "device", "tensor"):
+        flags = ["-x", "c++", f'-DFR_ARCHITECTURES=\'"{" ".join(wanted)}"\'', *(python_includes() if source == "bindings" else [])]
+        units.append(Unit("nvcc", f"csrc/cuda/{source}.cpp", flags))
+    for file in sorted([*folder.glob("tiles/*.cu"), *folder.glob("*.cu")]):
+        name = file.stem
+        if (name.startswith("sm90_") and "90a" not in wanted) or (name.startswith("sm80_") and "80" not in wanted):
+            continue
+        own = headers if file.parent.name == "tiles" else ["-Xcompiler=-Wextra"]
+        units.append(Unit("nvcc", str(file.relative_to(ROOT)), [*targets(name, wanted), *own]))
+    return units
+
 
 class NinjaBuild(build_ext):
-    """Compiles and links one extension with ninja."""
+    """Compiles and links each extension with ninja."""
+
+    def run(self) -> None:
+        built = [ext.name for ext in self.extensions]
+        print(f"fused_resnet: building {' and '.join(built)}: {wants_cuda()[1]}")
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
+        import ninja
+        from ninja import ninja_syntax
+
+        cuda = ext.name.endswith("_cuda")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        folder = Path(self.build_temp).resolve()
+        folder = Path(self.build_temp).resolve() / ext.name
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         compiler = os.environ.get("CXX") or "g++"
         if shutil.which(compiler.split()[0]) is None:
             raise SystemExit(f"fused_resnet needs a C++17 compiler: {compiler!r} was not found; name another one in CXX")
+        device_compiler = nvcc()
+        if cuda and device_compiler is None:
+            raise SystemExit("FUSED_RESNET_CUDA=1 needs nvcc, which was not found: put it on the PATH or set CUDA_HOME")
+        units = cuda_units() if cuda else cpu_units()
         library = folder / target.name
         with open(folder / "build.ninja", "w", encoding="utf-8") as file:
             writer = ninja_syntax.Writer(file)
-            writer.variable("cxx", compiler)
-            writer.variable("common", [*COMMON, *os.environ.get("CXXFLAGS", "").split()])
-            writer.rule(
-                "compile",
-                "$cxx $common $flags -MMD -MF $out.d -c $in -o $out",
-                depfile="$out.d",
-                deps="gcc",
-                description="compile $in",
-            )
-            writer.rule("link", "$cxx -shared $in -o $out -fopenmp $ldflags", description="link $out")
-            objects = []
-            for source, flags in SOURCES.items():
-                objects.append(str(folder / (Path(source).stem + ".o")))
-                writer.build(objects[-1], "compile", str(ROOT / source), variables={"flags": flags})
             ldflags = os.environ.get("LDFLAGS", "").split()
+            if cuda:
+                writer.variable("nvcc", f"{device_compiler} -ccbin {compiler.split()[0]}")
+                writer.variable("common", CUDA_COMMON)
+                writer.rule(
+                    "nvcc",
+                    "$nvcc $common -MD -MF $out.d $flags -c $in -o $out",
+                    depfile="$out.d",
+                    deps="gcc",
+                    description="compile $in",
+                )
+                # The static runtime, its symbols hidden: torch brings a runtime of its own under the same names.
+                command = "$nvcc -shared -cudart static -Xlinker --exclude-libs=ALL $in -o $out $ldflags"
+                ldflags = [f"-Xlinker={flag}" for flag in ldflags]
+            else:
+                writer.variable("cxx", compiler)
+                writer.variable("common", [*COMMON, *os.environ.get("CXXFLAGS", "").split()])
+                writer.rule(
+                    "compile",
+                    "$cxx $common $flags -MMD -MF $out.d -c $in -o $out",
+                    depfile="$out.d",
+                    deps="gcc",
+                    description="compile $in",
+                )
+                command = "$cxx -shared $in -o $out -fopenmp $ldflags"
+            writer.rule("link", command, description="link $out")
+            objects = []
+            # What takes longest starts first.
+            for unit in sorted(units, key=lambda unit: "tiles/sm90" not in unit.source):
+                objects.append(str(folder / (Path(unit.source).stem + ".o")))
+                writer.build(objects[-1], unit.rule, str(ROOT / unit.source), variables={"flags": unit.flags})
             writer.build(str(library), "link", objects, variables={"ldflags": ldflags})
             writer.default(str(library))
-        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)]
+        command_line = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)]
         jobs = os.environ.get("MAX_JOBS")
-        result = subprocess.run([*command, *(["-j", jobs] if jobs else [])], check=False)
+        result = subprocess.run([*command_line, *(["-j", jobs] if jobs else [])], check=False)
         if result.returncode:
-            sys.exit("fused_resnet: the C++ sources did not compile; the compiler's messages are above")
+            sys.exit(f"fused_resnet: the {'CUDA' if cuda else 'C++'} sources did not compile; the compiler's messages are above")
         shutil.copyfile(library, target)
 
 
 if __name__ == "__main__":  # the tests import this file for its sources and flags
+    with_cuda = wants_cuda()[0]
+    extensions = [Extension("fused_resnet._cpu", sources=list(SOURCES))]
+    if with_cuda:
+        extensions.append(Extension("fused_resnet._cuda", sources=[]))
     setup(
-        ext_modules=[Extension("fused_resnet._cpu", sources=list(SOURCES))],
+        ext_modules=extensions,
         cmdclass={"build_ext": NinjaBuild},
+        # pip reads this as a requirement of the build alone.
+        setup_requires=[CUTLASS] if with_cuda and not os.environ.get("CUTLASS_PATH") else [],
     )

@@ -7,6 +7,11 @@ A change is seen by the tensor's version counter (every in-place operation, ``lo
 (``.data = ...``) and a fingerprint of its bytes, which also sees writes through ``.data`` that leave the counter alone: all
 the bytes up to 64 KiB, 64 words spread over the tensor above that. Inference tensors have no counter: all their bytes are
 read on every call.
+
+On a GPU no bytes are read, which would wait for it: a write through ``.data`` is not seen there, and nothing is kept for inference
+tensors. A value is made on the current stream; another stream that needs it waits for that. While a CUDA graph is captured,
+values are made inside the graph, so that a replay sees the parameters of its time; but those of frozen parameters
+(``requires_grad_(False)``) become constants of the graph, as ``torch.compile``'s freezing has it, and live until ``clear``.
 """
 
 from __future__ import annotations
@@ -22,11 +27,35 @@ from ._extension import cpu
 
 T = TypeVar("T")
 State = tuple[int, int] | None  # version and address
+_for_graphs: list[Any] = []  # values whose addresses a captured graph may hold
 _ALL = 1 << 62  # fingerprint every byte
 SOME = 1 << 16  # ... or at most this many
 
-# id(tensor) -> (weak reference to it, {tag: (stamps of the sources, value)})
-_entries: dict[int, tuple[weakref.ref[Tensor], dict[object, tuple[tuple[Any, ...], Any]]]] = {}
+# id(tensor) -> (weak reference to it, {tag: (stamps of the sources, value, when it was made)})
+_entries: dict[int, tuple[weakref.ref[Tensor], dict[object, tuple[tuple[Any, ...], Any, Made | None]]]] = {}
+
+
+class Made:
+    """Where on the GPU a value was made: the stream, and the moment at which it is there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.current_stream(device)
+        self.event = torch.cuda.Event()
+        self.event.record(self.stream)
+
+    def await_on(self, device: torch.device, value: Any) -> None:
+        """The current stream will find the value there, and its memory will not be given away before that stream is done."""
+        current = torch.cuda.current_stream(device)
+        if current != self.stream:
+            current.wait_event(self.event)
+            for t in _tensors(value):
+                t.record_stream(current)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for t in value if isinstance(t, Tensor)] if isinstance(value, tuple) else []
 
 
 def _identity(t: Tensor) -> tuple[Any, ...]:
@@ -94,16 +123,24 @@ def find(tag: object, sources: Sequence[Tensor | None], make: Callable[..., T]) 
     """
     owner = sources[0]
     assert owner is not None
+    capturing = owner.is_cuda and torch.cuda.is_current_stream_capturing()
+    if capturing and any([t is not None and t.requires_grad for t in sources]):
+        held = snapshots(sources)
+        return tuple(map(state_of, held)), _make(make, held)  # a part of the graph, made anew at each replay
     key = id(owner)
     entry = _entries.get(key)
     if entry is not None and entry[0]() is owner:
         kept = entry[1].get(tag)
         if kept is not None and len(kept[0]) == len(sources) and all(map(_unchanged, sources, kept[0])):
             value: T = kept[1]
+            if capturing:
+                _for_graphs.append(value)
+            elif kept[2] is not None:
+                kept[2].await_on(owner.device, value)
             return tuple([None if stamp is None else stamp[0][:2] for stamp in kept[0]]), value
     held = snapshots(sources)
     states = tuple(map(state_of, held))
-    if not all(t is None or (is_dense(t) and (cpu is not None or not t.is_inference())) for t in held):
+    if capturing or not all(t is None or (is_dense(t) and _can_be_seen(t)) for t in held):
         return states, _make(make, held)
     stamps = tuple(map(_stamp, sources, held))  # before making: a write meanwhile is then seen at the next call
     value = _make(make, held)
@@ -112,8 +149,13 @@ def find(tag: object, sources: Sequence[Tensor | None], make: Callable[..., T]) 
     if entry is None or entry[0]() is not owner:
         entry = (weakref.ref(owner, lambda _: _entries.pop(key, None)), {})
         _entries[key] = entry
-    entry[1][tag] = (stamps, value)
+    entry[1][tag] = (stamps, value, Made(owner.device) if owner.is_cuda else None)
     return states, value
+
+
+def _can_be_seen(t: Tensor) -> bool:
+    """Whether a change of an inference tensor, which has no counter, would be seen."""
+    return not t.is_inference() or (cpu is not None and t.is_cpu)
 
 
 def _make(make: Callable[..., T], held: Sequence[Tensor | None]) -> T:
@@ -125,3 +167,4 @@ def _make(make: Callable[..., T], held: Sequence[Tensor | None]) -> T:
 def clear() -> None:
     """Forget every derived value; each is made again when it is next needed."""
     _entries.clear()
+    _for_graphs.clear()

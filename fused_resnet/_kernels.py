@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _numerics
+from . import _gpu, _numerics
 from ._arguments import Padding, Pair, check_convolution, is_channels_last, output_format
 from ._derived import SOME, is_dense, snapshots
 from ._derived import find as derived
 from ._extension import cpu
-from ._select import reasons
+from ._select import cpu_reasons, reasons
 
 Plan = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
 
@@ -45,12 +45,14 @@ def convolution(
 
     Raises for arguments that are not legal."""
     shape = check_convolution(input, weight, bias, shortcut, stride, padding, dilation, groups)
-    channels_last = is_channels_last(input)
-    if reasons(input.device.type, input.dtype, input.shape, weight.shape, stride, padding, dilation, groups, channels_last):
+    if reasons(input, weight, shortcut, stride, padding, dilation, groups, shape):
         symmetric = padding.top == padding.bottom and padding.left == padding.right
-        if input.is_cpu and input.dtype in (torch.float32, torch.float64) and symmetric:
+        if not _gpu.serves(input) and input.is_cpu and input.dtype in (torch.float32, torch.float64) and symmetric:
             return _library_plan(shape, stride, (padding.top, padding.left), dilation, groups, relu)
         return None
+    if _gpu.serves(input):
+        strides = _output_strides(input, weight, shape)
+        return _gpu.convolution(shape, input, weight, bias, shortcut, stride, padding, dilation, groups, relu, strides)
     return _plan(shape, input, weight, bias, shortcut, stride, padding, dilation, relu, torch.get_num_threads())
 
 
@@ -76,7 +78,7 @@ def cached(
             None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.is_cpu),
             None if shortcut is None else (shortcut.shape, shortcut.stride(), shortcut.dtype, shortcut.is_cpu),
             parameters,
-            torch.get_num_threads(),
+            torch.get_num_threads() if input.is_cpu else _gpu.state(input, weight, bias, shortcut),
             _numerics.epoch,
         )
     except AttributeError:  # None, or no tensor at all: making the plan says so
@@ -88,6 +90,10 @@ def cached(
             _plans.clear()
         _plans[key] = plan
     return plan
+
+
+def _output_strides(input: Tensor, weight: Tensor, shape: tuple[int, int, int, int]) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta", memory_format=output_format(input, weight, shape)).stride()
 
 
 def _maker(
@@ -133,10 +139,10 @@ def explain_convolution(input: Tensor, weight: Tensor, stride: int, padding: Pai
     strides, ones = (stride, stride), (1, 1)
     shape = check_convolution(input, weight, None, None, strides, pads, ones, 1)
     channels_last = is_channels_last(input)
-    why = reasons("cpu", input.dtype, input.shape, weight.shape, strides, pads, ones, 1, channels_last)
+    why = cpu_reasons("cpu", input.dtype, input.shape, weight.shape, strides, pads, ones, 1, channels_last)
     if why:
         return {"path": "general: the library's convolution, then addition and ReLU in one pass", "reason": "; ".join(why)}
-    output = torch.empty(shape, device="meta", memory_format=output_format(input, weight, shape)).stride()
+    output = _output_strides(input, weight, shape)
     threads = torch.get_num_threads()
     kernel = _maker(shape, input, weight, True, output, strides, pads, ones, True, output, threads)(_algorithm)
     return {
@@ -161,7 +167,7 @@ def _plan(
     relu: bool,
     threads: int,
 ) -> Plan:
-    output_strides = torch.empty(shape, device="meta", memory_format=output_format(input, weight, shape)).stride()
+    output_strides = _output_strides(input, weight, shape)
     dtype, bias_strided = input.dtype, bias is not None and not bias.is_contiguous()
     shortcut_strides = None if shortcut is None else shortcut.stride()
     make = _maker(shape, input, weight, bias is not None, shortcut_strides, stride, padding, dilation, relu, output_strides, threads)
@@ -255,9 +261,14 @@ def bias_add_relu(
     in_place = owned and input.dtype == dtype and input.is_contiguous(memory_format=memory_format)
     if bias is None and shortcut is None and not relu and in_place:
         return input
-    if cpu is None or not input.is_cpu or dtype not in DTYPES:
+    on_gpu = _gpu.serves(input) and not _gpu.why_no_kernels(input.device)
+    if not on_gpu and (cpu is None or not input.is_cpu or dtype not in DTYPES):
         return _bias_add_relu_library(input, bias, shortcut, relu, dtype, owned, memory_format)
-    output = input if in_place else torch.empty(input.shape, dtype=dtype, memory_format=memory_format)
+    output = input if in_place else torch.empty(input.shape, dtype=dtype, device=input.device, memory_format=memory_format)
+    if on_gpu:
+        _gpu.bias_add_relu(input, bias, shortcut, relu, output)
+        return output
+    assert cpu is not None
     bias = None if bias is None else bias.contiguous()
     cpu.bias_add_relu(
         DTYPES[dtype],
@@ -306,6 +317,9 @@ def relu_backward(grad: Tensor, output: Tensor, bias_grad: bool) -> tuple[Tensor
     memory_format = torch.channels_last if is_channels_last(output) else torch.contiguous_format
     result = torch.empty(output.shape, dtype=output.dtype, device=output.device, memory_format=memory_format)
     sums = output.new_empty(output.shape[1] if bias_grad else 0)
+    if _gpu.serves(output) and not _gpu.why_no_kernels(output.device):
+        _gpu.relu_backward(grad, output, result, sums if bias_grad else None)
+        return result, sums
     if cpu is None or not output.is_cpu:
         torch.where(output <= 0, grad.new_zeros(()), grad, out=result)
         if bias_grad:

@@ -89,13 +89,23 @@ def extension() -> dict[str, Any]:
 
 
 def cuda() -> dict[str, Any]:
-    """What torch knows of CUDA, and whether this package has kernels for it."""
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    return {
-        "torch_build": torch.version.cuda,
-        "devices": devices,
-        "kernels": getattr(_extension, "cuda", None) is not None,
-    }
+    """What torch knows of CUDA, and the kernels that this package has for it."""
+    devices = []
+    for i in range(torch.cuda.device_count()) if torch.cuda.is_available() else ():
+        properties = torch.cuda.get_device_properties(i)
+        devices.append(
+            {
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "multiprocessors": properties.multi_processor_count,
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+            }
+        )
+    found: dict[str, Any] = {"torch_build": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "devices": devices}
+    module = _extension.cuda()
+    if module is None:
+        return {**found, "kernels": False, "why": _extension.cuda_missing()}
+    return {**found, "kernels": True, "build": dict(module.BUILD), "tiles": list(module.tiles())}
 
 
 def describe(paths: bool = True) -> dict[str, Any]:

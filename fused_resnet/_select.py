@@ -1,6 +1,6 @@
 """Which path a call takes, and why: the hot path (our kernels) or the general path (the library's convolution).
 
-Selecting and explaining are one function, ``reasons``: an empty list is the hot path.
+Selecting and explaining are one function, ``reasons``: an empty list is the hot path. ``_gpu.reasons`` is its part for CUDA.
 """
 
 from __future__ import annotations
@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from ._arguments import Padding, Pair
+from . import _gpu
+from ._arguments import Padding, Pair, is_channels_last
 from ._extension import cpu, missing
 
 # A stem (7x7 on 3 channels): runs of 21 values keep the FMA units at 60 % of their rate, the library's kernel at 70 %.
@@ -21,6 +23,26 @@ _REGISTER, _FEW_OUTPUTS = 16, 24
 
 
 def reasons(
+    input: Tensor,
+    weight: Tensor,
+    shortcut: Tensor | None,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    groups: int,
+    shape: Sequence[int],
+) -> list[str]:
+    """Sentences that say why this convolution, with an output of ``shape``, takes the general path; none for the hot path."""
+    if _gpu.serves(input):
+        layouts = (("input", input), ("shortcut", shortcut))
+        gaps = [n for n, t in layouts if t is not None and not t.is_contiguous(memory_format=torch.channels_last)]
+        pixels = shape[0] * shape[2] * shape[3]
+        return _gpu.reasons(input.device, input.dtype, tuple(weight.shape), pixels, groups, gaps[0] if gaps else "")
+    channels_last = is_channels_last(input)
+    return cpu_reasons(input.device.type, input.dtype, input.shape, weight.shape, stride, padding, dilation, groups, channels_last)
+
+
+def cpu_reasons(
     device: str,
     dtype: torch.dtype,
     input_shape: Sequence[int],

@@ -18,7 +18,7 @@ from ._arguments import check_convolution, is_channels_last, output_format
 from ._derived import SOME, State, find, is_dense, snapshots, state_of
 from ._extension import cpu
 from ._fold import library_fold
-from ._select import reasons
+from ._select import cpu_reasons
 from .ops import geometry, nobody_listens
 
 _UNKNOWN: Any = object()
@@ -112,7 +112,7 @@ def _describe(layer: Operand, h: Tensor) -> tuple[tuple[Any, ...], Tensor] | Non
         shape = check_convolution(h, weight, bias, None, stride, padding, dilation, layer.groups)
     except (TypeError, ValueError):
         return None  # layer by layer, it raises the same error
-    if reasons("cpu", h.dtype, h.shape, weight.shape, stride, padding, dilation, layer.groups, is_channels_last(h)):
+    if cpu_reasons("cpu", h.dtype, h.shape, weight.shape, stride, padding, dilation, layer.groups, is_channels_last(h)):
         return None
     output = torch.empty(shape, dtype=h.dtype, device="meta", memory_format=output_format(h, weight, shape))
     has_bias = layer.eps is not None or bias is not None

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from . import _extension
+from . import _extension, _gpu
 from ._block import FusedBlock, Snapshot, State, forward_like, look_at
 from ._match import match
 from ._residual import Call, Layer, Residual, bind
@@ -256,10 +256,13 @@ def _why_general(module: nn.Module, description: Residual) -> str:
     """What is known without an input about the convolutions that take the general path; "" if nothing is."""
     steps = [*description.main, *(description.shortcut or ())]
     convs: list[Any] = [module.get_submodule(step.conv) for step in steps if isinstance(step, Layer)]
-    devices = sorted({conv.weight.device.type for conv in convs} - {"cpu"})
-    if devices:
-        return f"the block is on {', '.join(devices)}"
-    if _extension.cpu is None:
+    devices = {conv.weight.device for conv in convs}
+    for device in sorted(devices, key=str):
+        if device.type == "cuda" and _gpu.why_no_kernels(device):
+            return _gpu.why_no_kernels(device)
+        if device.type not in ("cpu", "cuda"):
+            return f"the block is on {device.type}"
+    if any(device.type == "cpu" for device in devices) and _extension.cpu is None:
         return _extension.missing
     groups = sorted({conv.groups for conv in convs} - {1})
     return f"groups = {groups[0]}" if groups else ""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _kernels, _operators
-from ._arguments import Padding, Pair, check_convolution, check_pass, check_tensor, is_channels_last, pad, pair
+from ._arguments import Padding, Pair, check_convolution, check_pass, check_tensor, pad, pair
 from ._select import reasons
 
 __all__ = ["bias_add_relu", "conv_bias_add_relu", "why_not"]
@@ -168,8 +168,5 @@ def why_not(
     check_tensor(input, "input", 4)
     check_tensor(weight, "weight", 4)
     stride, padding, dilation = geometry(weight, stride, padding, dilation, groups)
-    check_convolution(input, weight, bias, shortcut, stride, padding, dilation, groups)
-    channels_last = is_channels_last(input)
-    return reasons(
-        input.device.type, input.dtype, input.shape, weight.shape, stride, padding, dilation, groups, channels_last
-    )
+    shape = check_convolution(input, weight, bias, shortcut, stride, padding, dilation, groups)
+    return reasons(input, weight, shortcut, stride, padding, dilation, groups, shape)

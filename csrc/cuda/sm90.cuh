@@ -169,7 +169,7 @@ struct Kernel {
       const i64 bottom = (s.p - 1) * s.stride_h + (s.r - 1) * s.dilation_h + 1 - s.pad_top - s.h;
       const i64 right = (s.q - 1) * s.stride_w + (s.s - 1) * s.dilation_w + 1 - s.pad_left - s.w;
       typename Mainloop::Image image(
-          cutlass::conv::Mode::kCrossCorrelation, {int(s.n), h, w, c}, {s.x.n, s.x.h, s.x.w, 1},
+          cutlass::conv::Mode::kCrossCorrelation, {int(s.n), h, w, c}, {s.h * s.w * s.c, s.w * s.c, s.c, 1},
           {int(s.k), int(s.r), int(s.s), c}, {s.r * s.s * s.c, s.s * s.c, s.c, 1}, {int(s.pad_top), int(s.pad_left)},
           {int(bottom > 0 ? bottom : 0), int(right > 0 ? right : 0)}, {int(s.stride_h), int(s.stride_w)},
           {int(s.dilation_h), int(s.dilation_w)}, 1);

@@ -92,12 +92,19 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("threads", str(found["threads"])),
         ("OpenMP runtimes", ", ".join(found["openmp_runtimes"]) or "none found"),
         ("CUDA in torch", cuda["torch_build"] or "not in this build"),
-        ("CUDA devices", ", ".join(cuda["devices"]) or "none"),
-        ("CUDA kernels of ours", "built" if cuda["kernels"] else "not in this build"),
+        ("CUDA devices", ", ".join(f"{d['name']} ({d['capability']})" for d in cuda["devices"]) or "none"),
+        ("CUDA kernels of ours", _cuda_kernels(cuda)),
     ]
     variables = [f"{name}={value}" for name, value in found["environment"].items()]
     rows.append(("environment", " ".join(variables) or "no FUSED_RESNET_* variable is set"))
     return rows
+
+
+def _cuda_kernels(cuda: dict[str, Any]) -> str:
+    if not cuda["kernels"]:
+        return f"not in use: {cuda['why']}"
+    build = cuda["build"]
+    return f"built with CUDA {build['cuda']} for {build['architectures']}, {len(cuda['tiles'])} of them for tensor cores"
 
 
 def warnings(found: dict[str, Any]) -> list[str]:

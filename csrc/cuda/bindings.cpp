@@ -1,0 +1,196 @@
+// The compiled CUDA module, and its twin for the host (-DFR_HOST_MODULE), in which the tests run the general kernels without a
+// GPU: the only CUDA file that knows Python. As in ../bindings.cpp: integers in, checked by the Python side, the GIL released.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <map>
+#include <optional>
+
+#include "convolution.h"
+#include "device.h"
+
+namespace py = pybind11;
+namespace fr = fused_resnet;
+namespace cu = fused_resnet::cuda;
+using fr::i64;
+using Pointer = std::uintptr_t;
+using Four = std::array<i64, 4>;
+using Two = std::array<i64, 2>;
+
+namespace {
+
+constexpr int kInterface = 1;  // fused_resnet/_extension.py holds the same number
+
+const void* in(Pointer p) { return reinterpret_cast<const void*>(p); }
+void* out(Pointer p) { return reinterpret_cast<void*>(p); }
+fr::Strides strides(const Four& s) { return fr::Strides{s[0], s[1], s[2], s[3]}; }
+
+fr::DType dtype(const std::string& name) {
+  for (const fr::DType d : {fr::DType::float32, fr::DType::float64, fr::DType::bfloat16, fr::DType::float16}) {
+    if (name == cu::name_of(d)) return d;
+  }
+  throw std::invalid_argument("dtype must be float32, float64, bfloat16 or float16, got '" + name + "'");
+}
+
+fr::ConvShape shape(const Four& input, const Four& weight, const Four& output, const Two& stride, const Two& pad, const Two& dilation,
+                    i64 groups, const Four& input_strides, const Four& output_strides, const std::optional<Four>& shortcut_strides,
+                    bool has_bias, bool relu) {
+  fr::ConvShape s;
+  s.n = input[0];
+  s.c = input[1];
+  s.h = input[2];
+  s.w = input[3];
+  s.k = weight[0];
+  s.r = weight[2];
+  s.s = weight[3];
+  s.p = output[2];
+  s.q = output[3];
+  s.stride_h = stride[0];
+  s.stride_w = stride[1];
+  s.pad_top = pad[0];
+  s.pad_left = pad[1];
+  s.dilation_h = dilation[0];
+  s.dilation_w = dilation[1];
+  s.groups = groups;
+  s.x = strides(input_strides);
+  s.y = strides(output_strides);
+  s.has_shortcut = shortcut_strides.has_value();
+  if (shortcut_strides) s.shortcut = strides(*shortcut_strides);
+  s.has_bias = has_bias;
+  s.relu = relu;
+  return s;
+}
+
+fr::PassShape pass_shape(const std::string& type, const Four& size, const Four& result, const Four& first, const Four& second,
+                         bool relu, bool wide_input) {
+  fr::PassShape s;
+  s.n = size[0];
+  s.k = size[1];
+  s.p = size[2];
+  s.q = size[3];
+  s.result = strides(result);
+  s.first = strides(first);
+  s.second = strides(second);
+  s.dtype = dtype(type);
+  s.relu = relu;
+  s.wide_input = wide_input;
+  return s;
+}
+
+// A device that need not be there: what a choice depends on, for the tests of the choice.
+cu::Device described(int index, const std::optional<std::array<int, 3>>& properties) {
+  if (!properties) return cu::device(index);
+  cu::Device d;
+  d.index = index;
+  d.major = (*properties)[0];
+  d.minor = (*properties)[1];
+  d.multiprocessors = (*properties)[2];
+  return d;
+}
+
+struct Planned {
+  cu::Convolution convolution;
+  fr::Strides weight;
+  int device;
+};
+
+}  // namespace
+
+#if defined(FR_HOST_MODULE)
+PYBIND11_MODULE(cuda_twin, m) {
+#else
+PYBIND11_MODULE(_cuda, m) {
+#endif
+  m.doc() = "CUDA kernels of fused_resnet. Internal: the checks are in the Python files.";
+  m.attr("INTERFACE") = kInterface;
+  std::map<std::string, std::string> build{{"compiler", __VERSION__}};
+  for (const auto& [name, value] : cu::build()) build[name] = value;
+  m.attr("BUILD") = build;
+
+  m.def("tiles", [] {
+    std::vector<std::string> names;
+    for (const auto& kernel : cu::tensor_kernels()) names.push_back(kernel.tile.name());
+    return names;
+  });
+  m.def("capability", [](int index) { return std::pair(cu::device(index).major, cu::device(index).minor); }, py::arg("device"));
+  m.def("multiprocessors", [](int index) { return cu::device(index).multiprocessors; }, py::arg("device"));
+
+  py::class_<Planned>(m, "Convolution")
+      .def(py::init([](const std::string& type, const Four& input, const Four& weight, const Four& output, const Two& stride,
+                       const Two& pad, const Two& dilation, i64 groups, const Four& input_strides, const Four& weight_strides,
+                       const Four& output_strides, const std::optional<Four>& shortcut_strides, bool has_bias, bool relu, int device,
+                       bool tf32, const std::string& algorithm, const std::optional<std::array<int, 3>>& properties) {
+             const fr::ConvShape s = shape(input, weight, output, stride, pad, dilation, groups, input_strides, output_strides,
+                                           shortcut_strides, has_bias, relu);
+             return Planned{cu::Convolution(s, dtype(type), described(device, properties), tf32, algorithm), strides(weight_strides),
+                            device};
+           }),
+           py::arg("dtype"), py::arg("input"), py::arg("weight"), py::arg("output"), py::arg("stride"), py::arg("pad"),
+           py::arg("dilation"), py::arg("groups"), py::arg("input_strides"), py::arg("weight_strides"), py::arg("output_strides"),
+           py::arg("shortcut_strides"), py::arg("has_bias"), py::arg("relu"), py::arg("device"), py::arg("tf32"),
+           py::arg("algorithm") = "auto", py::arg("properties") = py::none())
+      .def(
+          "run",
+          [](const Planned& p, Pointer x, Pointer weight, Pointer bias, Pointer shortcut, Pointer y, Pointer stream) {
+            const cu::DeviceGuard guard(p.device);
+            p.convolution.run({in(x), in(weight), in(bias), in(shortcut), out(y)}, p.weight, out(stream));
+          },
+          py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("shortcut"), py::arg("output"), py::arg("stream"),
+          py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("tensor_cores", [](const Planned& p) { return p.convolution.tensor_cores(); })
+      .def_property_readonly("algorithm", [](const Planned& p) { return p.convolution.name(); })
+      .def_property_readonly("reason", [](const Planned& p) { return p.convolution.reason(); })
+      .def_property_readonly("launches", [](const Planned& p) { return p.convolution.launches(); });
+
+  m.def(
+      "choose",
+      [](const std::string& type, const Four& input, const Four& weight, const Four& output, const Two& stride, const Two& pad,
+         const Two& dilation, i64 groups, const Four& input_strides, const Four& output_strides,
+         const std::optional<Four>& shortcut_strides, bool tf32, const std::array<int, 3>& properties,
+         const std::vector<std::tuple<std::string, std::string, std::string, int, int>>& tiles, const std::string& algorithm) {
+        const fr::ConvShape s = shape(input, weight, output, stride, pad, dilation, groups, input_strides, output_strides,
+                                      shortcut_strides, true, true);
+        std::vector<cu::Tile> all;
+        for (const auto& [architecture, name, form, rows, columns] : tiles) {
+          all.push_back({architecture == "sm90" ? "sm90" : "sm80", dtype(name), form == "matrix" ? cu::Form::matrix : cu::Form::image,
+                         rows, columns});
+        }
+        const cu::Choice c = cu::choose(s, dtype(type), described(0, properties), tf32, all, algorithm);
+        return std::pair(c.tile < 0 ? std::string("general") : all[std::size_t(c.tile)].name(), c.reason);
+      },
+      py::arg("dtype"), py::arg("input"), py::arg("weight"), py::arg("output"), py::arg("stride"), py::arg("pad"), py::arg("dilation"),
+      py::arg("groups"), py::arg("input_strides"), py::arg("output_strides"), py::arg("shortcut_strides"), py::arg("tf32"),
+      py::arg("properties"), py::arg("tiles"), py::arg("algorithm") = "auto");
+
+  m.def(
+      "bias_add_relu",
+      [](const std::string& type, const Four& size, const Four& y_strides, const Four& x_strides, const Four& shortcut_strides,
+         bool relu, bool wide_input, Pointer x, Pointer bias, Pointer shortcut, Pointer y, int device, Pointer stream) {
+        const auto s = pass_shape(type, size, y_strides, x_strides, shortcut_strides, relu, wide_input);
+        py::gil_scoped_release release;
+        const cu::DeviceGuard guard(device);
+        cu::bias_add_relu(s, in(x), in(bias), in(shortcut), out(y), out(stream));
+      },
+      py::arg("dtype"), py::arg("shape"), py::arg("output_strides"), py::arg("input_strides"), py::arg("shortcut_strides"),
+      py::arg("relu"), py::arg("wide_input"), py::arg("input"), py::arg("bias"), py::arg("shortcut"), py::arg("output"),
+      py::arg("device"), py::arg("stream"));
+  m.def(
+      "relu_backward_workspace",
+      [](const std::string& type, const Four& size, const Four& result, const Four& grad, const Four& output) {
+        return cu::relu_backward_workspace(pass_shape(type, size, result, grad, output, true, false));
+      },
+      py::arg("dtype"), py::arg("shape"), py::arg("result_strides"), py::arg("grad_strides"), py::arg("output_strides"));
+  m.def(
+      "relu_backward",
+      [](const std::string& type, const Four& size, const Four& result_strides, const Four& grad_strides, const Four& output_strides,
+         Pointer grad, Pointer output, Pointer result, Pointer bias_grad, Pointer workspace, int device, Pointer stream) {
+        const auto s = pass_shape(type, size, result_strides, grad_strides, output_strides, true, false);
+        py::gil_scoped_release release;
+        const cu::DeviceGuard guard(device);
+        cu::relu_backward(s, in(grad), in(output), out(result), out(bias_grad), out(workspace), out(stream));
+      },
+      py::arg("dtype"), py::arg("shape"), py::arg("result_strides"), py::arg("grad_strides"), py::arg("output_strides"),
+      py::arg("grad"), py::arg("output"), py::arg("result"), py::arg("bias_grad"), py::arg("workspace"), py::arg("device"),
+      py::arg("stream"));
+}

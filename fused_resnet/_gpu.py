@@ -1,0 +1,253 @@
+"""Calls into the compiled CUDA module: plans, weights as the tensor cores read them, streams.
+
+``_kernels.py`` asks here first for whatever lives on a GPU. The tests put the module's twin for the host in its place
+(``use_twin``), which runs the general kernels on CPU tensors, thread block by thread block: everything here but the launch itself
+is then what a GPU gets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _extension, _numerics
+from ._arguments import Padding, Pair
+from ._derived import derive
+
+Plan = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
+
+DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+OLDEST = (8, 0)  # compute capability
+_ALIGNMENT = 16  # bytes: of every operand of a tensor-core kernel
+# Multiply-adds up to which a call is all launches, and one kernel without tensor cores is faster than the library's several.
+_SMALL = 1 << 24
+
+_twin: ModuleType | None = None
+_algorithm = "auto"
+
+
+def module() -> ModuleType | None:
+    """The compiled module, or its twin for the host."""
+    return _twin if _twin is not None else _extension.cuda()
+
+
+def serves(t: Tensor) -> bool:
+    """Whether a tensor is for this file."""
+    return t.is_cuda or (_twin is not None and t.is_cpu)
+
+
+def why_no_kernels(device: torch.device) -> str:
+    """Why none of our kernels can run on this device; "" if they can."""
+    if _twin is not None:
+        return ""
+    found = _extension.cuda()
+    if found is None:
+        return _extension.cuda_missing()
+    capability = found.capability(device.index)
+    if capability < OLDEST:
+        return (
+            f"our CUDA kernels are for compute capability {OLDEST[0]}.{OLDEST[1]} and later, "
+            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
+        )
+    return ""
+
+
+def tf32() -> bool:
+    """Whether PyTorch lets convolutions of float32 round their operands to TF32 (``torch.backends.cudnn.allow_tf32``)."""
+    getter = getattr(torch._C, "_get_fp32_precision_getter", None)
+    if getter is not None:  # torch 2.9: the older question raises where the newer setting was used
+        return bool(getter("cuda", "conv") == "tf32")
+    return bool(torch._C._get_cudnn_allow_tf32())
+
+
+def state(*tensors: Tensor | None) -> Any:
+    """What a plan depends on besides layouts and parameters: the devices, and what PyTorch allows."""
+    return tf32(), *[t.device if t is not None else None for t in tensors]
+
+
+def stream(device: torch.device) -> int:
+    """The current stream of a device, as an address."""
+    return int(torch._C._cuda_getCurrentRawStream(device.index)) if device.type == "cuda" else 0
+
+
+def reasons(
+    device: torch.device, dtype: torch.dtype, weight_shape: tuple[int, ...], output_pixels: int, groups: int, not_dense: str
+) -> list[str]:
+    """Why a convolution takes the general path on a GPU; ``not_dense``: what is not channels_last, or ""."""
+    missing = why_no_kernels(device)
+    if missing:
+        return [missing]
+    if _algorithm != "auto":
+        return []
+    if groups != 1:
+        return [f"groups = {groups}: our fast kernels are for groups = 1"]
+    outputs, channels, height, width = weight_shape
+    if output_pixels * outputs * channels * height * width <= _SMALL or dtype == torch.float64:
+        return []  # the kernel without tensor cores serves, if need be
+    if dtype == torch.float32 and not tf32():
+        return ["float32 without TF32 (torch.backends.cudnn.allow_tf32): the library's convolution is faster than our general kernel"]
+    vector = 16 // dtype.itemsize
+    if channels % vector or outputs % vector:
+        name = str(dtype).removeprefix("torch.")
+        return [f"{channels} input and {outputs} output channels: the tensor cores want multiples of {vector} in {name}"]
+    if not_dense:
+        return [f"{not_dense} is not channels_last without gaps, which is what the tensor cores read"]
+    return []
+
+
+def convolution(
+    shape: tuple[int, int, int, int],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shortcut: Tensor | None,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    groups: int,
+    relu: bool,
+    output_strides: tuple[int, ...],
+) -> Plan:
+    """The plan of one convolution."""
+    compiled = module()
+    assert compiled is not None
+    dtype, device = input.dtype, input.device
+    index = device.index or 0
+
+    def make(algorithm: str) -> Any:
+        return compiled.Convolution(
+            DTYPES[dtype],
+            tuple(input.shape),
+            tuple(weight.shape),
+            shape,
+            stride,
+            (padding.top, padding.left),
+            dilation,
+            groups,
+            input.stride(),
+            weight.stride(),
+            output_strides,
+            None if shortcut is None else shortcut.stride(),
+            bias is not None,
+            relu,
+            index,
+            tf32(),
+            algorithm,
+        )
+
+    kernel = make(_algorithm)
+    run, tensor_cores = kernel.run, kernel.tensor_cores
+    general = make("general").run if tensor_cores else run
+
+    def call(input: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Tensor | None) -> Tensor:
+        output = torch.empty_strided(shape, output_strides, dtype=dtype, device=device)
+        bias = None if bias is None else bias.contiguous()
+        execute = run
+        if tensor_cores:
+            packed = krsc(weight)
+            if _aligned(input, packed, bias, shortcut):
+                weight = packed
+            else:  # a view that begins in the middle of 16 bytes
+                execute = general
+        execute(
+            input.data_ptr(),
+            weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if shortcut is None else shortcut.data_ptr(),
+            output.data_ptr(),
+            stream(device),
+        )
+        return output
+
+    call.kernel = kernel  # type: ignore[attr-defined]  # what tests and `env` ask
+    return call
+
+
+def _aligned(*tensors: Tensor | None) -> bool:
+    return not any([t is not None and t.data_ptr() % _ALIGNMENT for t in tensors])
+
+
+def krsc(weight: Tensor) -> Tensor:
+    """The weight with its memory in the order [K, R, S, C], without gaps: itself if it is so, else a copy that is kept until it
+    changes."""
+    k, c, r, s = weight.shape
+    wanted = (r * s * c, 1, s * c, c)
+    if all([size == 1 or stride == want for size, stride, want in zip((k, c, r, s), weight.stride(), wanted, strict=True)]):
+        return weight
+
+    def make(held: Tensor) -> Tensor:
+        return torch.empty_strided(held.shape, wanted, dtype=held.dtype, device=held.device).copy_(held)
+
+    return derive("krsc", (weight,), make)
+
+
+def bias_add_relu(input: Tensor, bias: Tensor | None, shortcut: Tensor | None, relu: bool, output: Tensor) -> None:
+    """output = relu(input + bias + shortcut), rounded to output's dtype; output may be input."""
+    compiled = module()
+    assert compiled is not None
+    bias = None if bias is None else bias.contiguous()
+    compiled.bias_add_relu(
+        DTYPES[output.dtype],
+        tuple(input.shape),
+        output.stride(),
+        input.stride(),
+        input.stride() if shortcut is None else shortcut.stride(),
+        relu,
+        input.dtype != output.dtype,
+        input.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if shortcut is None else shortcut.data_ptr(),
+        output.data_ptr(),
+        input.device.index or 0,
+        stream(input.device),
+    )
+
+
+def relu_backward(grad: Tensor, output: Tensor, result: Tensor, sums: Tensor | None) -> None:
+    """result = grad where not (output <= 0), else 0; sums [K], if there is one, its sum over N, P, Q."""
+    compiled = module()
+    assert compiled is not None
+    layout = DTYPES[output.dtype], tuple(output.shape), result.stride(), grad.stride(), output.stride()
+    size = compiled.relu_backward_workspace(*layout) if sums is not None else 0
+    workspace = torch.empty(size, dtype=torch.uint8, device=output.device)
+    compiled.relu_backward(
+        *layout,
+        grad.data_ptr(),
+        output.data_ptr(),
+        result.data_ptr(),
+        0 if sums is None else sums.data_ptr(),
+        workspace.data_ptr(),
+        output.device.index or 0,
+        stream(output.device),
+    )
+
+
+def use_algorithm(name: str) -> None:
+    """Compute with this kernel wherever it can: auto, general, or a tile's name (``tiles``). For tests and benchmarks."""
+    global _algorithm
+    _algorithm = name
+    _numerics.changed()
+
+
+def tiles() -> list[str]:
+    """Names of the tensor-core kernels of this build."""
+    compiled = module()
+    return [] if compiled is None else list(compiled.tiles())
+
+
+@contextmanager
+def use_twin(twin: ModuleType) -> Iterator[None]:
+    """CPU tensors go through this file, to the module's twin for the host. For tests."""
+    global _twin
+    _twin = twin
+    _numerics.changed()
+    try:
+        yield
+    finally:
+        _twin = None
+        _numerics.changed()
