@@ -33,9 +33,9 @@
 
 namespace fused_resnet::cuda {
 
-// 16 bytes of one type, moved by one instruction.
+// A few values side by side, moved by one instruction where they are 16 bytes or less.
 template <class T, int kCount>
-struct alignas(sizeof(T) * kCount) Pack {
+struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Pack {
   T value[kCount];
 };
 
@@ -58,6 +58,16 @@ FR_HOST_DEVICE void store_pack(T* to, const P& pack) {
   std::memcpy(__builtin_assume_aligned(to, alignof(P)), &pack, sizeof pack);
 #endif
 }
+
+// The type in which values of T are summed.
+template <class T>
+struct Accumulator {
+  using type = float;
+};
+template <>
+struct Accumulator<double> {
+  using type = double;
+};
 
 template <class T>
 FR_HOST_DEVICE T smaller_of(T a, T b) {

@@ -12,15 +12,6 @@
 
 namespace fused_resnet::cuda {
 
-template <class T>
-struct Accumulator {
-  using type = float;
-};
-template <>
-struct Accumulator<double> {
-  using type = double;
-};
-
 // Pixels x channels of a block, and the part of one thread.
 template <int kPixels_, int kChannels_, int kThreadPixels_, int kThreadChannels_>
 struct Tile {

@@ -4,3 +4,4 @@
 #include "general_float16.cu"
 #include "general_float32.cu"
 #include "general_float64.cu"
+#include "passes.cu"
