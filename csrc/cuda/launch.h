@@ -17,6 +17,10 @@ struct ConvOperands {
   const void* bias = nullptr;      // [K], or null
   const void* shortcut = nullptr;  // or null
   void* y = nullptr;
+  // Of the joined convolution, where shape.joined.c > 0: its input, and its weight [K, joined.c] with strides n and c.
+  const void* joined = nullptr;
+  const void* joined_weight = nullptr;
+  Strides joined_weight_strides;
 };
 
 // relu(conv2d(x, weight, bias) + shortcut), for every dtype and configuration: implicit GEMM without tensor cores. `weight` has

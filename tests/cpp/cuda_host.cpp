@@ -1,0 +1,174 @@
+// The CUDA kernels' host build for Python, as csrc/bindings.cpp is for the CPU kernels: pointers and shapes come in as integers.
+// Built by tests/_cuda_host.py.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include "../../csrc/cuda/block.h"
+#include "../../csrc/cuda/general_launch.cuh"
+#include "../../csrc/cuda/pass_plan.h"
+
+namespace py = pybind11;
+namespace fr = fused_resnet;
+namespace cuda = fused_resnet::cuda;
+using fr::i64;
+using Pointer = std::uintptr_t;
+using Four = std::array<i64, 4>;
+using Two = std::array<i64, 2>;
+
+namespace fused_resnet::cuda {
+extern template void general_convolution_of<float>(const GeneralPlan&, const ConvShape&, const Strides&, const ConvOperands&, Stream);
+extern template void general_convolution_of<double>(const GeneralPlan&, const ConvShape&, const Strides&, const ConvOperands&, Stream);
+extern template void general_convolution_of<bf16>(const GeneralPlan&, const ConvShape&, const Strides&, const ConvOperands&, Stream);
+extern template void general_convolution_of<fp16>(const GeneralPlan&, const ConvShape&, const Strides&, const ConvOperands&, Stream);
+}  // namespace fused_resnet::cuda
+
+namespace {
+
+const void* in(Pointer p) { return reinterpret_cast<const void*>(p); }
+void* out(Pointer p) { return reinterpret_cast<void*>(p); }
+fr::Strides strides(const Four& s) { return fr::Strides{s[0], s[1], s[2], s[3]}; }
+
+fr::DType dtype(const std::string& name) {
+  if (name == "float32") return fr::DType::float32;
+  if (name == "float64") return fr::DType::float64;
+  if (name == "bfloat16") return fr::DType::bfloat16;
+  if (name == "float16") return fr::DType::float16;
+  throw std::invalid_argument("unknown dtype " + name);
+}
+
+// (pointer, channels, stride, strides, weight's pointer, weight's strides)
+using JoinedTuple = std::tuple<Pointer, i64, Two, Four, Pointer, Four>;
+
+struct Call {
+  fr::DType type = fr::DType::float32;
+  fr::ConvShape shape;
+  fr::Strides weight;
+  cuda::ConvOperands operands;
+  i64 bytes() const { return type == fr::DType::float64 ? 8 : type == fr::DType::float32 ? 4 : 2; }
+};
+
+Call make_call(const std::string& type, const Four& input, const Four& weight, const Four& output, const Two& stride,
+               const Two& pad, const Two& dilation, i64 groups, const Four& input_strides, const Four& weight_strides,
+               const Four& output_strides, const std::optional<Four>& shortcut_strides, bool relu, Pointer x, Pointer w,
+               Pointer bias, Pointer shortcut, Pointer y, const std::optional<JoinedTuple>& joined) {
+  Call call;
+  call.type = dtype(type);
+  fr::ConvShape& s = call.shape;
+  s.n = input[0], s.c = input[1], s.h = input[2], s.w = input[3];
+  s.k = weight[0], s.r = weight[2], s.s = weight[3];
+  s.p = output[2], s.q = output[3];
+  s.stride_h = stride[0], s.stride_w = stride[1];
+  s.pad_top = pad[0], s.pad_left = pad[1];
+  s.dilation_h = dilation[0], s.dilation_w = dilation[1];
+  s.groups = groups;
+  s.x = strides(input_strides);
+  s.y = strides(output_strides);
+  s.has_shortcut = shortcut_strides.has_value();
+  if (shortcut_strides) s.shortcut = strides(*shortcut_strides);
+  s.has_bias = bias != 0;
+  s.relu = relu;
+  call.weight = strides(weight_strides);
+  call.operands.x = in(x);
+  call.operands.weight = in(w);
+  call.operands.bias = in(bias);
+  call.operands.shortcut = in(shortcut);
+  call.operands.y = out(y);
+  if (joined) {
+    const auto& [data, channels, steps, data_strides, joined_weight, joined_weight_strides] = *joined;
+    s.joined = {channels, steps[0], steps[1], strides(data_strides)};
+    call.operands.joined = in(data);
+    call.operands.joined_weight = in(joined_weight);
+    call.operands.joined_weight_strides = strides(joined_weight_strides);
+  }
+  return call;
+}
+
+cuda::GeneralTile tile_of(const std::string& name) {
+  if (name == "large") return cuda::GeneralTile::large;
+  if (name == "medium") return cuda::GeneralTile::medium;
+  if (name == "narrow") return cuda::GeneralTile::narrow;
+  throw std::invalid_argument("unknown tile " + name);
+}
+
+// `tile` "auto": as the library calls it. Else that tile, with 64-bit offsets where `wide` (medium tiles have none: large).
+void run(const Call& c, const std::string& tile, bool wide) {
+  if (tile == "auto" && !wide) return cuda::general_convolution(c.type, c.shape, c.weight, c.operands, nullptr);
+  if (c.shape.empty()) return;
+  cuda::GeneralPlan plan = cuda::general_plan(c.shape, c.weight, c.operands, c.bytes());
+  if (tile != "auto") plan.tile = tile_of(tile);
+  plan.wide = plan.wide || wide;
+  switch (c.type) {
+    case fr::DType::float32: return cuda::general_convolution_of<float>(plan, c.shape, c.weight, c.operands, nullptr);
+    case fr::DType::float64: return cuda::general_convolution_of<double>(plan, c.shape, c.weight, c.operands, nullptr);
+    case fr::DType::bfloat16: return cuda::general_convolution_of<fr::bf16>(plan, c.shape, c.weight, c.operands, nullptr);
+    case fr::DType::float16: return cuda::general_convolution_of<fr::fp16>(plan, c.shape, c.weight, c.operands, nullptr);
+  }
+}
+
+std::tuple<std::string, bool, bool> plan(const Call& c) {
+  const cuda::GeneralPlan p = cuda::general_plan(c.shape, c.weight, c.operands, c.bytes());
+  const char* const names[] = {"large", "medium", "narrow"};
+  return {names[int(p.tile)], p.wide, p.vector_store};
+}
+
+// Where the kernel puts output pixel `number` and term `term`: (h, w, offset in x, offset in y), (h, w, offset in x, in weight).
+std::tuple<Four, Four> locate(const Call& c, i64 number, i64 term) {
+  const cuda::GeneralPlan p = cuda::general_plan(c.shape, c.weight, c.operands, c.bytes());
+  const auto kernel = cuda::general_kernel<float, i64, cuda::LargeTile>(p, c.shape, c.weight, c.operands);
+  using Kernel = cuda::GeneralConvolution<float, i64, cuda::LargeTile>;
+  Kernel::Pixel pixel;
+  Kernel::PixelEnd end;
+  kernel.locate(number, pixel, end);
+  const Kernel::Term t = kernel.term_at(term);
+  return {Four{pixel.h, pixel.w, pixel.x, end.y}, Four{t.h, t.w, t.x, t.weight}};
+}
+
+fr::PassShape pass_shape(const std::string& type, const Four& shape, const Four& result, const Four& first, const Four& second,
+                         bool relu, bool wide_input) {
+  fr::PassShape s;
+  s.n = shape[0], s.k = shape[1], s.p = shape[2], s.q = shape[3];
+  s.result = strides(result);
+  s.first = strides(first);
+  s.second = strides(second);
+  s.dtype = dtype(type);
+  s.relu = relu;
+  s.wide_input = wide_input;
+  return s;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(cuda_host, m) {
+  m.doc() = "The CUDA kernels of fused_resnet, run on the host. For tests.";
+  // order: 0 forward, 1 reverse, 2 shuffled. poison: a byte, or -1 for none.
+  m.def("set_options", [](int order, int poison) {
+    cuda::host_options.order = cuda::HostOptions::Order(order);
+    cuda::host_options.poison = poison;
+  });
+  py::class_<Call>(m, "Convolution")
+      .def(py::init(&make_call), py::arg("dtype"), py::arg("input"), py::arg("weight"), py::arg("output"), py::arg("stride"),
+           py::arg("pad"), py::arg("dilation"), py::arg("groups"), py::arg("input_strides"), py::arg("weight_strides"),
+           py::arg("output_strides"), py::arg("shortcut_strides"), py::arg("relu"), py::arg("input_data"), py::arg("weight_data"),
+           py::arg("bias_data"), py::arg("shortcut_data"), py::arg("output_data"), py::arg("joined"))
+      .def("run", &run, py::arg("tile") = "auto", py::arg("wide") = false)
+      .def("plan", &plan)
+      .def("locate", &locate, py::arg("pixel"), py::arg("term"));
+  py::class_<fr::PassShape>(m, "PassShape")
+      .def(py::init(&pass_shape), py::arg("dtype"), py::arg("shape"), py::arg("result"), py::arg("first"), py::arg("second"),
+           py::arg("relu") = true, py::arg("wide_input") = false)
+      .def("pieces", [](const fr::PassShape& s) {
+        const cuda::Pieces pieces = cuda::pieces_of(s);
+        return std::make_tuple(pieces.count, pieces.length);
+      });
+  m.def("bias_add_relu", [](const fr::PassShape& s, Pointer input, Pointer bias, Pointer shortcut, Pointer result) {
+    cuda::bias_add_relu(s, in(input), in(bias), in(shortcut), out(result), nullptr);
+  });
+  m.def("relu_backward", [](const fr::PassShape& s, Pointer grad, Pointer output, Pointer result, Pointer bias_grad, Pointer workspace) {
+    cuda::relu_backward(s, in(grad), in(output), out(result), out(bias_grad), out(workspace), nullptr);
+  });
+  m.def("relu_backward_workspace", &cuda::relu_backward_workspace);
+}
