@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _whole
+from . import _gpu, _whole
 from ._arguments import is_channels_last
 from ._extension import cpu
 from ._fold import folded, sources_of
@@ -152,7 +152,7 @@ def execute(block: Bound, x: Tensor, compiling: bool) -> Tensor:
 
 def _execute_whole(block: Bound, x: Tensor) -> Tensor | None:
     """The block as one call, or None where it has to go layer by layer."""
-    if not nobody_listens(x):
+    if not nobody_listens(x) or _gpu.serves(x):
         return None
     ready = _ready(block, x)
     layers = []

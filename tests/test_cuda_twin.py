@@ -1,0 +1,263 @@
+"""The way of a CUDA tensor, without a GPU: operator, plan, choice of a tile, weights as the tensor cores read them, passes, blocks.
+
+What is trusted: the module's twin (``_cuda_twin``), whose general kernels are the device functions themselves, and whose tensor-core
+kernels are stand-ins that refuse what the real ones cannot read. ``test_cuda_host.py`` looks at the device functions,
+``test_cuda.py`` at a GPU.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from types import ModuleType
+
+import _cuda_twin
+import pytest
+import torch
+import torch.nn.functional as F
+from _blocks import SPELLINGS, assert_same, randomise
+from _calls import CONV, DTYPES, FORMATS, laid_out, name
+from torch import Tensor
+
+import fused_resnet
+from fused_resnet import _derived, _gpu, _kernels, reference, testing
+from fused_resnet.cases import AWKWARD, BLOCKS, ConvCase, Operands
+
+BF16 = "sm90 bfloat16 image 128x128"
+# What the stand-ins can compute: channels in multiples of 8.
+WIDE = (
+    ConvCase(16, 24, (9, 7), (3, 3), padding=(1, 1), shortcut=True, batch=2),
+    ConvCase(16, 24, (9, 7), (3, 3), (2, 2), (1, 1), shortcut=True, batch=3),
+    ConvCase(24, 16, (6, 5), (1, 1), shortcut=True, batch=2),
+    ConvCase(24, 16, (6, 5), (1, 1), (2, 2), batch=2),
+    ConvCase(8, 8, (11, 9), (5, 5), padding="same", dilation=(2, 1), shortcut=True),
+    ConvCase(8, 8, (6, 7), (4, 2), padding="same", shortcut=True),
+    ConvCase(8, 8, (5, 5), (3, 3), padding=(1, 1), shortcut=True, bias=False, relu=False),
+)
+
+
+@pytest.fixture(autouse=True)
+def twin() -> Iterator[ModuleType]:
+    module = _cuda_twin.build()
+    with _gpu.use_twin(module):
+        yield module
+    _gpu.use_algorithm("auto")
+
+
+def _kernel(operands: Operands, case: ConvCase) -> str:
+    """What computes a call: a kernel's name, or "library"."""
+    _kernels._plans.clear()
+    fused_resnet.conv_bias_add_relu(*operands, **case.parameters)
+    (plan,) = _kernels._plans.values()
+    return "library" if plan is None else str(plan.kernel.algorithm)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_awkward_convolutions(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """Every case: through whatever is chosen, and through the general kernel, groups included."""
+    failures = []
+    for case in AWKWARD:
+        operands = laid_out(testing.integer_operands(case, dtype, torch.Generator().manual_seed(0)), memory_format)
+        for algorithm in ("auto", "general"):
+            _gpu.use_algorithm(algorithm)
+            result = testing.compare_forward(fused_resnet.conv_bias_add_relu, operands, True, **case.parameters)
+            if not result:
+                failures.append(f"{case.name} ({algorithm}): {result.reason}")
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("case", WIDE, ids=name)
+def test_tensor_core_kernels_get_what_they_read(case: ConvCase) -> None:
+    """Weights of any layout, biases and shortcuts that do not begin at 16 bytes: the same result, or the general kernel."""
+    generator = torch.Generator().manual_seed(1)
+    operands = laid_out(testing.integer_operands(case, torch.bfloat16, generator), torch.channels_last)
+    expected = reference.conv_bias_add_relu(*operands, **case.parameters)
+    assert _kernel(operands, case).startswith("sm90 bfloat16")
+    for layout in ("contiguous", "channels_last", "sliced"):
+        chosen = testing.layout(operands, weight=layout)
+        result = testing.compare_exact(fused_resnet.conv_bias_add_relu(*chosen, **case.parameters), expected)
+        assert result, f"weight {layout}: {result.reason}"
+    for field in ("input", "bias", "shortcut"):
+        t = getattr(operands, field)
+        if t is None:
+            continue
+        buffer = torch.empty(t.numel() + 1, dtype=t.dtype)
+        skewed = buffer[1:].as_strided(t.shape, t.stride(), 1).copy_(t)
+        assert skewed.data_ptr() % 16
+        chosen = operands._replace(**{field: skewed})
+        result = testing.compare_exact(fused_resnet.conv_bias_add_relu(*chosen, **case.parameters), expected)
+        assert result, f"{field} at an odd address: {result.reason}"
+
+
+def test_what_is_chosen() -> None:
+    """Tensor cores where they can, the general kernel where a call is small, the library where it is large."""
+    torch.manual_seed(0)
+    case = ConvCase(64, 64, (28, 28), (3, 3), padding=(1, 1), shortcut=True)
+    small = ConvCase(8, 8, (9, 9), (3, 3), padding=(1, 1), shortcut=True)
+    odd = ConvCase(63, 65, (28, 28), (3, 3), padding=(1, 1), shortcut=True)
+    make = testing.integer_operands
+    last, first, general = torch.channels_last, torch.contiguous_format, "general "
+    rows: list[tuple[ConvCase, torch.dtype, torch.memory_format, str, str]] = [
+        (case, torch.bfloat16, last, "sm90 bfloat16 image", ""),
+        (case, torch.bfloat16, first, "library", "input is not channels_last"),
+        (small, torch.bfloat16, first, general, ""),
+        (odd, torch.bfloat16, last, "library", "multiples of 8"),
+        (case, torch.float32, last, "library" if not _gpu.tf32() else "sm90 float32", "" if _gpu.tf32() else "without TF32"),
+        (case, torch.float64, last, general, ""),
+    ]
+    for chosen, dtype, memory_format, kernel, why in rows:
+        operands = laid_out(make(chosen, dtype, torch.Generator().manual_seed(0)), memory_format)
+        assert _kernel(operands, chosen).startswith(kernel), (chosen.name, dtype, memory_format)
+        sentences = fused_resnet.why_not(*operands, **chosen.parameters)
+        assert (kernel == "library") == bool(sentences)
+        assert why in " ".join(sentences)
+
+
+def test_tf32_is_the_users_choice() -> None:
+    case = ConvCase(64, 64, (28, 28), (3, 3), padding=(1, 1), shortcut=True)
+    operands = laid_out(testing.integer_operands(case, torch.float32, torch.Generator().manual_seed(0)), torch.channels_last)
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        for allowed, kernel in ((True, "sm90 float32 image 128x64"), (False, "library")):
+            torch.backends.cudnn.allow_tf32 = allowed
+            assert _gpu.tf32() == allowed
+            fused_resnet.conv_bias_add_relu(*operands, **case.parameters)  # a plan of the other setting must not serve
+            assert _kernel(operands, case) == kernel
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def test_a_packed_weight_follows_its_parameter() -> None:
+    """[K, R, S, C] copies are kept until the weight changes; a weight that lies so is read where it is."""
+    case = WIDE[0]
+    operands = laid_out(testing.integer_operands(case, torch.bfloat16, torch.Generator().manual_seed(2)), torch.channels_last)
+    weight = operands.weight.contiguous()
+    assert _gpu.krsc(operands.weight) is operands.weight
+    packed = _gpu.krsc(weight)
+    assert packed is _gpu.krsc(weight)
+    weight.neg_()
+    again = _gpu.krsc(weight)
+    assert again is not packed
+    assert torch.equal(again, weight)
+    assert again.is_contiguous(memory_format=torch.channels_last)
+    chosen = operands._replace(weight=weight)
+    expected = reference.conv_bias_add_relu(*chosen, **case.parameters)
+    assert torch.equal(fused_resnet.conv_bias_add_relu(*chosen, **case.parameters), expected)
+
+
+def test_an_unknown_algorithm_is_refused() -> None:
+    operands = laid_out(testing.integer_operands(WIDE[0], torch.float32, torch.Generator().manual_seed(2)), torch.channels_last)
+    for wrong, message in (("sm90 bfloat16 image 7x7", "name of a tile"), (BF16, "not for this dtype")):
+        _gpu.use_algorithm(wrong)
+        with pytest.raises(ValueError, match=message):
+            fused_resnet.conv_bias_add_relu(*operands, **WIDE[0].parameters)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_passes(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """bias_add_relu and relu_backward, and the gradient of a convolution through the latter."""
+    generator = torch.Generator().manual_seed(3)
+    for shape in ((2, 1, 3, 3), (3, 8, 5, 7), (1, 17, 1, 1), (2, 64, 9, 8), (0, 4, 3, 3)):
+        x, s, b = (torch.randint(-2, 3, n, generator=generator).to(dtype) for n in (shape, shape, shape[1:2]))
+        x, s = (t.contiguous(memory_format=memory_format) for t in (x, s))
+        ours = fused_resnet.bias_add_relu(x, b, s)
+        assert testing.compare_exact(ours, reference.bias_add_relu(x, b, s))
+        grad = torch.randint(-2, 3, shape, generator=generator).to(dtype)
+        masked, sums = torch.ops.fused_resnet.relu_backward(grad, ours, True)
+        expected = torch.where(ours <= 0, torch.zeros_like(grad), grad)
+        assert testing.compare_exact(masked, expected)
+        assert testing.compare_exact(sums, expected.sum((0, 2, 3)))
+
+
+@pytest.mark.parametrize("case", testing.gradient_cases(quick=True), ids=lambda case: case.name)
+def test_gradients(case: testing.GradientCase) -> None:
+    assert not case.compare(0)
+    function, leaves = case.build(0)
+    torch.autograd.gradcheck(function, leaves)
+    torch.autograd.gradgradcheck(function, leaves, gen_non_contig_grad_outputs=True)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_converted_blocks(spelling: str) -> None:
+    torch.manual_seed(0)
+    original = randomise(SPELLINGS[spelling]()).eval()
+    converted = copy.deepcopy(original)
+    report = fused_resnet.fuse_(converted)
+    assert report.fused
+    x = torch.randn(2, 8, 8, 8)
+    with torch.no_grad():
+        assert_same(converted, original, x)
+        assert_same(converted, original, x.contiguous(memory_format=torch.channels_last))
+    converted.train()
+    original.train()
+    assert_same(converted, copy.deepcopy(original), x)
+
+
+def test_a_network_of_bfloat16_runs_on_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of ResNets, converted: every convolution that is large enough is a tensor-core kernel's, each with its end."""
+    made: list[str] = []
+    plan = _gpu.convolution
+
+    def recorded(*arguments: object) -> object:
+        found = plan(*arguments)  # type: ignore[arg-type]
+        made.append(found.kernel.algorithm)  # type: ignore[attr-defined]
+        return found
+
+    monkeypatch.setattr(_gpu, "convolution", recorded)
+    for block in (b for b in BLOCKS if b.network == "resnet50" and b.size[0] <= 14):
+        module = block.eager().to(torch.bfloat16).to(memory_format=torch.channels_last)
+        fused = copy.deepcopy(module)
+        assert fused_resnet.fuse_(fused).fused
+        x = block.make(1, torch.bfloat16, torch.channels_last, torch.Generator().manual_seed(0))[:, :, :4, :4]
+        x = x.contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            truth = copy.deepcopy(module).double()(x.double())
+            error, peer = (testing.norm_error(m(x), truth) for m in (fused, module))
+        # Fewer roundings than eager's, of which those of folding are new.
+        assert error <= 2 * peer, (block.name, error, peer)
+    assert made
+    assert all(kernel.startswith("sm90 bfloat16") for kernel in made), made
+
+
+def test_compile_and_autocast() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    w, b = torch.randn(16, 16, 3, 3), torch.randn(16)
+
+    def function(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return fused_resnet.conv_bias_add_relu(x, w, b, x, padding=1)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, w, b), function(x, w, b))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = function(x, w, b)
+        eager = F.relu(F.conv2d(x, w, b, padding=1) + x)
+    assert ours.dtype == eager.dtype
+    torch.library.opcheck(CONV, (x, w, b, None, [1, 1], [1, 1, 1, 1], [1, 1], 1, True))
+
+
+def test_large_batches_are_cut_into_launches(twin: ModuleType) -> None:
+    """The tensor-core kernels count in 32 bits: no launch gets more than 2^31 bytes of a tensor."""
+    c, size = 64, 112
+    strides = (c * size * size, 1, c * size, c)
+    image = 2 * c * size * size
+
+    def launches(n: int) -> int:
+        shape, weight = (n, c, size, size), (c, c, 3, 3)
+        plan = twin.Convolution(
+            "bfloat16", shape, weight, shape, (1, 1), (1, 1), (1, 1), 1, strides, (c * 9, 9, 3, 1), strides, strides, True, True, 0, False
+        )
+        assert plan.tensor_cores
+        return int(plan.launches)
+
+    most = (2**31 - 1) // image
+    assert [launches(n) for n in (0, 1, most, most + 1, 2 * most + 1)] == [0, 1, 1, 2, 3]
+
+
+def test_derived_values_are_dropped_by_clear() -> None:
+    weight = torch.randn(8, 8, 3, 3)
+    packed = _gpu.krsc(weight)
+    _derived.clear()
+    assert _gpu.krsc(weight) is not packed
