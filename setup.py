@@ -117,6 +117,7 @@ def targets(name: str, wanted: list[str]) -> list[str]:
         return [code("90a", "sm_90a")]
     if name.startswith("sm80_"):
         return [code("80", "sm_80", "compute_80")]
+    # Everything else, few_* and the general kernels, runs on all of them.
     plain = [a.rstrip("a") for a in wanted]
     return [code(a, f"sm_{a}", *([f"compute_{a}"] if a == plain[-1] else [])) for a in plain]
 

@@ -24,6 +24,7 @@ Plan = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 OLDEST = (8, 0)  # compute capability
 _ALIGNMENT = 16  # bytes: of every operand of a tensor-core kernel
+_FEW = 4  # channels to which a stem's 1 to 3 are padded: csrc/cuda/config.h holds the same number
 # Multiply-adds up to which a call is all launches, and one kernel without tensor cores is faster than the library's several.
 _SMALL = 1 << 24
 
@@ -92,12 +93,25 @@ def reasons(
     if dtype == torch.float32 and not tf32():
         return ["float32 without TF32 (torch.backends.cudnn.allow_tf32): the library's convolution is faster than our general kernel"]
     vector = 16 // dtype.itemsize
-    if channels % vector or outputs % vector:
+    if (channels % vector and not _is_few(channels, dtype)) or outputs % vector:
         name = str(dtype).removeprefix("torch.")
         return [f"{channels} input and {outputs} output channels: the tensor cores want multiples of {vector} in {name}"]
     if not_dense:
         return [f"{not_dense} is not channels_last without gaps, which is what the tensor cores read"]
     return []
+
+
+def _is_few(channels: int, dtype: torch.dtype) -> bool:
+    """Whether a kernel for a network's stem is for as few channels."""
+    return channels <= _FEW and dtype.itemsize == 2
+
+
+def _pad_channels(t: Tensor) -> Tensor:
+    """[N, _FEW, H, W] in channels_last: ``t`` and zeros."""
+    n, c, h, w = t.shape
+    padded = t.new_zeros((n, _FEW, h, w)).to(memory_format=torch.channels_last)
+    padded[:, :c] = t
+    return padded
 
 
 def convolution(
@@ -117,6 +131,12 @@ def convolution(
     compiled = module()
     assert compiled is not None
     dtype, device = input.dtype, input.device
+    dense = input.is_contiguous(memory_format=torch.channels_last)
+    if _algorithm == "auto" and groups == 1 and input.shape[1] < _FEW and _is_few(input.shape[1], dtype) and dense:
+        rest = bias, shortcut, stride, padding, dilation, groups, relu, output_strides
+        plan = convolution(shape, _pad_channels(input), _pad_channels(weight), *rest)
+        if plan.kernel.tensor_cores:  # type: ignore[attr-defined]
+            return _with_padded_channels(plan)
     index = device.index or 0
 
     def make(algorithm: str) -> Any:
@@ -165,6 +185,14 @@ def convolution(
         return output
 
     call.kernel = kernel  # type: ignore[attr-defined]  # what tests and `env` ask
+    return call
+
+
+def _with_padded_channels(plan: Plan) -> Plan:
+    def call(input: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Tensor | None) -> Tensor:
+        return plan(_pad_channels(input), derive("padded channels", (weight,), _pad_channels), bias, shortcut)
+
+    call.kernel = plan.kernel  # type: ignore[attr-defined]
     return call
 
 

@@ -68,6 +68,15 @@ def test_architectures(device: tuple[int, int, int], architecture: str) -> None:
     assert _choose(32, 128, 28, 128, device=device)[0].startswith(architecture)
 
 
+def test_stems() -> None:
+    """Four channels of 16 bits have a kernel of their own, on every GPU; in float32 they are a vector as any other."""
+    few = [*TILES, ("any", "bfloat16", "few", 128, 64)]
+    for device in (HOPPER, AMPERE, BLACKWELL):
+        assert _choose(32, 4, 224, 64, 7, 2, tiles=few, device=device)[0] == "any bfloat16 few 128x64"
+    assert _choose(32, 4, 224, 64, 7, 2, dtype="float32")[0].startswith("sm90 float32 image")
+    assert _choose(32, 4, 224, 64, 7, 2)[1] == "this build has no sm90 kernels for bfloat16"
+
+
 def test_tiles_fit_the_problem() -> None:
     """64 output channels never take a tile of 128 or more; a few pixels take the small tiles, many the large ones."""
     for n in (1, 32, 256):

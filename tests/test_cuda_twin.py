@@ -67,6 +67,25 @@ def test_awkward_convolutions(dtype: torch.dtype, memory_format: torch.memory_fo
     assert not failures, "\n".join(failures)
 
 
+STEMS = tuple(
+    ConvCase(channels, 16, (17, 15), (kernel, kernel), (stride, stride), (kernel // 2, kernel // 2), batch=2)
+    for channels, kernel, stride in ((3, 7, 2), (3, 3, 1), (4, 7, 2), (2, 1, 1))
+)
+
+
+@pytest.mark.parametrize("case", STEMS, ids=name)
+def test_stems(case: ConvCase) -> None:
+    """One to three channels are padded to the four that the stem's kernel reads; the weight's padding follows the weight."""
+    operands = laid_out(testing.integer_operands(case, torch.bfloat16, torch.Generator().manual_seed(4)), torch.channels_last)
+    assert _kernel(operands, case) == "any bfloat16 few 128x64"
+    for _ in range(2):
+        result = testing.compare_forward(fused_resnet.conv_bias_add_relu, operands, True, **case.parameters)
+        assert result, result.reason
+        operands.weight.neg_()
+    first = laid_out(operands, torch.contiguous_format)
+    assert testing.compare_forward(fused_resnet.conv_bias_add_relu, first, True, **case.parameters)
+
+
 @pytest.mark.parametrize("case", WIDE, ids=name)
 def test_tensor_core_kernels_get_what_they_read(case: ConvCase) -> None:
     """Weights of any layout, biases and shortcuts that do not begin at 16 bytes: the same result, or the general kernel."""
@@ -103,6 +122,7 @@ def test_what_is_chosen() -> None:
         (case, torch.bfloat16, first, "library", "input is not channels_last"),
         (small, torch.bfloat16, first, general, ""),
         (odd, torch.bfloat16, last, "library", "multiples of 8"),
+        (ConvCase(1, 64, (112, 112), (7, 7), padding=(3, 3)), torch.bfloat16, last, "library", "input is not channels_last"),
         (case, torch.float32, last, "library" if not _gpu.tf32() else "sm90 float32", "" if _gpu.tf32() else "without TF32"),
         (case, torch.float64, last, general, ""),
     ]

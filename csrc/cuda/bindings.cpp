@@ -153,8 +153,8 @@ PYBIND11_MODULE(_cuda, m) {
                                       shortcut_strides, true, true);
         std::vector<cu::Tile> all;
         for (const auto& [architecture, name, form, rows, columns] : tiles) {
-          all.push_back({architecture == "sm90" ? "sm90" : "sm80", dtype(name), form == "matrix" ? cu::Form::matrix : cu::Form::image,
-                         rows, columns});
+          all.push_back({architecture == "sm90" ? "sm90" : architecture == "sm80" ? "sm80" : "any", dtype(name),
+                         form == "matrix" ? cu::Form::matrix : form == "image" ? cu::Form::image : cu::Form::few, rows, columns});
         }
         const cu::Choice c = cu::choose(s, dtype(type), described(0, properties), tf32, all, algorithm);
         return std::pair(c.tile < 0 ? std::string("general") : all[std::size_t(c.tile)].name(), c.reason);

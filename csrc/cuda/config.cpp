@@ -21,6 +21,8 @@ bool is_matrix(const ConvShape& s) {
   return s.r == 1 && s.s == 1 && s.stride_h == 1 && s.stride_w == 1 && s.pad_top == 0 && s.pad_left == 0 && s.p == s.h && s.q == s.w;
 }
 
+bool is_few(const ConvShape& s, DType dtype) { return s.c == kFew && bytes_of(dtype) == 2; }
+
 std::string number(i64 value) { return std::to_string(value); }
 
 // What TMA's im2col mode cannot express.
@@ -40,6 +42,7 @@ std::string why_not_image(const ConvShape& s) {
 // The share of the tensor cores' rate that a tile of this size can get: what shared memory delivers for it. A wgmma of 64 pixels
 // reads (64 + n) x 32 bytes at 128 a cycle and computes for n / 2 cycles.
 double efficiency(const Tile& t) {
+  if (t.form == Form::few) return 0.3;  // 8 bytes a load
   if (t.architecture[3] == '8') return t.m * t.n >= 128 * 128 ? 0.8 : t.m * t.n >= 128 * 64 ? 0.65 : 0.5;  // "sm80"
   if (t.n >= 256) return 0.85;
   if (t.n >= 128) return t.m >= 128 ? 0.8 : 0.7;
@@ -58,8 +61,8 @@ const char* name_of(DType dtype) {
 }
 
 std::string Tile::name() const {
-  return std::string(architecture) + " " + name_of(dtype) + (form == Form::matrix ? " matrix " : " image ") + std::to_string(m) + "x" +
-         std::to_string(n);
+  const char* read = form == Form::matrix ? " matrix " : form == Form::image ? " image " : " few ";
+  return std::string(architecture) + " " + name_of(dtype) + read + std::to_string(m) + "x" + std::to_string(n);
 }
 
 std::string why_not_tensor_cores(const ConvShape& s, DType dtype, const Device& device, bool tf32) {
@@ -69,7 +72,7 @@ std::string why_not_tensor_cores(const ConvShape& s, DType dtype, const Device& 
   if (dtype == DType::float32 && !tf32) return "float32 without TF32 (torch.backends.cudnn.allow_tf32) has no tensor-core kernel";
   if (s.groups != 1) return "groups = " + number(s.groups) + ": our tensor-core kernels are for groups = 1";
   if (s.joined.c != 0) return "a joined projection has no tensor-core kernel";
-  if (s.c % vector || s.k % vector) {
+  if ((s.c % vector && !is_few(s, dtype)) || s.k % vector) {
     return number(s.c) + " input and " + number(s.k) + " output channels: " + name_of(dtype) + " tensor-core kernels need multiples of " + number(vector);
   }
   if (!is_dense(s.x, s.n, s.c, s.h, s.w) || !is_dense(s.y, s.n, s.k, s.p, s.q)) return "input is not channels_last without gaps";
@@ -78,16 +81,16 @@ std::string why_not_tensor_cores(const ConvShape& s, DType dtype, const Device& 
   // One image at a time must be addressable; more images than that are cut into several launches.
   const i64 largest = std::max({s.h * s.w * s.c, s.p * s.q * s.k, s.k * s.r * s.s * s.c}) * bytes_of(dtype);
   if (largest > kLargestIndex) return "an image or a weight of more than 2^31 bytes";
-  return device.major == 9 ? why_not_image(s) : "";
+  return device.major == 9 && !is_few(s, dtype) ? why_not_image(s) : "";
 }
 
 double predicted_time(const ConvShape& s, const Tile& t, const Device& device) {
   // Per multiprocessor and cycle: 4096 bfloat16 operations on Hopper, half of it before; TF32 runs at half the rate.
-  const bool hopper = t.architecture[3] == '9';
-  const double rate = (hopper ? 4096.0 : 2048.0) * (t.dtype == DType::float32 ? 0.5 : 1.0) * efficiency(t);
+  const bool hopper = device.major == 9;
+  const double rate = (t.architecture[3] == '9' ? 4096.0 : 2048.0) * (t.dtype == DType::float32 ? 0.5 : 1.0) * efficiency(t);
   const double clock = hopper ? 1.7e3 : 1.4e3, bandwidth = hopper ? 3.0e6 : 1.4e6;  // cycles, bytes a microsecond
   const i64 step = 128 / bytes_of(t.dtype), rows = s.n * s.p * s.q;
-  const i64 steps = s.r * s.s * ceil_div(s.c, step);
+  const i64 steps = t.form == Form::few ? ceil_div(s.r * s.s * s.c, step) : s.r * s.s * ceil_div(s.c, step);
   const i64 tiles = ceil_div(rows, t.m) * ceil_div(s.k, t.n), waves = ceil_div(tiles, device.multiprocessors);
   // The first loads of a tile take about a microsecond to come, and no step takes less than 150 cycles of latency when alone.
   const double cycles = std::max(2.0 * t.m * t.n * double(step) / rate, tiles <= device.multiprocessors ? 150.0 : 0.0);
@@ -106,7 +109,9 @@ Choice choose(const ConvShape& s, DType dtype, const Device& device, bool tf32, 
   const std::string why = why_not_tensor_cores(s, dtype, device, tf32);
   const std::string architecture = device.major == 9 ? "sm90" : "sm80";
   const auto suits = [&](const Tile& t) {
-    return t.dtype == dtype && t.architecture == architecture && (t.form == Form::image || is_matrix(s));
+    if (t.dtype != dtype) return false;
+    if (t.form == Form::few) return is_few(s, dtype);
+    return t.architecture == architecture && !is_few(s, dtype) && (t.form == Form::image || is_matrix(s));
   };
   if (wanted != "auto") {
     for (std::size_t i = 0; i < tiles.size(); ++i) {
@@ -123,7 +128,7 @@ Choice choose(const ConvShape& s, DType dtype, const Device& device, bool tf32, 
   if (!why.empty()) return choice;
   // A matrix's own form before the im2col form of the same tile: equal predictions keep the first.
   double best = 0;
-  for (const Form form : {Form::matrix, Form::image}) {
+  for (const Form form : {Form::matrix, Form::image, Form::few}) {
     for (std::size_t i = 0; i < tiles.size(); ++i) {
       if (!suits(tiles[i]) || tiles[i].form != form) continue;
       const double time = predicted_time(s, tiles[i], device);

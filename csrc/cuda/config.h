@@ -18,12 +18,14 @@ struct Device {
   int capability() const { return 10 * major + minor; }
 };
 
-// How a tensor-core kernel reads its input: as the matrix [N * H * W, C] (1x1, stride 1), or by image coordinates.
-enum class Form : int { matrix = 0, image = 1 };
+// How a tensor-core kernel reads its input: as the matrix [N * H * W, C] (1x1, stride 1); by image coordinates, one tap of the
+// kernel at a time; or, of kFew channels, several taps at a time (a network's stem, whose 3 channels are padded to that).
+enum class Form : int { matrix = 0, image = 1, few = 2 };
+constexpr i64 kFew = 4;
 
 // One compiled tensor-core kernel: `m` pixels x `n` output channels a tile.
 struct Tile {
-  const char* architecture;  // "sm90": TMA + wgmma; "sm80": cp.async + mma.sync
+  const char* architecture;  // "sm90": TMA + wgmma; "sm80": cp.async + mma.sync; "any": the same, compiled for Hopper too
   DType dtype;
   Form form;
   int m, n;

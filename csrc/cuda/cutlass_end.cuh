@@ -60,5 +60,10 @@ inline void check(cutlass::Status status, const char* what) {
   throw std::runtime_error(std::string("a convolution kernel ") + what + ": " +
                            (error == cudaSuccess ? cutlassGetStatusString(status) : cudaGetErrorString(error)));
 }
+inline void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // not for the next call to find
+  throw std::runtime_error(std::string("a convolution kernel ") + what + ": " + cudaGetErrorString(error));
+}
 
 }  // namespace fused_resnet::cuda

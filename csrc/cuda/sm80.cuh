@@ -6,8 +6,8 @@
 // Keep this order: CUTLASS 4.2 uses the first from the second without including it.
 #include <cutlass/conv/conv2d_problem_size.h>
 #include <cutlass/conv/conv3d_problem_size.h>
-#include <cutlass/conv/device/implicit_gemm_convolution.h>
 #include <cutlass/conv/kernel/default_conv2d_fprop_with_broadcast.h>
+#include <cutlass/device_kernel.h>
 #include <cutlass/gemm/threadblock/threadblock_swizzle.h>
 
 #include "cutlass_end.cuh"
@@ -59,17 +59,22 @@ struct End {
   Params params;
 };
 
-// Tiles of M pixels x N channels in warps of WarpM x WarpN, `Stages` steps of the reduction in flight.
-template <class Element, int M, int N, int WarpM, int WarpN, int Stages>
+// Tiles of M pixels x N channels in warps of WarpM x WarpN, `Stages` steps of the reduction in flight. Form::few packs the taps of
+// kFew channels into one step.
+template <class Element, Form form, int M, int N, int WarpM, int WarpN, int Stages>
 struct Kernel {
+  static constexpr bool kIsFew = form == Form::few;
   static constexpr int kAlignment = 16 / sizeof(Element), kDepth = 128 / sizeof(Element);
+  static constexpr int kVector = kIsFew ? int(kFew) : kAlignment;  // elements of one load
+  static constexpr auto kIterator = kIsFew ? cutlass::conv::IteratorAlgorithm::kFixedChannels : cutlass::conv::IteratorAlgorithm::kOptimized;
   using Layout = cutlass::layout::TensorNHWC;
-  using Operation = cutlass::conv::device::ImplicitGemmConvolution<typename cutlass::conv::kernel::DefaultConv2dFpropWithBroadcast<
+  using Operation = typename cutlass::conv::kernel::DefaultConv2dFpropWithBroadcast<
       Element, Layout, Element, Layout, Element, Layout, float, cutlass::arch::OpClassTensorOp, cutlass::arch::Sm80,
       cutlass::gemm::GemmShape<M, N, kDepth>, cutlass::gemm::GemmShape<WarpM, WarpN, kDepth>,
       cutlass::gemm::GemmShape<16, 8, 32 / sizeof(Element)>, End<Element, kAlignment>,
-      cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<4>, Stages, cutlass::arch::OpMultiplyAdd,
-      cutlass::conv::IteratorAlgorithm::kOptimized, cutlass::conv::StrideSupport::kStrided, kAlignment, kAlignment>::Kernel>;
+      cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<4>, Stages, cutlass::arch::OpMultiplyAdd, kIterator,
+      cutlass::conv::StrideSupport::kStrided, kVector, kVector>::Kernel;
+  static constexpr int kShared = int(sizeof(typename Operation::SharedStorage));
 
   static void launch(const ConvShape& s, const ConvOperands& o, const Device&, Stream stream) {
     const cutlass::conv::Conv2dProblemSize size(
@@ -79,28 +84,40 @@ struct Kernel {
       return cutlass::TensorRef<Element, Layout>(const_cast<Element*>(static_cast<const Element*>(data)),
                                                  Layout(int(c), int(w * c), int(h * w * c)));
     };
+    check(Operation::Mma::IteratorA::can_implement(size), "cannot read this input");
+    check(Operation::Mma::IteratorB::can_implement(size), "cannot read this weight");
     const auto y = reference(o.y, s.p, s.q, s.k);
-    typename Operation::Arguments arguments{
+    const typename Operation::Arguments arguments{
         size, reference(o.x, s.h, s.w, s.c), reference(o.weight, s.r, s.s, s.c),
         s.has_shortcut ? reference(o.shortcut, s.p, s.q, s.k) : y, y, typename End<Element, kAlignment>::Params{s.has_shortcut, s.relu},
         cutlass::conv::SplitKMode::kSerial, const_cast<void*>(s.has_bias ? o.bias : nullptr)};
-    Operation operation;
-    check(Operation::can_implement(arguments), "cannot compute this shape");
-    check(operation.initialize(arguments, nullptr, static_cast<cudaStream_t>(stream)), "could not be set up");
-    check(operation.run(static_cast<cudaStream_t>(stream)), "could not be launched");
+    typename Operation::Params params(arguments);
+    // CUTLASS's kernel with a fused end counts a step for each tap, whatever the iterators do.
+    if (kIsFew) params.gemm_k_iterations = int((s.r * s.s * s.c + kDepth - 1) / kDepth);
+    const dim3 grid = cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<4>().get_grid_shape(params.grid_tiled_shape);
+    if (kShared >= (48 << 10)) {
+      check(cudaFuncSetAttribute(cutlass::Kernel<Operation>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared), "could not be set up");
+    }
+    cutlass::Kernel<Operation><<<grid, Operation::kThreadCount, kShared, static_cast<cudaStream_t>(stream)>>>(params);
+    check(cudaGetLastError(), "could not be launched");
   }
 };
 
 }  // namespace fused_resnet::cuda::sm80
 
-// The kernels of one tile size; both forms are the same kernel.
-#define FR_SM80_KERNEL(M, N, WARP_M, WARP_N, STAGES, DTYPE)                                                          \
-  static const RegisterTensorKernel DTYPE##_image(                                                                   \
-      {"sm80", DType::DTYPE, Form::image, M, N},                                                                     \
-      &sm80::Kernel<ElementOf<DType::DTYPE>::Type, M, N, WARP_M, WARP_N, STAGES>::launch);
-#define FR_SM80_TILE(M, N, WARP_M, WARP_N, STAGES)                \
-  namespace fused_resnet::cuda {                                  \
-  FR_SM80_KERNEL(M, N, WARP_M, WARP_N, STAGES, bfloat16)          \
-  FR_SM80_KERNEL(M, N, WARP_M, WARP_N, STAGES, float16)           \
-  FR_SM80_KERNEL(M, N, WARP_M, WARP_N, STAGES, float32)           \
+// The kernels of one tile size. A matrix's form would be the same kernel as an image's.
+#define FR_SM80_KERNEL(ARCHITECTURE, M, N, WARP_M, WARP_N, STAGES, DTYPE, FORM)                                       \
+  static const RegisterTensorKernel DTYPE##_##FORM(                                                                   \
+      {ARCHITECTURE, DType::DTYPE, Form::FORM, M, N},                                                                 \
+      &sm80::Kernel<ElementOf<DType::DTYPE>::Type, Form::FORM, M, N, WARP_M, WARP_N, STAGES>::launch);
+#define FR_SM80_TILE(M, N, WARP_M, WARP_N, STAGES)                                \
+  namespace fused_resnet::cuda {                                                  \
+  FR_SM80_KERNEL("sm80", M, N, WARP_M, WARP_N, STAGES, bfloat16, image)           \
+  FR_SM80_KERNEL("sm80", M, N, WARP_M, WARP_N, STAGES, float16, image)            \
+  FR_SM80_KERNEL("sm80", M, N, WARP_M, WARP_N, STAGES, float32, image)            \
+  }
+#define FR_FEW_TILE(M, N, WARP_M, WARP_N, STAGES)                                 \
+  namespace fused_resnet::cuda {                                                  \
+  FR_SM80_KERNEL("any", M, N, WARP_M, WARP_N, STAGES, bfloat16, few)              \
+  FR_SM80_KERNEL("any", M, N, WARP_M, WARP_N, STAGES, float16, few)               \
   }

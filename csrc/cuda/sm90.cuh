@@ -178,7 +178,10 @@ struct Kernel {
   }
 
   static void launch(const ConvShape& s, const ConvOperands& o, const Device& device, Stream stream) {
-    const int rows = int(s.n * s.p * s.q), columns = int(s.k), depth = int(s.r * s.s * s.c);
+    const int rows = int(s.n * s.p * s.q), columns = int(s.k);
+    // The kernels count steps of the reduction by this: each tap's channels are cut on their own, so each is rounded up.
+    const int step = kDepth / int(sizeof(Element));
+    const int depth = form == Form::matrix ? int(s.c) : int(s.r * s.s * ((s.c + step - 1) / step * step));
     auto* y = static_cast<Element*>(o.y);
     // Without a shortcut its factor is 0 and nothing of it is read; its descriptor needs an address all the same.
     const auto* shortcut = s.has_shortcut ? static_cast<const Element*>(o.shortcut) : y;

@@ -9,13 +9,14 @@
 namespace fused_resnet::cuda {
 namespace {
 
-template <DType dtype>
+template <DType dtype, Form form>
 void launch(const ConvShape& s, const ConvOperands& o, const Device&, Stream stream) {
-  const i64 vector = dtype == DType::float32 ? 4 : 8;
+  const i64 vector = dtype == DType::float32 ? 4 : 8, channels = form == Form::few ? kFew : vector;
   for (const void* p : {o.x, o.weight, o.bias, o.shortcut, static_cast<const void*>(o.y)}) {
     if (reinterpret_cast<std::uintptr_t>(p) % 16) throw std::logic_error("a tensor-core kernel got a misaligned operand");
   }
-  if (s.c % vector || s.k % vector || s.groups != 1) throw std::logic_error("a tensor-core kernel got a shape that is not for it");
+  if (form == Form::few ? s.c != channels : s.c % channels != 0) throw std::logic_error("a tensor-core kernel got channels that are not for it");
+  if (s.k % vector || s.groups != 1) throw std::logic_error("a tensor-core kernel got a shape that is not for it");
   // As the real ones, it knows no strides: everything is channels_last without gaps, the weight [K, R, S, C].
   ConvShape dense = s;
   dense.x = {s.h * s.w * s.c, 1, s.w * s.c, s.c};
@@ -24,9 +25,13 @@ void launch(const ConvShape& s, const ConvOperands& o, const Device&, Stream str
   general_convolution(dtype, dense, {s.r * s.s * s.c, 1, s.s * s.c, s.c}, o, stream);
 }
 
-const RegisterTensorKernel bf16_matrix({"sm90", DType::bfloat16, Form::matrix, 128, 128}, &launch<DType::bfloat16>);
-const RegisterTensorKernel bf16_image({"sm90", DType::bfloat16, Form::image, 128, 128}, &launch<DType::bfloat16>);
-const RegisterTensorKernel f32_image({"sm90", DType::float32, Form::image, 128, 64}, &launch<DType::float32>);
+#define STAND_IN(ARCHITECTURE, DTYPE, FORM, M, N) \
+  const RegisterTensorKernel DTYPE##_##FORM({ARCHITECTURE, DType::DTYPE, Form::FORM, M, N}, &launch<DType::DTYPE, Form::FORM>);
+
+STAND_IN("sm90", bfloat16, matrix, 128, 128)
+STAND_IN("sm90", bfloat16, image, 128, 128)
+STAND_IN("sm90", float32, image, 128, 64)
+STAND_IN("any", bfloat16, few, 128, 64)
 
 }  // namespace
 
