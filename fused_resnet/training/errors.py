@@ -10,7 +10,7 @@ class Ending(Exception):
 
 
 class Wrong(Ending, ValueError):
-    """What was asked for or given cannot be used. No step was made and no file was changed."""
+    """What was asked for or given cannot be used. No step was made, and no file that was there was changed."""
 
 
 class Failed(Ending, RuntimeError):

@@ -154,10 +154,11 @@ class Training:
         self.own_loss += loss.detach()
 
     def _collect_loss(self) -> None:
-        """Each rank's loss is the mean of an equal share: their mean is that of the whole batch."""
+        """Each rank's loss is the mean of an equal share: their mean is that of the whole batch. The loss came before the step:
+        what that made of the parameters is looked at too."""
         self.loss += self.world.sums([self.own_loss / self.world.size])[0]
         self.own_loss.zero_()
-        if not math.isfinite(self.loss):
+        if not math.isfinite(self.loss) or not all(p.isfinite().all() for p in self.network.parameters()):
             raise Failed(f"the loss is not finite any more at step {self.step}: a smaller --lr may help")
 
     def _measure(self) -> None:

@@ -14,14 +14,18 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
-from .errors import Ending, Wrong
+from .errors import Ending, Failed, Wrong
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
 
 # How long a process waits for the others: longer than reading one batch, shorter than anybody would watch a run that hangs.
 PATIENCE = timedelta(minutes=10)
+# What gloo says when it has lost one, in an error of no class of its own.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 
 
 @dataclass(frozen=True)
@@ -98,12 +102,22 @@ def choose_device(name: str, local_rank: int, local_size: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def _make_group(backend: str) -> None:
+    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun keeps its store when it starts the processes again: without a name of its own, this attempt would at times
+        # connect to the addresses of the one before. On several machines their counts may differ, and torchrun's own remedy
+        # is TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+        store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+
+
 @contextmanager
 def join(device: str) -> Iterator[World]:
     """Take this process's place among those that torchrun started: NCCL between CUDA devices, gloo between CPUs.
 
     Raises:
-        Wrong: without a device, or if the processes do not find each other.
+        Wrong: without a device, or if the processes do not find each other. Failed: if one of them is lost later.
     """
     local_rank, local_size = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))
     chosen = choose_device(device, local_rank, local_size)
@@ -113,9 +127,14 @@ def join(device: str) -> Iterator[World]:
         yield World(device=chosen)
         return
     try:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
+        _make_group("nccl" if chosen.type == "cuda" else "gloo")
     except (ValueError, RuntimeError) as error:
         raise Wrong(f"the processes do not find each other: {str(error).splitlines()[0]}") from None
-    yield World(dist.get_rank(), dist.get_world_size(), chosen)
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), chosen)
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or any(words in str(error) for words in LOST):
+            raise Failed("another process of this run is gone or does not answer; the last checkpoint is whole") from error
+        raise
     # Not after an error: the group could wait for ranks that are gone. The process ends then, and its connections with it.
     dist.destroy_process_group()
