@@ -7,12 +7,14 @@ or the new one. A lock keeps a second run out of the folder; it ends with the pr
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import io
 import json
 import os
 import pickle
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +70,10 @@ class Folder:
         try:
             # lockf and not flock: that one would be held by DataLoader's workers too, for seconds after this process was killed.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             self._lock.close()
-            raise Wrong(f"--out {path}: another run is writing there") from None
+            reason = "another run is writing there" if error.errno in (errno.EACCES, errno.EAGAIN) else error.strerror
+            raise Wrong(f"--out {path}: {reason}") from None
 
     def close(self) -> None:
         self._lock.close()
@@ -126,7 +129,7 @@ def load(path: Path) -> dict[str, Any]:
             damaged = archive.testzip()  # torch.load does not compare checksums
         if damaged is not None:
             raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, zlib.error) as error:
         raise Wrong(f"{path} is cut off, damaged or no checkpoint ({error}); {kept}") from None
     try:
         found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
