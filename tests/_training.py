@@ -29,11 +29,11 @@ def settings(**changes: Any) -> Settings:
     return Settings(**{**values, **changes})
 
 
-def launch(*options: str, processes: int = 0, limit: Any = None, **changes: str) -> subprocess.Popen[str]:
+def launch(*options: str, processes: int = 0, restarts: int = 0, limit: Any = None, **changes: str) -> subprocess.Popen[str]:
     """`fused-resnet train` in a process of its own, or under torchrun; it talks to nobody but this machine."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", "1", "--nproc-per-node", str(processes)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", str(restarts), "--nproc-per-node", str(processes)]
     return subprocess.Popen(
         [sys.executable, *(torchrun if processes else ()), "-m", "fused_resnet", *options],
         stdout=subprocess.PIPE,

@@ -86,12 +86,11 @@ class Cut(Exception):
     """What a test raises where a run is to end."""
 
 
-def at(training: Training, step: int, state: dict[str, Any]) -> Callable[[], None]:
-    """A ``save`` that keeps the checkpoint of one step, as a file would, and ends the run there."""
+def at(training: Training, step: int, file: Path) -> Callable[[], None]:
+    """A ``save`` that writes the checkpoint of one step and ends the run there."""
 
     def save() -> None:
         if training.step == step:
-            file = Path(state["file"])
             torch.save(training.state(), file)
             raise Cut
 
@@ -114,7 +113,7 @@ def test_continues_bit_for_bit_from_any_step(changes: dict[str, Any], tmp_path: 
     for step in (1, 2, 3, 4, 7):
         first = Training(chosen, data, World())
         with pytest.raises(Cut):
-            run(first, at(first, step, {"file": tmp_path / "state.pt"}))
+            run(first, at(first, step, tmp_path / "state.pt"))
         second = Training(chosen, data, World())
         second.restore(torch.load(tmp_path / "state.pt", weights_only=True))
         assert second.step == step
@@ -158,7 +157,7 @@ def test_torchrun_restarts_after_a_killed_process(tmp_path: Path) -> None:
     """One of two workers is killed: torchrun ends the other and starts both again, which continue at the checkpoint."""
     whole = launch(*LONG, "--out", str(tmp_path / "whole"), processes=2)
     finish(whole)
-    process = launch(*LONG, "--out", str(tmp_path / "out"), processes=2)
+    process = launch(*LONG, "--out", str(tmp_path / "out"), processes=2, restarts=1)
     wait_for(tmp_path / "out" / "checkpoint.pt", process)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(workers) == 2

@@ -38,8 +38,8 @@ class Found:
 
     def digest(self) -> str:
         """Which images these are: the names and sizes of all files."""
-        names = "\n".join(f"{name} {os.stat(self.root / name).st_size}" for name, _, _ in self.files)
-        return f"folder of {len(self.files)} ({hashlib.sha256(names.encode()).hexdigest()[:16]})"
+        names = "\n".join(f"{name} {_bytes(self.root / name)}" for name, _, _ in self.files)
+        return f"folder of {len(self.files)} ({hashlib.sha256(os.fsencode(names)).hexdigest()[:16]})"
 
 
 def find(root: Path) -> Found:
@@ -73,11 +73,23 @@ def find(root: Path) -> Found:
 
 
 def _folders(path: Path) -> list[str]:
-    return sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    try:
+        return sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise Wrong(f"--folder: {path} cannot be listed: {error.strerror}") from None
 
 
 def _images(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
+    """A link to nothing is one, which cannot be decoded."""
+    names = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
+    return sorted(file for file in names if not file.is_dir())
+
+
+def _bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 class Unreadable(Exception):
