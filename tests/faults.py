@@ -1,4 +1,4 @@
-"""Plants known faults in the C++ sources and sees that the tests go red. Run by hand: ``python tests/faults.py [NAME ...]``.
+"""Plants known faults in the sources and sees that the tests go red. Run by hand: ``python tests/faults.py [NAME ...]``.
 
 Not part of the suite: each fault compiles the kernels again. It needs a C++ compiler and takes about a minute a fault.
 
@@ -270,6 +270,51 @@ FAULTS = (
         "fits(b.cut) < few) b.cut",
         "fits(b.cut) < std::min(few, all)) b.cut",
         ("tests/test_winograd.py::test_one_weight_for_inputs_of_every_size",),
+    ),
+    Fault(
+        "training: a continued run begins its epoch again",
+        ("fused_resnet/training/data.py",),
+        "islice(iter(self.share), self.done, self.per_epoch)",
+        "islice(iter(self.share), self.per_epoch - self.done)",
+        (
+            "tests/test_train.py::test_batches_are_the_same_for_any_number_of_processes",
+            "tests/test_train.py::test_continues_bit_for_bit_from_any_step",
+        ),
+    ),
+    Fault(
+        "training: momenta lost when a run continues",
+        ("fused_resnet/training/loop.py",),
+        'self.optimizer.load_state_dict(state["optimizer"])',
+        "pass",
+        ("tests/test_train.py::test_continues_bit_for_bit_from_any_step",),
+    ),
+    Fault(
+        "training: gradients not averaged over the processes",
+        ("fused_resnet/training/loop.py",),
+        "if world.size > 1 else self.network",
+        "if world.size > 2 else self.network",
+        ("tests/test_train.py::test_two_processes_do_what_one_does",),
+    ),
+    Fault(
+        "training: a checkpoint written over the one before",
+        ("fused_resnet/training/checkpoint.py",),
+        'path.with_name(path.name + ".unfinished")',
+        "path",
+        ("tests/test_train_bad_input.py::test_a_crash_in_mid_write_leaves_the_old_file",),
+    ),
+    Fault(
+        "training: a checkpoint that may run code",
+        ("fused_resnet/training/checkpoint.py",),
+        "weights_only=True",
+        "weights_only=False",
+        ("tests/test_train_bad_input.py::test_foreign_checkpoint_is_refused_and_kept",),
+    ),
+    Fault(
+        "training: checksums not compared",
+        ("fused_resnet/training/checkpoint.py",),
+        "damaged = archive.testzip()",
+        "damaged = None",
+        ("tests/test_train_bad_input.py::test_broken_checkpoint_is_refused_and_kept",),
     ),
 )
 

@@ -48,7 +48,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
 
 WRONG = [
     ([], "the following arguments are required: COMMAND"),
-    (["train"], "invalid choice: 'train'"),
+    (["teach"], "invalid choice: 'teach'"),
     (["env", "--fast"], "unrecognized arguments: --fast"),
     (["check", "--json", "no/such/folder/x.json"], "--json: cannot write 'no/such/folder/x.json': there is no folder"),
     (["check", "--json", "."], "--json: cannot write '.': it is a folder"),
