@@ -17,6 +17,7 @@ using fr::i64;
 using Pointer = std::uintptr_t;
 using Four = std::array<i64, 4>;
 using Two = std::array<i64, 2>;
+using JoinedTuple = std::tuple<i64, Two, Four>;  // channels, stride, strides of the input
 
 namespace {
 
@@ -33,9 +34,16 @@ fr::DType dtype(const std::string& name) {
   throw std::invalid_argument("dtype must be float32, float64, bfloat16 or float16, got '" + name + "'");
 }
 
+cu::Form form_of(const std::string& name) {
+  for (const cu::Form f : {cu::Form::matrix, cu::Form::image, cu::Form::few, cu::Form::joined}) {
+    if (name == cu::name_of(f)) return f;
+  }
+  throw std::invalid_argument("form must be matrix, image, few or joined, got '" + name + "'");
+}
+
 fr::ConvShape shape(const Four& input, const Four& weight, const Four& output, const Two& stride, const Two& pad, const Two& dilation,
                     i64 groups, const Four& input_strides, const Four& output_strides, const std::optional<Four>& shortcut_strides,
-                    bool has_bias, bool relu) {
+                    bool has_bias, bool relu, const std::optional<JoinedTuple>& joined = std::nullopt) {
   fr::ConvShape s;
   s.n = input[0];
   s.c = input[1];
@@ -59,6 +67,10 @@ fr::ConvShape shape(const Four& input, const Four& weight, const Four& output, c
   if (shortcut_strides) s.shortcut = strides(*shortcut_strides);
   s.has_bias = has_bias;
   s.relu = relu;
+  if (joined) {
+    const auto& [channels, steps, layout] = *joined;
+    s.joined = {channels, steps[0], steps[1], strides(layout)};
+  }
   return s;
 }
 
@@ -93,6 +105,7 @@ struct Planned {
   cu::Convolution convolution;
   fr::Strides weight;
   int device;
+  i64 joined;
 };
 
 }  // namespace
@@ -120,23 +133,28 @@ PYBIND11_MODULE(_cuda, m) {
       .def(py::init([](const std::string& type, const Four& input, const Four& weight, const Four& output, const Two& stride,
                        const Two& pad, const Two& dilation, i64 groups, const Four& input_strides, const Four& weight_strides,
                        const Four& output_strides, const std::optional<Four>& shortcut_strides, bool has_bias, bool relu, int device,
-                       bool tf32, const std::string& algorithm, const std::optional<std::array<int, 3>>& properties) {
+                       bool tf32, const std::string& algorithm, const std::optional<std::array<int, 3>>& properties,
+                       const std::optional<JoinedTuple>& joined) {
              const fr::ConvShape s = shape(input, weight, output, stride, pad, dilation, groups, input_strides, output_strides,
-                                           shortcut_strides, has_bias, relu);
+                                           shortcut_strides, has_bias, relu, joined);
              return Planned{cu::Convolution(s, dtype(type), described(device, properties), tf32, algorithm), strides(weight_strides),
-                            device};
+                            device, s.joined.c};
            }),
            py::arg("dtype"), py::arg("input"), py::arg("weight"), py::arg("output"), py::arg("stride"), py::arg("pad"),
            py::arg("dilation"), py::arg("groups"), py::arg("input_strides"), py::arg("weight_strides"), py::arg("output_strides"),
            py::arg("shortcut_strides"), py::arg("has_bias"), py::arg("relu"), py::arg("device"), py::arg("tf32"),
-           py::arg("algorithm") = "auto", py::arg("properties") = py::none())
+           py::arg("algorithm") = "auto", py::arg("properties") = py::none(), py::arg("joined") = py::none())
       .def(
           "run",
-          [](const Planned& p, Pointer x, Pointer weight, Pointer bias, Pointer shortcut, Pointer y, Pointer stream) {
+          [](const Planned& p, Pointer x, Pointer weight, Pointer bias, Pointer shortcut, Pointer y, Pointer stream, Pointer joined,
+             Pointer joined_weight) {
             const cu::DeviceGuard guard(p.device);
-            p.convolution.run({in(x), in(weight), in(bias), in(shortcut), out(y)}, p.weight, out(stream));
+            // The joined weight is [K, joined channels] without gaps.
+            p.convolution.run({in(x), in(weight), in(bias), in(shortcut), out(y), in(joined), in(joined_weight), {p.joined, 1, 1, 1}},
+                              p.weight, out(stream));
           },
           py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("shortcut"), py::arg("output"), py::arg("stream"),
+          py::arg("joined") = 0, py::arg("joined_weight") = 0,
           py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("tensor_cores", [](const Planned& p) { return p.convolution.tensor_cores(); })
       .def_property_readonly("algorithm", [](const Planned& p) { return p.convolution.name(); })
@@ -154,7 +172,7 @@ PYBIND11_MODULE(_cuda, m) {
         std::vector<cu::Tile> all;
         for (const auto& [architecture, name, form, rows, columns] : tiles) {
           all.push_back({architecture == "sm90" ? "sm90" : architecture == "sm80" ? "sm80" : "any", dtype(name),
-                         form == "matrix" ? cu::Form::matrix : form == "image" ? cu::Form::image : cu::Form::few, rows, columns});
+                         form_of(form), rows, columns});
         }
         const cu::Choice c = cu::choose(s, dtype(type), described(0, properties), tf32, all, algorithm);
         return std::pair(c.tile < 0 ? std::string("general") : all[std::size_t(c.tile)].name(), c.reason);

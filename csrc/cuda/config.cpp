@@ -21,12 +21,13 @@ bool is_matrix(const ConvShape& s) {
   return s.r == 1 && s.s == 1 && s.stride_h == 1 && s.stride_w == 1 && s.pad_top == 0 && s.pad_left == 0 && s.p == s.h && s.q == s.w;
 }
 
-bool is_few(const ConvShape& s, DType dtype) { return s.c == kFew && bytes_of(dtype) == 2; }
+bool is_few(const ConvShape& s, DType dtype) { return s.c == kFew && bytes_of(dtype) == 2 && s.joined.c == 0; }
 
 std::string number(i64 value) { return std::to_string(value); }
 
 // What TMA's im2col mode cannot express.
 std::string why_not_image(const ConvShape& s) {
+  if (std::max(s.joined.stride_h, s.joined.stride_w) > 8) return "a projection's stride above 8: TMA takes at most 8";
   if (is_matrix(s)) return "";
   const i64 bottom = std::max<i64>(0, (s.p - 1) * s.stride_h + (s.r - 1) * s.dilation_h + 1 - s.pad_top - s.h);
   const i64 right = std::max<i64>(0, (s.q - 1) * s.stride_w + (s.s - 1) * s.dilation_w + 1 - s.pad_left - s.w);
@@ -60,9 +61,17 @@ const char* name_of(DType dtype) {
   }
 }
 
+const char* name_of(Form form) {
+  switch (form) {
+    case Form::matrix: return "matrix";
+    case Form::image: return "image";
+    case Form::few: return "few";
+    default: return "joined";
+  }
+}
+
 std::string Tile::name() const {
-  const char* read = form == Form::matrix ? " matrix " : form == Form::image ? " image " : " few ";
-  return std::string(architecture) + " " + name_of(dtype) + read + std::to_string(m) + "x" + std::to_string(n);
+  return std::string(architecture) + " " + name_of(dtype) + " " + name_of(form) + " " + std::to_string(m) + "x" + std::to_string(n);
 }
 
 std::string why_not_tensor_cores(const ConvShape& s, DType dtype, const Device& device, bool tf32) {
@@ -71,7 +80,9 @@ std::string why_not_tensor_cores(const ConvShape& s, DType dtype, const Device& 
   if (dtype == DType::float64) return "float64 has no tensor-core kernel";
   if (dtype == DType::float32 && !tf32) return "float32 without TF32 (torch.backends.cudnn.allow_tf32) has no tensor-core kernel";
   if (s.groups != 1) return "groups = " + number(s.groups) + ": our tensor-core kernels are for groups = 1";
-  if (s.joined.c != 0) return "a joined projection has no tensor-core kernel";
+  if (s.joined.c % vector || (s.joined.c && (s.joined.x.c != 1 || s.joined.x.n % vector || s.joined.x.h % vector || s.joined.x.w % vector))) {
+    return "the projection's input is not channels_last with multiples of " + number(vector) + " channels";
+  }
   if ((s.c % vector && !is_few(s, dtype)) || s.k % vector) {
     return number(s.c) + " input and " + number(s.k) + " output channels: " + name_of(dtype) + " tensor-core kernels need multiples of " + number(vector);
   }
@@ -90,13 +101,13 @@ double predicted_time(const ConvShape& s, const Tile& t, const Device& device) {
   const double rate = (t.architecture[3] == '9' ? 4096.0 : 2048.0) * (t.dtype == DType::float32 ? 0.5 : 1.0) * efficiency(t);
   const double clock = hopper ? 1.7e3 : 1.4e3, bandwidth = hopper ? 3.0e6 : 1.4e6;  // cycles, bytes a microsecond
   const i64 step = 128 / bytes_of(t.dtype), rows = s.n * s.p * s.q;
-  const i64 steps = t.form == Form::few ? ceil_div(s.r * s.s * s.c, step) : s.r * s.s * ceil_div(s.c, step);
+  const i64 steps = t.form == Form::few ? ceil_div(s.r * s.s * s.c, step) : s.r * s.s * ceil_div(s.c, step) + ceil_div(s.joined.c, step);
   const i64 tiles = ceil_div(rows, t.m) * ceil_div(s.k, t.n), waves = ceil_div(tiles, device.multiprocessors);
   // The first loads of a tile take about a microsecond to come, and no step takes less than 150 cycles of latency when alone.
   const double cycles = std::max(2.0 * t.m * t.n * double(step) / rate, tiles <= device.multiprocessors ? 150.0 : 0.0);
   const double arithmetic = double(waves) * double(steps) * cycles / clock + 1.0;
   const double moved = double(bytes_of(t.dtype)) * (double(s.n * s.h * s.w * s.c) + double(rows * s.k) * (s.has_shortcut ? 2 : 1) +
-                                                    double(s.k * s.r * s.s * s.c));
+                                                    double(s.k * s.r * s.s * s.c) + double((rows + s.k) * s.joined.c));
   return std::max(arithmetic, moved / bandwidth) + 2.5;
 }
 
@@ -110,8 +121,9 @@ Choice choose(const ConvShape& s, DType dtype, const Device& device, bool tf32, 
   const std::string architecture = device.major == 9 ? "sm90" : "sm80";
   const auto suits = [&](const Tile& t) {
     if (t.dtype != dtype) return false;
+    if ((t.form == Form::joined) != (s.joined.c > 0)) return false;
     if (t.form == Form::few) return is_few(s, dtype);
-    return t.architecture == architecture && !is_few(s, dtype) && (t.form == Form::image || is_matrix(s));
+    return t.architecture == architecture && !is_few(s, dtype) && (t.form != Form::matrix || is_matrix(s));
   };
   if (wanted != "auto") {
     for (std::size_t i = 0; i < tiles.size(); ++i) {
@@ -128,7 +140,7 @@ Choice choose(const ConvShape& s, DType dtype, const Device& device, bool tf32, 
   if (!why.empty()) return choice;
   // A matrix's own form before the im2col form of the same tile: equal predictions keep the first.
   double best = 0;
-  for (const Form form : {Form::matrix, Form::image, Form::few}) {
+  for (const Form form : {Form::matrix, Form::image, Form::few, Form::joined}) {
     for (std::size_t i = 0; i < tiles.size(); ++i) {
       if (!suits(tiles[i]) || tiles[i].form != form) continue;
       const double time = predicted_time(s, tiles[i], device);
@@ -138,7 +150,7 @@ Choice choose(const ConvShape& s, DType dtype, const Device& device, bool tf32, 
       }
     }
   }
-  choice.reason = choice.tile < 0 ? std::string("this build has no ") + architecture + " kernels for " + name_of(dtype)
+  choice.reason = choice.tile < 0 ? std::string("this build has no ") + architecture + (s.joined.c ? " kernels with a projection for " : " kernels for ") + name_of(dtype)
                                   : tiles[std::size_t(choice.tile)].name() + ": predicted " + std::to_string(int(best + 0.5)) + " us";
   return choice;
 }

@@ -43,6 +43,7 @@ void Convolution::run(const ConvOperands& operands, const Strides& weight, Strea
     o.x = advance(o.x, first * x);
     o.shortcut = advance(o.shortcut, first * y);
     o.y = static_cast<char*>(o.y) + first * y;
+    o.joined = advance(o.joined, first * shape_.joined.x.n * bytes_of(dtype_));
     kernel_->launch(part, o, device_, stream);
   }
 }

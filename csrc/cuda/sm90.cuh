@@ -121,11 +121,61 @@ struct ImageMainloop : Loop {
   }
 };
 
+// The sums of two convolutions, one after the other: those of the image, and those of a 1x1 convolution of another image.
+template <class Loop>
+struct JoinedMainloop : ImageMainloop<Loop> {
+  using Base = ImageMainloop<Loop>;
+
+  struct Arguments {
+    typename Base::Arguments first, second;
+  };
+  struct Params : Base::Params {
+    typename Base::Params second;
+  };
+
+  template <class Matrix>
+  static Params to_underlying_arguments(const Matrix& matrix, const Arguments& a, void* workspace) {
+    return Params{Base::to_underlying_arguments(matrix, a.first, workspace), Base::to_underlying_arguments(matrix, a.second, workspace)};
+  }
+  template <class Matrix>
+  static bool can_implement(const Matrix& matrix, const Arguments& a) {
+    return Base::can_implement(matrix, a.first) && Base::can_implement(matrix, a.second);
+  }
+  CUTLASS_DEVICE static void prefetch_tma_descriptors(const Params& params) {
+    Base::prefetch_tma_descriptors(params);
+    Base::prefetch_tma_descriptors(params.second);
+  }
+
+  // In front of the operands two tensors that are never read: the kernel takes the numbers of tiles and steps from their shapes.
+  template <class Matrix>
+  CUTLASS_DEVICE auto load_init(const Matrix& matrix, const Params& params) {
+    auto [a1, b1] = Base::load_init(matrix, params);
+    auto [a2, b2] = Base::load_init(matrix, params.second);
+    const int steps = int(size<3>(a1)) + int(size<3>(a2));
+    auto rows = make_identity_tensor(make_shape(_1{}, _1{}, int(size<2>(a1)), steps, _1{}));
+    auto columns = make_identity_tensor(make_shape(_1{}, _1{}, int(size<2>(b1)), steps, _1{}));
+    return cute::make_tuple(rows, columns, a1, b1, a2, b2);
+  }
+  template <class Inputs, class Coordinates, class Iterator>
+  CUTLASS_DEVICE void load(const Params& params, typename Loop::MainloopPipeline pipeline, typename Loop::PipelineState state,
+                           const Inputs& inputs, const Coordinates& block, Iterator, int, int thread, uint32_t rank,
+                           typename Loop::TensorStorage& shared) {
+    const auto& a1 = get<2>(inputs);
+    const auto& a2 = get<4>(inputs);
+    const int first = int(size<3>(a1)), second = int(size<3>(a2));
+    Base::load(params, pipeline, state, cute::make_tuple(a1, get<3>(inputs)), block, cute::make_coord_iterator(shape<3>(a1)), first,
+               thread, rank, shared);
+    state.advance(first);
+    Base::load(params.second, pipeline, state, cute::make_tuple(a2, get<5>(inputs)), block, cute::make_coord_iterator(shape<3>(a2)),
+               second, thread, rank, shared);
+  }
+};
+
 // Relu(input x weight + bias + shortcut) with tiles of M pixels x N channels.
 template <class Element, Form form, int M, int N, int Cluster, class Schedule>
 struct Kernel {
   using Depth = Int<kDepth / int(sizeof(Element))>;
-  using TileShape = cute::conditional_t<form == Form::image, Shape<Int<M>, Int<N>, Shape<Depth>>, Shape<Int<M>, Int<N>, Depth>>;
+  using TileShape = cute::conditional_t<form == Form::matrix, Shape<Int<M>, Int<N>, Depth>, Shape<Int<M>, Int<N>, Shape<Depth>>>;
   using ClusterShape = Shape<Int<Cluster>, _1, _1>;
   static constexpr int kAlignment = 16 / sizeof(Element);
 
@@ -149,31 +199,50 @@ struct Kernel {
   struct MainloopOf {
     using Type = MatrixLoop;
   };
+  using Loop = ImageLoop<Element, TileShape, ClusterShape, kUsedStages, Schedule>;
   template <class Dummy>
   struct MainloopOf<Form::image, Dummy> {
-    using Type = ImageMainloop<typename ImageLoop<Element, TileShape, ClusterShape, kUsedStages, Schedule>::Type>;
+    using Type = ImageMainloop<typename Loop::Type>;
+  };
+  template <class Dummy>
+  struct MainloopOf<Form::joined, Dummy> {
+    using Type = JoinedMainloop<typename Loop::Type>;
   };
   using Mainloop = typename MainloopOf<form>::Type;
 
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<
       cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Epilogue>>;
 
+  using Image = cutlass::conv::ConvProblemShape<cutlass::conv::Operator::kFprop, 2>;
+
+  static Image image(const ConvShape& s) {
+    const int h = int(s.h), w = int(s.w), c = int(s.c);
+    // Padding below and on the right as far as the last output reaches; further pixels are never read.
+    const i64 bottom = (s.p - 1) * s.stride_h + (s.r - 1) * s.dilation_h + 1 - s.pad_top - s.h;
+    const i64 right = (s.q - 1) * s.stride_w + (s.s - 1) * s.dilation_w + 1 - s.pad_left - s.w;
+    return Image(cutlass::conv::Mode::kCrossCorrelation, {int(s.n), h, w, c}, {s.h * s.w * s.c, s.w * s.c, s.c, 1},
+                 {int(s.k), int(s.r), int(s.s), c}, {s.r * s.s * s.c, s.s * s.c, s.c, 1}, {int(s.pad_top), int(s.pad_left)},
+                 {int(bottom > 0 ? bottom : 0), int(right > 0 ? right : 0)}, {int(s.stride_h), int(s.stride_w)},
+                 {int(s.dilation_h), int(s.dilation_w)}, 1);
+  }
+  // The joined convolution's image ends with the last pixel that is read.
+  static Image joined_image(const ConvShape& s) {
+    const Joined& j = s.joined;
+    return Image(cutlass::conv::Mode::kCrossCorrelation,
+                 {int(s.n), int((s.p - 1) * j.stride_h + 1), int((s.q - 1) * j.stride_w + 1), int(j.c)}, {j.x.n, j.x.h, j.x.w, 1},
+                 {int(s.k), 1, 1, int(j.c)}, {j.c, j.c, j.c, 1}, {0, 0}, {0, 0}, {int(j.stride_h), int(j.stride_w)}, {1, 1}, 1);
+  }
+
   static typename Mainloop::Arguments mainloop(const ConvShape& s, const ConvOperands& o) {
     const auto* x = static_cast<const Element*>(o.x);
     const auto* weight = static_cast<const Element*>(o.weight);
     if constexpr (form == Form::matrix) {
       return {x, {s.c, _1{}, 0}, weight, {s.c, _1{}, 0}};
+    } else if constexpr (form == Form::image) {
+      return {image(s), {x, weight}};
     } else {
-      const int h = int(s.h), w = int(s.w), c = int(s.c);
-      // Padding below and on the right as far as the last output reaches; further pixels are never read.
-      const i64 bottom = (s.p - 1) * s.stride_h + (s.r - 1) * s.dilation_h + 1 - s.pad_top - s.h;
-      const i64 right = (s.q - 1) * s.stride_w + (s.s - 1) * s.dilation_w + 1 - s.pad_left - s.w;
-      typename Mainloop::Image image(
-          cutlass::conv::Mode::kCrossCorrelation, {int(s.n), h, w, c}, {s.h * s.w * s.c, s.w * s.c, s.c, 1},
-          {int(s.k), int(s.r), int(s.s), c}, {s.r * s.s * s.c, s.s * s.c, s.c, 1}, {int(s.pad_top), int(s.pad_left)},
-          {int(bottom > 0 ? bottom : 0), int(right > 0 ? right : 0)}, {int(s.stride_h), int(s.stride_w)},
-          {int(s.dilation_h), int(s.dilation_w)}, 1);
-      return {image, {x, weight}};
+      return {{image(s), {x, weight}},
+              {joined_image(s), {static_cast<const Element*>(o.joined), static_cast<const Element*>(o.joined_weight)}}};
     }
   }
 
@@ -181,7 +250,8 @@ struct Kernel {
     const int rows = int(s.n * s.p * s.q), columns = int(s.k);
     // The kernels count steps of the reduction by this: each tap's channels are cut on their own, so each is rounded up.
     const int step = kDepth / int(sizeof(Element));
-    const int depth = form == Form::matrix ? int(s.c) : int(s.r * s.s * ((s.c + step - 1) / step * step));
+    const auto rounded = [step](i64 c) { return int((c + step - 1) / step * step); };
+    const int depth = form == Form::matrix ? int(s.c) : int(s.r * s.s) * rounded(s.c) + rounded(s.joined.c);
     auto* y = static_cast<Element*>(o.y);
     // Without a shortcut its factor is 0 and nothing of it is read; its descriptor needs an address all the same.
     const auto* shortcut = s.has_shortcut ? static_cast<const Element*>(o.shortcut) : y;
@@ -216,4 +286,10 @@ struct Kernel {
   FR_SM90_KERNEL(M, N, CLUSTER, SCHEDULE, float16, image)             \
   FR_SM90_KERNEL(M, N, CLUSTER, SCHEDULE, float32, matrix)            \
   FR_SM90_KERNEL(M, N, CLUSTER, SCHEDULE, float32, image)             \
+  }
+// The same with a joined convolution, for the dtypes that projections are worth it in.
+#define FR_SM90_JOINED_TILE(M, N, CLUSTER, SCHEDULE)                  \
+  namespace fused_resnet::cuda {                                      \
+  FR_SM90_KERNEL(M, N, CLUSTER, SCHEDULE, bfloat16, joined)           \
+  FR_SM90_KERNEL(M, N, CLUSTER, SCHEDULE, float16, joined)            \
   }
