@@ -6,8 +6,6 @@ namespace {
 
 i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
-Extent extent_of(const PassShape& s) { return {s.n, s.k, s.p, s.q, elements(s) <= 2147483647, runs_over_channels(s)}; }
-
 template <class T, class X, Walk kWalk, bool kMask>
 void run_pass(const PassShape& s, const void* first, const void* bias, const void* second, void* result, Stream stream) {
   Pass<T, X, kWalk, kMask> pass;

@@ -53,6 +53,10 @@ struct Extent {
   }
 };
 
+inline Extent extent_of(const PassShape& s) {
+  return {s.n, s.k, s.p, s.q, elements(s) <= 2147483647, runs_over_channels(s)};
+}
+
 enum class Walk {
   strided,       // value by value, any strides
   dense,         // vectors; a vector's values may be of several channels
@@ -63,9 +67,9 @@ enum class Walk {
 template <class T, class X, Walk kWalk, bool kMask>
 struct Pass {
   using Acc = typename Accumulator<T>::type;
-  static constexpr int kThreads = 256, kBlocksOnSM = 4;
+  static constexpr int kThreads = 256, kBlocksOnSM = 3;
   static constexpr int kCount = kWalk == Walk::strided ? 1 : kVector<T>;
-  static constexpr int kInFlight = 4;
+  static constexpr int kInFlight = sizeof(X) > sizeof(T) ? 2 : 4;  // a vector of a wide input is 32 bytes
   static constexpr int kTile = kThreads * kInFlight * kCount;  // elements of a block
   struct Shared {
     char nothing;
@@ -129,7 +133,7 @@ struct Pass {
       for (int i = 0; i < kInFlight; ++i) {
         const i64 vector = from + i * kThreads;
         if (vector >= vectors) continue;
-        Acc bias_value[kCount];
+        Acc bias_value[kCount] = {};
         if (!kMask && bias) biases(vector * kCount, bias_value);
         Pack<T, kCount> out;
         FR_PRAGMA_UNROLL
@@ -171,7 +175,7 @@ struct Pass {
 template <class T, int kCount, bool kChannels>
 struct MaskSums {
   using Acc = typename Accumulator<T>::type;
-  static constexpr int kThreads = 256, kBlocksOnSM = 4, kInFlight = 4;
+  static constexpr int kThreads = 256, kBlocksOnSM = 3, kInFlight = 4;
   struct Shared {
     Acc sum[kChannels ? kCount : 1][kThreads];
   };

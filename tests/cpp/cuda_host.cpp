@@ -9,7 +9,7 @@
 
 #include "../../csrc/cuda/block.h"
 #include "../../csrc/cuda/general_launch.cuh"
-#include "../../csrc/cuda/pass_plan.h"
+#include "../../csrc/cuda/passes.cuh"
 
 namespace py = pybind11;
 namespace fr = fused_resnet;
@@ -163,6 +163,11 @@ PYBIND11_MODULE(cuda_host, m) {
       .def("pieces", [](const fr::PassShape& s) {
         const cuda::Pieces pieces = cuda::pieces_of(s);
         return std::make_tuple(pieces.count, pieces.length);
+      })
+      // Image, channel, row and column of an element in the result's order.
+      .def("position", [](const fr::PassShape& s, i64 element) {
+        const auto at = cuda::extent_of(s).at(element);
+        return Four{at.n, at.k, at.p, at.q};
       });
   m.def("bias_add_relu", [](const fr::PassShape& s, Pointer input, Pointer bias, Pointer shortcut, Pointer result) {
     cuda::bias_add_relu(s, in(input), in(bias), in(shortcut), out(result), nullptr);
