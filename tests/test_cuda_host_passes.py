@@ -190,7 +190,10 @@ def test_error_of_the_bias_gradient(dtype: torch.dtype, memory_format: torch.mem
 
 
 def test_pieces() -> None:
-    """Whole, without overlap, and enough of them for a large GPU (132 multiprocessors, two blocks each; in channels_last a block takes 256 channels)."""
+    """Whole, without overlap, and enough of them for a large GPU (132 multiprocessors, two blocks each).
+
+    In channels_last a block takes 256 channels of a piece.
+    """
     for n, k, p, q, enough in ((256, 256, 56, 56, True), (256, 64, 56, 56, True), (256, 2048, 7, 7, True), (2, 3, 5, 7, False)):
         for channels_last in (False, True):
             strides = [k * p * q, 1, k * q, k] if channels_last else [k * p * q, p * q, q, 1]

@@ -27,8 +27,10 @@
 
 #if defined(__CUDA_ARCH__)
 #define FR_PRAGMA_UNROLL _Pragma("unroll")
+#define FR_PRAGMA_NO_UNROLL _Pragma("unroll 1")
 #else
 #define FR_PRAGMA_UNROLL
+#define FR_PRAGMA_NO_UNROLL
 #endif
 
 namespace fused_resnet::cuda {

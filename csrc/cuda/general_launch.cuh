@@ -54,6 +54,7 @@ void launch_general(const GeneralPlan& plan, const ConvShape& s, const Strides& 
 template <class T>
 void general_convolution_of(const GeneralPlan& plan, const ConvShape& s, const Strides& weight, const ConvOperands& operands,
                             Stream stream) {
+  using LargeTile = typename LargeTileOf<T>::type;
   if (plan.wide) {
     if (plan.tile == GeneralTile::narrow) return launch_general<T, i64, NarrowTile>(plan, s, weight, operands, stream);
     return launch_general<T, i64, LargeTile>(plan, s, weight, operands, stream);

@@ -175,7 +175,7 @@ struct Pass {
 template <class T, int kCount, bool kChannels>
 struct MaskSums {
   using Acc = typename Accumulator<T>::type;
-  static constexpr int kThreads = 256, kBlocksOnSM = 3, kInFlight = 4;
+  static constexpr int kThreads = 256, kBlocksOnSM = 4, kInFlight = 2;
   struct Shared {
     Acc sum[kChannels ? kCount : 1][kThreads];
   };

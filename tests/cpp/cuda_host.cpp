@@ -118,11 +118,11 @@ std::tuple<std::string, bool, bool> plan(const Call& c) {
 // Where the kernel puts output pixel `number` and term `term`: (h, w, offset in x, offset in y), (h, w, offset in x, in weight).
 std::tuple<Four, Four> locate(const Call& c, i64 number, i64 term) {
   const cuda::GeneralPlan p = cuda::general_plan(c.shape, c.weight, c.operands, c.bytes());
-  const auto kernel = cuda::general_kernel<float, i64, cuda::LargeTile>(p, c.shape, c.weight, c.operands);
-  using Kernel = cuda::GeneralConvolution<float, i64, cuda::LargeTile>;
+  const auto kernel = cuda::general_kernel<float, i64, cuda::NarrowTile>(p, c.shape, c.weight, c.operands);
+  using Kernel = cuda::GeneralConvolution<float, i64, cuda::NarrowTile>;
   Kernel::Pixel pixel;
   Kernel::PixelEnd end;
-  kernel.locate(number, pixel, end);
+  kernel.locate(number, 0, pixel, end);
   const Kernel::Term t = kernel.term_at(term);
   return {Four{pixel.h, pixel.w, pixel.x, end.y}, Four{t.h, t.w, t.x, t.weight}};
 }
