@@ -56,8 +56,8 @@ struct GeneralConvolution {
   };
   // 16 bytes more than a row has: 8 rows then start in different banks, for writes along the terms.
   struct Stage {
-    Pack<Acc, kLane> x[kDepth][kPixels / kLane + 1];
-    Pack<Acc, kLane> w[kDepth][kChannels / kLane + 1];
+    alignas(16) Acc x[kDepth][kPixels + kLane];
+    alignas(16) Acc w[kDepth][kChannels + kLane];
   };
   struct Shared {
     Stage stage[2];
@@ -179,15 +179,13 @@ struct GeneralConvolution {
     const Part px = part_of(thread, x_terms_fast, kPixels);
     FR_PRAGMA_UNROLL
     for (int i = 0; i < kLoadsX; ++i) {
-      const int row = px.row + i * px.row_step;
-      stage.x[px.depth + i * px.depth_step][row / kLane].value[row % kLane] = widen(state.x[i]);
+      stage.x[px.depth + i * px.depth_step][px.row + i * px.row_step] = widen(state.x[i]);
     }
     if (kChannels * kDepth < kThreads && thread >= kChannels * kDepth) return;
     const Part pw = part_of(thread, w_terms_fast, kChannels);
     FR_PRAGMA_UNROLL
     for (int i = 0; i < kLoadsW; ++i) {
-      const int row = pw.row + i * pw.row_step;
-      stage.w[pw.depth + i * pw.depth_step][row / kLane].value[row % kLane] = widen(state.w[i]);
+      stage.w[pw.depth + i * pw.depth_step][pw.row + i * pw.row_step] = widen(state.w[i]);
     }
   }
 
@@ -197,31 +195,21 @@ struct GeneralConvolution {
   FR_HOST_DEVICE static int pixel_of(int thread_m, int m) { return (m / kLaneM * kThreadsM + thread_m) * kLaneM + m % kLaneM; }
   FR_HOST_DEVICE static int channel_of(int thread_n, int n) { return (n / kLaneN * kThreadsN + thread_n) * kLaneN + n % kLaneN; }
 
-  // kLanes neighbouring values of a row, one 16-byte read where they fill a pack.
-  template <int kLanes>
-  FR_HOST_DEVICE static void read_lanes(const Pack<Acc, kLane>* row, int first, Acc* out) {
-    if constexpr (kLanes == kLane) {
-      const Pack<Acc, kLane> pack = row[first / kLane];
-      FR_PRAGMA_UNROLL
-      for (int i = 0; i < kLane; ++i) out[i] = pack.value[i];
-    } else {
-      FR_PRAGMA_UNROLL
-      for (int i = 0; i < kLanes; ++i) out[i] = row[(first + i) / kLane].value[(first + i) % kLane];
-    }
-  }
-
   FR_HOST_DEVICE void multiply(int tm, int tn, State& state, const Stage& stage) const {
     FR_PRAGMA_UNROLL
     for (int d = 0; d < kDepth; ++d) {
-      Acc a[kM], b[kN];
+      Pack<Acc, kLaneM> a[kM / kLaneM];
+      Pack<Acc, kLaneN> b[kN / kLaneN];
       FR_PRAGMA_UNROLL
-      for (int m = 0; m < kM; m += kLaneM) read_lanes<kLaneM>(stage.x[d], pixel_of(tm, m), a + m);
+      for (int m = 0; m < kM / kLaneM; ++m) a[m] = load_pack<Pack<Acc, kLaneM>>(&stage.x[d][pixel_of(tm, m * kLaneM)]);
       FR_PRAGMA_UNROLL
-      for (int n = 0; n < kN; n += kLaneN) read_lanes<kLaneN>(stage.w[d], channel_of(tn, n), b + n);
+      for (int n = 0; n < kN / kLaneN; ++n) b[n] = load_pack<Pack<Acc, kLaneN>>(&stage.w[d][channel_of(tn, n * kLaneN)]);
       FR_PRAGMA_UNROLL
       for (int m = 0; m < kM; ++m) {
         FR_PRAGMA_UNROLL
-        for (int n = 0; n < kN; ++n) state.acc[m][n] += a[m] * b[n];
+        for (int n = 0; n < kN; ++n) {
+          state.acc[m][n] += a[m / kLaneM].value[m % kLaneM] * b[n / kLaneN].value[n % kLaneN];
+        }
       }
     }
   }

@@ -46,7 +46,8 @@ GeneralConvolution<T, Index, TileOf> general_kernel(const GeneralPlan& plan, con
 }
 
 template <class T, class Index, class TileOf>
-void launch_general(const GeneralPlan& plan, const ConvShape& s, const Strides& weight, const ConvOperands& operands, Stream stream) {
+void launch_general(const GeneralPlan& plan, const ConvShape& s, const Strides& weight, const ConvOperands& operands,
+                    Stream stream) {
   const auto kernel = general_kernel<T, Index, TileOf>(plan, s, weight, operands);
   launch(kernel, checked_product(kernel.tiles_of_pixels, kernel.channel_tiles), "general_convolution", stream);
 }

@@ -23,7 +23,7 @@ GeneralPlan general_plan(const ConvShape& shape, const Strides& weight, const Co
 
 // T: float, double, bf16 or fp16. Defined in general_launch.cuh, one instance in each general_*.cu.
 template <class T>
-void general_convolution_of(const GeneralPlan& plan, const ConvShape& shape, const Strides& weight, const ConvOperands& operands,
-                            Stream stream);
+void general_convolution_of(const GeneralPlan& plan, const ConvShape& shape, const Strides& weight,
+                            const ConvOperands& operands, Stream stream);
 
 }  // namespace fused_resnet::cuda

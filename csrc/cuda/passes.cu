@@ -25,7 +25,8 @@ void run_pass(const PassShape& s, const void* first, const void* bias, const voi
 
 template <class T, class X, bool kMask>
 void choose_pass(const PassShape& s, const void* first, const void* bias, const void* second, void* result, Stream stream) {
-  const bool vectors = dense(s, s.first) && (!second || dense(s, s.second)) && aligned16(first) && aligned16(second) && aligned16(result);
+  const bool vectors = dense(s, s.first) && (!second || dense(s, s.second)) && aligned16(first) && aligned16(second) &&
+                       aligned16(result);
   if (!vectors) return run_pass<T, X, Walk::strided, kMask>(s, first, bias, second, result, stream);
   if constexpr (!kMask) {
     if (bias && runs_over_channels(s) && s.k % kVector<T> == 0 && aligned16(bias)) {

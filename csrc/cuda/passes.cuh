@@ -1,5 +1,5 @@
-// The passes over memory without a convolution. Bound by memory: where all operands are dense in one order and aligned, 16 bytes
-// at a time and several of them in flight in each thread; else value by value, with any strides.
+// The passes over memory without a convolution. Bound by memory: where all operands are dense in one order and aligned, 16
+// bytes at a time and several of them in flight in each thread; else value by value, with any strides.
 #pragma once
 
 #include "block.h"
