@@ -5,9 +5,9 @@
 //     template <class Block> void operator()(Block& block, i64 index, Shared& shared) const;
 //
 // is the work of block `index`: phases, each `block.each([&](int thread, State& state) {...})`, with a barrier after every
-// one of them. On a GPU a phase is run by all threads at once and the barrier is __syncthreads(). On the host the threads of a phase
-// run one after another. That would hide a race, so they can run in other orders, and with garbage where the GPU has whatever
-// was there before: a kernel without races gives the same bits in every order.
+// one of them. On a GPU a phase is run by all threads at once and the barrier is __syncthreads(). On the host the threads of a
+// phase run one after another. That would hide a race, so they can run in other orders, and with garbage where the GPU has
+// whatever was there before: a kernel without races gives the same bits in every order.
 #pragma once
 
 #include <cstring>

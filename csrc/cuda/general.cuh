@@ -192,8 +192,8 @@ struct GeneralConvolution {
   // A thread's outputs are groups of kLaneM pixels x kLaneN channels; the groups of neighbouring threads are neighbours.
   FR_HOST_DEVICE int thread_m(int thread) const { return y_pixels_fast ? thread % kThreadsM : thread / kThreadsN; }
   FR_HOST_DEVICE int thread_n(int thread) const { return y_pixels_fast ? thread / kThreadsM : thread % kThreadsN; }
-  FR_HOST_DEVICE static int pixel_of(int thread_m, int m) { return (m / kLaneM * kThreadsM + thread_m) * kLaneM + m % kLaneM; }
-  FR_HOST_DEVICE static int channel_of(int thread_n, int n) { return (n / kLaneN * kThreadsN + thread_n) * kLaneN + n % kLaneN; }
+  FR_HOST_DEVICE static int pixel_of(int tm, int m) { return (m / kLaneM * kThreadsM + tm) * kLaneM + m % kLaneM; }
+  FR_HOST_DEVICE static int channel_of(int tn, int n) { return (n / kLaneN * kThreadsN + tn) * kLaneN + n % kLaneN; }
 
   FR_HOST_DEVICE void multiply(int tm, int tn, State& state, const Stage& stage) const {
     FR_PRAGMA_UNROLL

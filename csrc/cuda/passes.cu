@@ -1,4 +1,5 @@
 // The passes' launches: from shapes and pointers to a kernel's parameters.
+#include "mask_sums.cuh"
 #include "passes.cuh"
 
 namespace fused_resnet::cuda {
