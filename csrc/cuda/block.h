@@ -4,10 +4,10 @@
 //     struct Shared, struct State;     what a block shares; what one thread keeps from phase to phase (its registers)
 //     template <class Block> void operator()(Block& block, i64 index, Shared& shared) const;
 //
-// is the work of block `index`: phases, each `block.each([&](int thread, State& state) {...})`, with a barrier after every one
-// of them. On a GPU a phase is run by all threads at once and the barrier is __syncthreads(). On the host the threads of a phase
-// run one after another. That would hide a race, so they can run in other orders, and with garbage where the GPU has whatever
-// was there before: a kernel without races gives the same bits in every order.
+// is the work of block `index`: phases, each `block.each([&](int thread, State& state) {...})`, with a barrier after every
+// one of them. On a GPU a phase is run by all threads at once and the barrier is __syncthreads(). On the host the threads of a
+// phase run one after another. That would hide a race, so they can run in other orders, and with garbage where the GPU has
+// whatever was there before: a kernel without races gives the same bits in every order.
 #pragma once
 
 #include <cstring>
@@ -27,8 +27,10 @@
 
 #if defined(__CUDA_ARCH__)
 #define FR_PRAGMA_UNROLL _Pragma("unroll")
+#define FR_PRAGMA_NO_UNROLL _Pragma("unroll 1")
 #else
 #define FR_PRAGMA_UNROLL
+#define FR_PRAGMA_NO_UNROLL
 #endif
 
 namespace fused_resnet::cuda {
@@ -92,7 +94,8 @@ struct DeviceBlock {
 };
 
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksOnSM) run_blocks(const __grid_constant__ Kernel kernel, i64 blocks) {
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksOnSM)
+    run_blocks(const __grid_constant__ Kernel kernel, i64 blocks) {
   __shared__ typename Kernel::Shared shared;
   DeviceBlock<typename Kernel::State> block;
   for (i64 index = blockIdx.x; index < blocks; index += gridDim.x) kernel(block, index, shared);

@@ -18,14 +18,21 @@ struct Tile {
   static constexpr int kPixels = kPixels_, kChannels = kChannels_;
   static constexpr int kThreadPixels = kThreadPixels_, kThreadChannels = kThreadChannels_;
 };
-using LargeTile = Tile<128, 64, 8, 4>;
+template <class T>
+struct LargeTileOf {
+  using type = Tile<128, 64, 8, 4>;
+};
+template <>
+struct LargeTileOf<double> {  // a value takes two registers
+  using type = Tile<64, 64, 4, 4>;
+};
 using MediumTile = Tile<64, 32, 4, 2>;
 using NarrowTile = Tile<128, 8, 4, 1>;
 
 template <class T, class Index, class TileOf>
 struct GeneralConvolution {
   using Acc = typename Accumulator<T>::type;
-  static constexpr int kThreads = 256, kBlocksOnSM = 2;
+  static constexpr int kThreads = 256, kBlocksOnSM = sizeof(T) + sizeof(Index) < 16 ? 2 : 1;  // 128 registers a thread, or 255
   static constexpr int kPixels = TileOf::kPixels, kChannels = TileOf::kChannels;
   static constexpr int kM = TileOf::kThreadPixels, kN = TileOf::kThreadChannels;
   static constexpr int kDepth = 8, kTableStages = 32;
@@ -49,8 +56,8 @@ struct GeneralConvolution {
   };
   // 16 bytes more than a row has: 8 rows then start in different banks, for writes along the terms.
   struct Stage {
-    Pack<Acc, kLane> x[kDepth][kPixels / kLane + 1];
-    Pack<Acc, kLane> w[kDepth][kChannels / kLane + 1];
+    alignas(16) Acc x[kDepth][kPixels + kLane];
+    alignas(16) Acc w[kDepth][kChannels + kLane];
   };
   struct Shared {
     Stage stage[2];
@@ -77,26 +84,25 @@ struct GeneralConvolution {
 
   // What one block works on.
   struct Place {
-    i64 first_pixel;
-    Index group, first_channel;  // of the group
+    Index first_pixel, group, first_channel;  // first_channel: of the group
   };
 
   FR_HOST_DEVICE Place place(i64 index) const {
     Place at;
     const Index tile = Index(index % channel_tiles);
-    at.first_pixel = index / channel_tiles * kPixels;
+    at.first_pixel = Index(index / channel_tiles) * kPixels;
     at.group = tile / group_tiles;
     at.first_channel = tile % group_tiles * kChannels;
     return at;
   }
 
   // Pixels beyond the last one are computed as the last one, and not stored.
-  FR_HOST_DEVICE void locate(Index number, Pixel& pixel, PixelEnd& end) const {
+  FR_HOST_DEVICE void locate(Index number, Index group, Pixel& pixel, PixelEnd& end) const {
     const Index i = smaller_of(number, Index(pixels - 1));
     const Index col = i % q, line = i / q, row = line % p, image = line / p;
     pixel.h = row * stride_h - pad_top;
     pixel.w = col * stride_w - pad_left;
-    pixel.x = image * x_n + pixel.h * x_h + pixel.w * x_w;
+    pixel.x = image * x_n + group * channels * x_c + pixel.h * x_h + pixel.w * x_w;
     pixel.joined = image * j_n + row * joined_stride_h * j_h + col * joined_stride_w * j_w;
     end.y = image * y_n + row * y_h + col * y_w;
     end.shortcut = image * s_n + row * s_h + col * s_w;
@@ -143,7 +149,7 @@ struct GeneralConvolution {
   FR_HOST_DEVICE void fetch(int thread, State& state, const Shared& shared, const Place& at, Index stage) const {
     const bool of_joined = stage >= joined_from;
     const Term* table = shared.term + stage % kTableStages * kDepth;
-    const T* from = of_joined ? joined : x + i64(at.group) * channels * x_c;
+    const T* from = of_joined ? joined : x;
     const Part px = part_of(thread, x_terms_fast, kPixels);
     FR_PRAGMA_UNROLL
     for (int i = 0; i < kLoadsX; ++i) {
@@ -173,49 +179,37 @@ struct GeneralConvolution {
     const Part px = part_of(thread, x_terms_fast, kPixels);
     FR_PRAGMA_UNROLL
     for (int i = 0; i < kLoadsX; ++i) {
-      const int row = px.row + i * px.row_step;
-      stage.x[px.depth + i * px.depth_step][row / kLane].value[row % kLane] = widen(state.x[i]);
+      stage.x[px.depth + i * px.depth_step][px.row + i * px.row_step] = widen(state.x[i]);
     }
     if (kChannels * kDepth < kThreads && thread >= kChannels * kDepth) return;
     const Part pw = part_of(thread, w_terms_fast, kChannels);
     FR_PRAGMA_UNROLL
     for (int i = 0; i < kLoadsW; ++i) {
-      const int row = pw.row + i * pw.row_step;
-      stage.w[pw.depth + i * pw.depth_step][row / kLane].value[row % kLane] = widen(state.w[i]);
+      stage.w[pw.depth + i * pw.depth_step][pw.row + i * pw.row_step] = widen(state.w[i]);
     }
   }
 
   // A thread's outputs are groups of kLaneM pixels x kLaneN channels; the groups of neighbouring threads are neighbours.
   FR_HOST_DEVICE int thread_m(int thread) const { return y_pixels_fast ? thread % kThreadsM : thread / kThreadsN; }
   FR_HOST_DEVICE int thread_n(int thread) const { return y_pixels_fast ? thread / kThreadsM : thread % kThreadsN; }
-  FR_HOST_DEVICE static int pixel_of(int thread_m, int m) { return (m / kLaneM * kThreadsM + thread_m) * kLaneM + m % kLaneM; }
-  FR_HOST_DEVICE static int channel_of(int thread_n, int n) { return (n / kLaneN * kThreadsN + thread_n) * kLaneN + n % kLaneN; }
-
-  // kLanes neighbouring values of a row, one 16-byte read where they fill a pack.
-  template <int kLanes>
-  FR_HOST_DEVICE static void read_lanes(const Pack<Acc, kLane>* row, int first, Acc* out) {
-    if constexpr (kLanes == kLane) {
-      const Pack<Acc, kLane> pack = row[first / kLane];
-      FR_PRAGMA_UNROLL
-      for (int i = 0; i < kLane; ++i) out[i] = pack.value[i];
-    } else {
-      FR_PRAGMA_UNROLL
-      for (int i = 0; i < kLanes; ++i) out[i] = row[(first + i) / kLane].value[(first + i) % kLane];
-    }
-  }
+  FR_HOST_DEVICE static int pixel_of(int tm, int m) { return (m / kLaneM * kThreadsM + tm) * kLaneM + m % kLaneM; }
+  FR_HOST_DEVICE static int channel_of(int tn, int n) { return (n / kLaneN * kThreadsN + tn) * kLaneN + n % kLaneN; }
 
   FR_HOST_DEVICE void multiply(int tm, int tn, State& state, const Stage& stage) const {
     FR_PRAGMA_UNROLL
     for (int d = 0; d < kDepth; ++d) {
-      Acc a[kM], b[kN];
+      Pack<Acc, kLaneM> a[kM / kLaneM];
+      Pack<Acc, kLaneN> b[kN / kLaneN];
       FR_PRAGMA_UNROLL
-      for (int m = 0; m < kM; m += kLaneM) read_lanes<kLaneM>(stage.x[d], pixel_of(tm, m), a + m);
+      for (int m = 0; m < kM / kLaneM; ++m) a[m] = load_pack<Pack<Acc, kLaneM>>(&stage.x[d][pixel_of(tm, m * kLaneM)]);
       FR_PRAGMA_UNROLL
-      for (int n = 0; n < kN; n += kLaneN) read_lanes<kLaneN>(stage.w[d], channel_of(tn, n), b + n);
+      for (int n = 0; n < kN / kLaneN; ++n) b[n] = load_pack<Pack<Acc, kLaneN>>(&stage.w[d][channel_of(tn, n * kLaneN)]);
       FR_PRAGMA_UNROLL
       for (int m = 0; m < kM; ++m) {
         FR_PRAGMA_UNROLL
-        for (int n = 0; n < kN; ++n) state.acc[m][n] += a[m] * b[n];
+        for (int n = 0; n < kN; ++n) {
+          state.acc[m][n] += a[m / kLaneM].value[m % kLaneM] * b[n / kLaneN].value[n % kLaneN];
+        }
       }
     }
   }
@@ -228,7 +222,7 @@ struct GeneralConvolution {
 
   FR_HOST_DEVICE void finish(int thread, const State& state, const Shared& shared, const Place& at) const {
     const int tm = thread_m(thread), tn = thread_n(thread);
-    const Index left = Index(smaller_of(i64(pixels) - at.first_pixel, i64(kPixels)));
+    const Index left = pixels - at.first_pixel;
     Acc bias_value[kN];
     FR_PRAGMA_UNROLL
     for (int n = 0; n < kN; ++n) {
@@ -284,13 +278,14 @@ struct GeneralConvolution {
         FR_PRAGMA_UNROLL
         for (int n = 0; n < kN; ++n) state.acc[m][n] = Acc(0);
       }
-      if (thread < kPixels) locate(Index(at.first_pixel) + thread, shared.pixel[thread], shared.end[thread]);
+      if (thread < kPixels) locate(at.first_pixel + thread, at.group, shared.pixel[thread], shared.end[thread]);
       fill_table(thread, shared, 0);
     });
     block.each([&](int thread, State& state) {
       fetch(thread, state, shared, at, 0);
       put(thread, state, shared.stage[0]);
     });
+    FR_PRAGMA_NO_UNROLL
     for (Index stage = 0; stage < stages; ++stage) {
       const Index next = stage + 1;
       if (next % kTableStages == 0 && next < stages) {

@@ -46,7 +46,8 @@ GeneralConvolution<T, Index, TileOf> general_kernel(const GeneralPlan& plan, con
 }
 
 template <class T, class Index, class TileOf>
-void launch_general(const GeneralPlan& plan, const ConvShape& s, const Strides& weight, const ConvOperands& operands, Stream stream) {
+void launch_general(const GeneralPlan& plan, const ConvShape& s, const Strides& weight, const ConvOperands& operands,
+                    Stream stream) {
   const auto kernel = general_kernel<T, Index, TileOf>(plan, s, weight, operands);
   launch(kernel, checked_product(kernel.tiles_of_pixels, kernel.channel_tiles), "general_convolution", stream);
 }
@@ -54,6 +55,7 @@ void launch_general(const GeneralPlan& plan, const ConvShape& s, const Strides& 
 template <class T>
 void general_convolution_of(const GeneralPlan& plan, const ConvShape& s, const Strides& weight, const ConvOperands& operands,
                             Stream stream) {
+  using LargeTile = typename LargeTileOf<T>::type;
   if (plan.wide) {
     if (plan.tile == GeneralTile::narrow) return launch_general<T, i64, NarrowTile>(plan, s, weight, operands, stream);
     return launch_general<T, i64, LargeTile>(plan, s, weight, operands, stream);

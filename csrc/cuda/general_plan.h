@@ -7,7 +7,7 @@ namespace fused_resnet::cuda {
 
 // Output pixels x output channels of a thread block of 256 threads.
 enum class GeneralTile {
-  large,   // 128 x 64: 8 x 4 outputs a thread, four multiply-adds for each value read from shared memory
+  large,   // 128 x 64: 8 x 4 outputs a thread, 32 multiply-adds for 12 values read from shared memory (float64: 64 x 64)
   medium,  // 64 x 32: for problems too small to fill a GPU with large ones
   narrow,  // 128 x 8: for few channels in a group
 };
@@ -23,7 +23,7 @@ GeneralPlan general_plan(const ConvShape& shape, const Strides& weight, const Co
 
 // T: float, double, bf16 or fp16. Defined in general_launch.cuh, one instance in each general_*.cu.
 template <class T>
-void general_convolution_of(const GeneralPlan& plan, const ConvShape& shape, const Strides& weight, const ConvOperands& operands,
-                            Stream stream);
+void general_convolution_of(const GeneralPlan& plan, const ConvShape& shape, const Strides& weight,
+                            const ConvOperands& operands, Stream stream);
 
 }  // namespace fused_resnet::cuda

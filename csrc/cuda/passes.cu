@@ -1,12 +1,11 @@
 // The passes' launches: from shapes and pointers to a kernel's parameters.
+#include "mask_sums.cuh"
 #include "passes.cuh"
 
 namespace fused_resnet::cuda {
 namespace {
 
 i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
-
-Extent extent_of(const PassShape& s) { return {s.n, s.k, s.p, s.q, elements(s) <= 2147483647, runs_over_channels(s)}; }
 
 template <class T, class X, Walk kWalk, bool kMask>
 void run_pass(const PassShape& s, const void* first, const void* bias, const void* second, void* result, Stream stream) {
@@ -27,7 +26,8 @@ void run_pass(const PassShape& s, const void* first, const void* bias, const voi
 
 template <class T, class X, bool kMask>
 void choose_pass(const PassShape& s, const void* first, const void* bias, const void* second, void* result, Stream stream) {
-  const bool vectors = dense(s, s.first) && (!second || dense(s, s.second)) && aligned16(first) && aligned16(second) && aligned16(result);
+  const bool vectors = dense(s, s.first) && (!second || dense(s, s.second)) && aligned16(first) && aligned16(second) &&
+                       aligned16(result);
   if (!vectors) return run_pass<T, X, Walk::strided, kMask>(s, first, bias, second, result, stream);
   if constexpr (!kMask) {
     if (bias && runs_over_channels(s) && s.k % kVector<T> == 0 && aligned16(bias)) {

@@ -1,5 +1,5 @@
-// The CUDA kernels' host build for Python, as csrc/bindings.cpp is for the CPU kernels: pointers and shapes come in as integers.
-// Built by tests/_cuda_host.py.
+// The CUDA kernels' host build for Python, as csrc/bindings.cpp is for the CPU kernels: pointers and shapes come in as
+// integers. Built by tests/_cuda_host.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,7 +9,7 @@
 
 #include "../../csrc/cuda/block.h"
 #include "../../csrc/cuda/general_launch.cuh"
-#include "../../csrc/cuda/pass_plan.h"
+#include "../../csrc/cuda/passes.cuh"
 
 namespace py = pybind11;
 namespace fr = fused_resnet;
@@ -19,12 +19,14 @@ using Pointer = std::uintptr_t;
 using Four = std::array<i64, 4>;
 using Two = std::array<i64, 2>;
 
-namespace fused_resnet::cuda {
-extern template void general_convolution_of<float>(const GeneralPlan&, const ConvShape&, const Strides&, const ConvOperands&, Stream);
-extern template void general_convolution_of<double>(const GeneralPlan&, const ConvShape&, const Strides&, const ConvOperands&, Stream);
-extern template void general_convolution_of<bf16>(const GeneralPlan&, const ConvShape&, const Strides&, const ConvOperands&, Stream);
-extern template void general_convolution_of<fp16>(const GeneralPlan&, const ConvShape&, const Strides&, const ConvOperands&, Stream);
-}  // namespace fused_resnet::cuda
+// In host.cpp.
+#define FR_ELSEWHERE(T)                                                                                                    \
+  extern template void cuda::general_convolution_of<T>(const cuda::GeneralPlan&, const fr::ConvShape&, const fr::Strides&, \
+                                                       const cuda::ConvOperands&, cuda::Stream)
+FR_ELSEWHERE(float);
+FR_ELSEWHERE(double);
+FR_ELSEWHERE(fr::bf16);
+FR_ELSEWHERE(fr::fp16);
 
 namespace {
 
@@ -115,14 +117,14 @@ std::tuple<std::string, bool, bool> plan(const Call& c) {
   return {names[int(p.tile)], p.wide, p.vector_store};
 }
 
-// Where the kernel puts output pixel `number` and term `term`: (h, w, offset in x, offset in y), (h, w, offset in x, in weight).
+// Where output pixel `number` and term `term` are: (h, w, offset in x, offset in y) and (h, w, offset in x, in weight).
 std::tuple<Four, Four> locate(const Call& c, i64 number, i64 term) {
   const cuda::GeneralPlan p = cuda::general_plan(c.shape, c.weight, c.operands, c.bytes());
-  const auto kernel = cuda::general_kernel<float, i64, cuda::LargeTile>(p, c.shape, c.weight, c.operands);
-  using Kernel = cuda::GeneralConvolution<float, i64, cuda::LargeTile>;
+  const auto kernel = cuda::general_kernel<float, i64, cuda::NarrowTile>(p, c.shape, c.weight, c.operands);
+  using Kernel = cuda::GeneralConvolution<float, i64, cuda::NarrowTile>;
   Kernel::Pixel pixel;
   Kernel::PixelEnd end;
-  kernel.locate(number, pixel, end);
+  kernel.locate(number, 0, pixel, end);
   const Kernel::Term t = kernel.term_at(term);
   return {Four{pixel.h, pixel.w, pixel.x, end.y}, Four{t.h, t.w, t.x, t.weight}};
 }
@@ -152,8 +154,8 @@ PYBIND11_MODULE(cuda_host, m) {
   py::class_<Call>(m, "Convolution")
       .def(py::init(&make_call), py::arg("dtype"), py::arg("input"), py::arg("weight"), py::arg("output"), py::arg("stride"),
            py::arg("pad"), py::arg("dilation"), py::arg("groups"), py::arg("input_strides"), py::arg("weight_strides"),
-           py::arg("output_strides"), py::arg("shortcut_strides"), py::arg("relu"), py::arg("input_data"), py::arg("weight_data"),
-           py::arg("bias_data"), py::arg("shortcut_data"), py::arg("output_data"), py::arg("joined"))
+           py::arg("output_strides"), py::arg("shortcut_strides"), py::arg("relu"), py::arg("input_data"),
+           py::arg("weight_data"), py::arg("bias_data"), py::arg("shortcut_data"), py::arg("output_data"), py::arg("joined"))
       .def("run", &run, py::arg("tile") = "auto", py::arg("wide") = false)
       .def("plan", &plan)
       .def("locate", &locate, py::arg("pixel"), py::arg("term"));
@@ -163,11 +165,17 @@ PYBIND11_MODULE(cuda_host, m) {
       .def("pieces", [](const fr::PassShape& s) {
         const cuda::Pieces pieces = cuda::pieces_of(s);
         return std::make_tuple(pieces.count, pieces.length);
+      })
+      // Image, channel, row and column of an element in the result's order.
+      .def("position", [](const fr::PassShape& s, i64 element) {
+        const auto at = cuda::extent_of(s).at(element);
+        return Four{at.n, at.k, at.p, at.q};
       });
   m.def("bias_add_relu", [](const fr::PassShape& s, Pointer input, Pointer bias, Pointer shortcut, Pointer result) {
     cuda::bias_add_relu(s, in(input), in(bias), in(shortcut), out(result), nullptr);
   });
-  m.def("relu_backward", [](const fr::PassShape& s, Pointer grad, Pointer output, Pointer result, Pointer bias_grad, Pointer workspace) {
+  m.def("relu_backward", [](const fr::PassShape& s, Pointer grad, Pointer output, Pointer result, Pointer bias_grad,
+                            Pointer workspace) {
     cuda::relu_backward(s, in(grad), in(output), out(result), out(bias_grad), out(workspace), nullptr);
   });
   m.def("relu_backward_workspace", &cuda::relu_backward_workspace);
