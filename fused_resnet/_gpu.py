@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _extension, _numerics
-from ._arguments import Padding, Pair
+from ._arguments import Padding, Pair, check_convolution, output_format, pad, pair
 from ._derived import derive
 
 Plan = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
@@ -27,6 +27,10 @@ _ALIGNMENT = 16  # bytes: of every operand of a tensor-core kernel
 _FEW = 4  # channels to which a stem's 1 to 3 are padded: csrc/cuda/config.h holds the same number
 # Multiply-adds up to which a call is all launches, and one kernel without tensor cores is faster than the library's several.
 _SMALL = 1 << 24
+
+_MOST_PLANS = 4096  # beyond this many, start over
+_UNKNOWN: Any = object()
+_joined_plans: dict[Any, Any] = {}
 
 _twin: ModuleType | None = None
 _algorithm = "auto"
@@ -186,6 +190,112 @@ def convolution(
 
     call.kernel = kernel  # type: ignore[attr-defined]  # what tests and `env` ask
     return call
+
+
+def joined(
+    input: Tensor,
+    layer: tuple[Tensor, Tensor | None],
+    other: Tensor,
+    projection: tuple[Tensor, Tensor | None],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    projection_stride: Any,
+    relu: bool,
+) -> Tensor | None:
+    """``relu(conv2d(input, *layer, ...) + conv2d(other, *projection, projection_stride))``: one sum on the tensor cores, rounded
+    once; or None where no kernel of this build and device computes it."""
+    weight, _ = layer
+    key = (
+        *((t.shape, t.stride(), t.dtype) for t in (input, weight, other, projection[0])),
+        *(stride, padding, dilation, groups, projection_stride, relu, layer[1] is None, projection[1] is None),
+        *(state(input, weight, other, projection[0]), _algorithm, _numerics.epoch),
+    )
+    plan = _joined_plans.get(key, _UNKNOWN)
+    if plan is _UNKNOWN:
+        plan = _joined_plan(input, layer, other, projection, stride, padding, dilation, groups, projection_stride, relu)
+        if len(_joined_plans) >= _MOST_PLANS:
+            _joined_plans.clear()
+        _joined_plans[key] = plan
+    return None if plan is None else plan(input, layer, other, projection)
+
+
+def _joined_plan(
+    input: Tensor,
+    layer: tuple[Tensor, Tensor | None],
+    other: Tensor,
+    projection: tuple[Tensor, Tensor | None],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    projection_stride: Any,
+    relu: bool,
+) -> Callable[..., Tensor | None] | None:
+    compiled, weight, device = module(), layer[0], input.device
+    if _algorithm != "auto" or groups != 1 or why_no_kernels(device):
+        return None
+    try:
+        stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
+        padding = pad(padding, weight, stride, dilation)
+        shape = check_convolution(input, weight, layer[1], None, stride, padding, dilation, groups)
+        projection_stride = pair(projection_stride, "stride", 1)
+        projected = check_convolution(other, *projection, None, projection_stride, Padding(0, 0, 0, 0), (1, 1), 1)
+    except (TypeError, ValueError):
+        return None  # layer by layer, it raises the same error, or broadcasts
+    if shape != projected or input.dtype != other.dtype or output_format(input, weight, shape) != torch.channels_last:
+        return None
+    output_strides = torch.empty(shape, device="meta", memory_format=torch.channels_last).stride()
+    assert compiled is not None
+    kernel = compiled.Convolution(
+        DTYPES[input.dtype],
+        tuple(input.shape),
+        tuple(weight.shape),
+        shape,
+        stride,
+        (padding.top, padding.left),
+        dilation,
+        groups,
+        input.stride(),
+        weight.stride(),
+        output_strides,
+        None,
+        layer[1] is not None or projection[1] is not None,
+        relu,
+        device.index or 0,
+        tf32(),
+        joined=(other.shape[1], projection_stride, other.stride()),
+    )
+    if not kernel.tensor_cores:
+        return None
+    run = kernel.run
+
+    def call(input: Tensor, layer: tuple[Tensor, Tensor | None], other: Tensor, projection: tuple[Tensor, Tensor | None]) -> Tensor | None:
+        first, second, bias = krsc(layer[0]), krsc(projection[0]), _sum_of_biases(layer[1], projection[1])
+        if not _aligned(input, other, first, second, bias):
+            return None
+        output = torch.empty_strided(shape, output_strides, dtype=input.dtype, device=device)
+        run(
+            input.data_ptr(),
+            first.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0,
+            output.data_ptr(),
+            stream(device),
+            other.data_ptr(),
+            second.data_ptr(),
+        )
+        return output
+
+    return call
+
+
+def _sum_of_biases(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        bias = second if first is None else first
+        return None if bias is None else bias.contiguous()
+    return derive("sum of biases", (first, second), lambda a, b: (a.float() + b.float()).to(a.dtype))
 
 
 def _with_padded_channels(plan: Plan) -> Plan:

@@ -146,8 +146,31 @@ def execute(block: Bound, x: Tensor, compiling: bool) -> Tensor:
     h = run_steps(block.main, x, compiling)
     if block.shortcut is None:
         return _layer(block.last, h, None, block.relu, compiling)
+    if block.kind == "projection" and not compiling and _gpu.serves(h):
+        y = _joined(block, h, x)
+        if y is not None:
+            return y
     shortcut = run_steps(block.shortcut, x, compiling)
     return _end(block, h, shortcut, compiling)
+
+
+def _joined(block: Bound, h: Tensor, x: Tensor) -> Tensor | None:
+    """The last layer and the projection as one kernel on a GPU, or None where they have to be two."""
+    assert block.shortcut is not None
+    (step,) = block.shortcut
+    assert isinstance(step, BoundLayer)
+    last = block.last
+    if _is_live(last.norm) or _is_live(step.norm) or not _is_projection(step.conv):
+        return None
+    layers = [(layer.conv.weight, layer.conv.bias) if layer.norm is None else folded(layer.conv, layer.norm, False) for layer in (last, step)]
+    if not nobody_listens(h, x, *layers[0], *layers[1]) or h.dtype != x.dtype or h.dtype != last.conv.weight.dtype:
+        return None
+    conv = last.conv
+    return _gpu.joined(h, layers[0], x, layers[1], conv.stride, conv.padding, conv.dilation, conv.groups, step.conv.stride, block.relu)
+
+
+def _is_projection(conv: nn.Conv2d) -> bool:
+    return tuple(conv.kernel_size) == (1, 1) and conv.groups == 1 and conv.padding in (0, (0, 0), "valid") and conv.padding_mode == "zeros"
 
 
 def _execute_whole(block: Bound, x: Tensor) -> Tensor | None:

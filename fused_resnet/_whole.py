@@ -261,7 +261,7 @@ class Ready:
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """The output for ``x``, or None if something has changed."""
-        if x.shape != self.shape or x.stride() != self.strides or x.dtype is not self.dtype:
+        if x.shape != self.shape or x.stride() != self.strides or x.dtype is not self.dtype or not x.is_cpu:
             return None
         if (torch.get_num_threads(), _numerics.epoch) != self.environment or not nobody_listens(x):
             return None

@@ -86,13 +86,14 @@ def geometry(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: A
 
 
 def nobody_listens(*tensors: Any) -> bool:
-    """Whether a call with these tensors (None: no tensor) may go straight to the kernel: plain CPU tensors, no gradient
+    """Whether a call with these tensors (None: no tensor) may go straight to the kernel: plain CPU or CUDA tensors, no gradient
     wanted, no autocast, no tracing, no mode, no profiler. The dispatcher and the way back into Python take longer than a small convolution."""
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled("cuda")
         or torch._C._autograd._profiler_enabled()
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -102,7 +103,7 @@ def nobody_listens(*tensors: Any) -> bool:
     grad = torch.is_grad_enabled()
     for t in tensors:
         if t is not None and (
-            type(t) not in _PLAIN or t.layout is not torch.strided or not t.is_cpu or (grad and t.requires_grad)
+            type(t) not in _PLAIN or t.layout is not torch.strided or not (t.is_cpu or t.is_cuda) or (grad and t.requires_grad)
         ):
             return False
     return True

@@ -45,34 +45,49 @@ def _load(name: str, path: Path) -> ModuleType:
 
 def build() -> ModuleType:
     """The module; compiled by the first call. Where that fails, every call fails with the compiler's message."""
-    module, message = _build()
+    module, message = link("cuda_host", SOURCES)
     assert module is not None, message
     return module
 
 
 @lru_cache(maxsize=1)
-def _build() -> tuple[ModuleType | None, str]:
-    """With the flags of the extension."""
+def _folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="fused_resnet_cuda_host_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    common = _load("fused_resnet_setup", ROOT / "setup.py").COMMON
-    include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    compiler = os.environ.get("CXX") or "g++"
+    return folder
 
-    def compile_one(source: str) -> tuple[str, str]:
-        target = str(folder / (Path(source).stem + ".o"))
+
+@lru_cache(maxsize=1)
+def _flags() -> list[str]:
+    """Those of the extension."""
+    common: list[str] = _load("fused_resnet_setup", ROOT / "setup.py").COMMON
+    return [*common, "-DFR_HOST_MODULE", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+
+
+_compiled: dict[str, tuple[str, str]] = {}  # source -> object file, what the compiler said
+
+
+def _compile(source: str) -> tuple[str, str]:
+    if source not in _compiled:
+        target = str(_folder() / (Path(source).stem + "_" + Path(source).parent.name + ".o"))
         optimise = "-O0" if source.startswith("tests") else "-O1"  # compiling takes longer than all the tests
-        command = [compiler, *common, optimise, *include, "-c", str(ROOT / source), "-o", target]
+        command = [os.environ.get("CXX") or "g++", *_flags(), optimise, "-c", str(ROOT / source), "-o", target]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return target, done.stderr[-3000:] if done.returncode else ""
+        _compiled[source] = target, done.stderr[-3000:] if done.returncode else ""
+    return _compiled[source]
 
+
+@lru_cache(maxsize=2)
+def link(name: str, sources: tuple[str, ...]) -> tuple[ModuleType | None, str]:
+    """The module of these sources, each compiled once for all modules; or None and the compiler's message."""
+    _flags()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects, messages = zip(*pool.map(compile_one, SOURCES), strict=True)
+        objects, messages = zip(*pool.map(_compile, sources), strict=True)
     if any(messages):
         return None, "\n".join(messages)
-    library = folder / f"cuda_host{sysconfig.get_config_var('EXT_SUFFIX')}"
-    subprocess.run([compiler, "-shared", *objects, "-fopenmp", "-o", str(library)], check=True)
-    return _load("cuda_host", library), ""
+    library = _folder() / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    subprocess.run([os.environ.get("CXX") or "g++", "-shared", *objects, "-fopenmp", "-o", str(library)], check=True)
+    return _load(name, library), ""
 
 
 @contextmanager

