@@ -1,7 +1,8 @@
 """The CUDA kernels on the host: the module of ``tests/cpp/cuda_host.cpp``, built once a session, and calls of it on tensors.
 
 Every result lies between guard bytes in a buffer of its own and starts as NaN: what is written outside fails the call, what is
-never written fails the comparison. The same holds for the workspace of ``relu_backward``.
+never written fails the comparison. The same holds for the workspace of ``relu_backward``. Reads outside of an operand show where
+CXX names a compiler that adds ``-fsanitize=address,undefined`` and LD_PRELOAD its two libraries.
 """
 
 from __future__ import annotations
@@ -203,8 +204,8 @@ def convolution(
 
 def check_shape(input: Tensor, weight: Tensor, stride: Any, pads: Any, dilation: Any, groups: int) -> Any:
     """The output's shape, from stand-ins of one element: the check's refusal of float16 on the CPU is not about these kernels."""
-    stand_ins = (torch.empty(()).expand(t.shape) for t in (input, weight))
-    return check_convolution(*stand_ins, None, None, stride, pads, dilation, groups)
+    x, w = (torch.empty(()).expand(t.shape) for t in (input, weight))
+    return check_convolution(x, w, None, None, stride, pads, dilation, groups)
 
 
 def result_format(t: Tensor) -> torch.memory_format:

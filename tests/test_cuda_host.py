@@ -101,8 +101,10 @@ def test_joined_convolution(dtype: torch.dtype, variant: tuple[str, bool], gener
         assert case.reduction + extra <= testing.data.terms(dtype) - 1
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         projected = F.conv2d(x.to(wide), weight.to(wide), stride=strides)
-        whole = plain._replace(shortcut=plain.shortcut + projected)  # type: ignore[operator]
-        expected = reference.conv_bias_add_relu(*(t.to(wide) for t in whole), **case.parameters).to(dtype)  # type: ignore[union-attr]
+        assert plain.bias is not None
+        assert plain.shortcut is not None
+        whole = Operands(plain.input.to(wide), plain.weight.to(wide), plain.bias.to(wide), plain.shortcut + projected)
+        expected = reference.conv_bias_add_relu(*whole, **case.parameters).to(dtype)
         for memory_format in FORMATS:
             operands = laid_out(plain, memory_format)
             joined = (x.contiguous(memory_format=memory_format), weight, strides)
@@ -161,7 +163,7 @@ def test_the_order_of_threads_changes_no_bit(dtype: torch.dtype, memory_format: 
         for tile, wide in (("auto", False), ("large", False), ("narrow", True)):
             expected = host.convolution(*operands, **case.parameters, tile=tile, wide=wide)
             assert not torch.isnan(expected).any()
-            for order, poison in (("forward", 0xFF), ("reverse", 0xFF), ("shuffled", 0xA5), ("shuffled", 0x00)):
+            for order, poison in (("forward", 0xFF), ("reverse", 0xFF), ("shuffled", 0xA5)):
                 with host.options(order, poison):
                     ours = host.convolution(*operands, **case.parameters, tile=tile, wide=wide)
                 assert host.same_bits(ours, expected), f"{case.name} {tile} {order}"

@@ -126,13 +126,14 @@ def test_special_values(dtype: torch.dtype, special: str, generator: torch.Gener
                     if special == "denormal":
                         tensors = {key: torch.zeros_like(t) for key, t in tensors.items()}
                     tensors[field] = plant(tensors[field], place, special)
-                    expected = reference.bias_add_relu(**tensors)
-                    tensors = {key: t.contiguous(memory_format=memory_format) if t.dim() == 4 else t for key, t in tensors.items()}
-                    result = testing.compare_exact(host.bias_add_relu(**tensors), expected)
+                    expected = reference.bias_add_relu(tensors["input"], tensors["bias"], tensors["shortcut"])
+                    x, s = (tensors[key].contiguous(memory_format=memory_format) for key in ("input", "shortcut"))
+                    result = testing.compare_exact(host.bias_add_relu(x, tensors["bias"], s), expected)
                     assert result, f"{shape} {field} place {place}: {result.reason}"
                 grad = plant(testing.unit_gradient(shape, dtype, generator), place, special)
                 output = plant(integers(shape, dtype, generator), 2 - place, special)
-                check_backward(*(t.contiguous(memory_format=memory_format) for t in (grad, output)), what=f"{shape} place {place}")
+                grad, output = (t.contiguous(memory_format=memory_format) for t in (grad, output))
+                check_backward(grad, output, f"{shape} place {place}")
 
 
 def test_the_gradient_at_nan_passes() -> None:
