@@ -293,3 +293,15 @@ def test_shapes_and_flops_of_cases() -> None:
         assert tuple(output.shape) == case.output_shape, case.name
         if case.padding != "same":  # PyTorch pads first and counts the same; its counter sees another input
             assert counter.get_total_flops() == case.flops(), case.name
+
+
+def test_every_planted_fault_has_its_text() -> None:
+    """``faults.py`` runs by hand; that its texts are in the sources, and change something, is seen here."""
+    import faults
+
+    for fault in faults.FAULTS:
+        for file in fault.files:
+            assert fault.old in (faults.ROOT / file).read_text(), f"{fault.name}: {file} has no {fault.old!r}"
+        assert fault.old != fault.new
+        for test in fault.tests:
+            assert (faults.ROOT / test.split("::")[0]).is_file(), f"{fault.name}: no {test}"
