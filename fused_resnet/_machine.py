@@ -134,8 +134,11 @@ def describe(paths: bool = True) -> dict[str, Any]:
     return machine
 
 
-def short() -> str:
-    """One line for pictures and reports: the processor, cores, threads, torch, instruction set."""
+def short(device: torch.device | None = None) -> str:
+    """One line for pictures and reports: the processor, cores, threads, torch, instruction set; or the GPU and what serves it."""
+    if device is not None and device.type == "cuda":
+        kernels = _extension.cuda_missing() or "our kernels"
+        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, torch {torch.__version__}, {kernels}"
     module = _extension.cpu
     kernels = f"{module.isa()} kernels" if module is not None else "plain PyTorch, no compiled module"
     threads = torch.get_num_threads()

@@ -122,6 +122,17 @@ def error_scale(operands: Operands, dtype: torch.dtype, **parameters: Any) -> fl
     return unit_roundoff(accumulator(dtype)) * float(length**0.5 * total.max().sqrt().item())
 
 
+def tf32_allowed(operands: Operands, **parameters: Any) -> Tensor:
+    """What TF32 may add to an output's error: each operand of a product keeps 10 bits behind its first. The tensor cores read
+    the upper 19 bits of a float32, which cuts the rest off (2^-10 of the operand at most; rounding would be half of it):
+
+        2 (1 + 2^-11) 2^-10 sum |x w|
+    """
+    sizes = Operands(operands.input.double().abs(), operands.weight.double().abs(), None, None)
+    total = reference.conv_bias_add_relu(*sizes, **{**parameters, "relu": False})
+    return 2 * (1 + 2**-11) * 2**-10 * total
+
+
 def truth_and_peer(operands: Operands, **parameters: Any) -> tuple[Tensor, Tensor]:
     """The reference in float64, and in the accumulator's type, which is PyTorch's own result before the last rounding."""
 
