@@ -78,10 +78,14 @@ def on(device: torch.device | str, function: Callable[..., Tensor]) -> Callable[
 
 
 @contextmanager
-def library(tf32: bool = False, deterministic: bool = True) -> Iterator[None]:
-    """cuDNN as a check needs it: without TF32 (or with it) for float32, the same result each time, and put back afterwards."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark
+def library(tf32: bool = False, deterministic: bool = True, cudnn: bool = True) -> Iterator[None]:
+    """The library's convolutions on a GPU as a check needs them, put back afterwards.
+
+    ``tf32``: whether float32 may be computed in TF32. ``deterministic``: the same result each time. ``cudnn``: False for exact
+    integers, which cuDNN's Winograd rounds; PyTorch's own convolution is a product of matrices.
+    """
+    flags = torch.backends.cudnn
+    before = flags.deterministic, flags.benchmark, flags.enabled
     # torch 2.9: the older setting raises where the newer one has been used, so only one of the two is touched.
     newer = hasattr(torch._C, "_set_fp32_precision_setter")
     precision: Any = torch._C._get_fp32_precision_getter("cuda", "conv") if newer else torch._C._get_cudnn_allow_tf32()
@@ -93,9 +97,9 @@ def library(tf32: bool = False, deterministic: bool = True) -> Iterator[None]:
             torch._C._set_cudnn_allow_tf32(value)
 
     try:
-        cudnn.deterministic, cudnn.benchmark = deterministic, False
+        flags.deterministic, flags.benchmark, flags.enabled = deterministic, False, cudnn
         put(("tf32" if tf32 else "ieee") if newer else tf32)
         yield
     finally:
-        cudnn.deterministic, cudnn.benchmark = before
+        flags.deterministic, flags.benchmark, flags.enabled = before
         put(precision)
