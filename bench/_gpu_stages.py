@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from fused_resnet import _extension, _gpu, _machine, _plain, cases, testing
+from fused_resnet import _extension, _gpu, _machine, cases, testing
 from fused_resnet.cases import BlockCase, ConvCase
 from fused_resnet.cli import _gpu_contest as contest
+from fused_resnet.cli import _gpu_modules as modules
 from fused_resnet.cli import _gpu_peers as peers
 from fused_resnet.cli._gpu_timing import Turns, compete, release, sentence
 
@@ -224,7 +225,7 @@ def block_jobs(device: torch.device, smoke: bool, compiled: bool, compile_second
     for dtype, network, batch in _tables(device, smoke):
         for block in blocks(network, smoke):
             key = f"{_name(dtype)} N={batch} {block.name}"
-            yield key, partial(contest.block, block, batch, dtype, device, names, effort)
+            yield key, partial(modules.block, block, batch, dtype, device, names, effort)
 
 
 def graph_jobs(device: torch.device, smoke: bool, compiled: bool, compile_seconds: float) -> Iterator[Job]:
@@ -235,43 +236,9 @@ def graph_jobs(device: torch.device, smoke: bool, compiled: bool, compile_second
         for network in ("resnet50", "resnet18"):
             for block in blocks(network, smoke):
                 key = f"{_name(dtype)} N=1 {block.name}"
-                yield key, partial(contest.block, block, 1, dtype, device, names, effort, plain=False)
+                yield key, partial(modules.block, block, 1, dtype, device, names, effort, plain=False)
         for network in _networks(smoke):
-            yield f"{_name(dtype)} N=1 {network}", partial(_network, network, 1, dtype, device, names, effort, plain=False)
-
-
-class _Stages(torch.nn.Sequential):
-    """A network's residual blocks without stem and classifier."""
-
-
-def _network(
-    network: str,
-    batch: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    names: list[str],
-    effort: contest.Effort,
-    plain: bool = True,
-    whole: bool = True,
-) -> dict[str, Any]:
-    size, make = cases.NETWORKS[network]
-    model = _plain.randomise(make(), torch.Generator().manual_seed(0)).eval()
-    shape = (batch, 3, size, size)
-    part: torch.nn.Module = model
-    if not whole:
-        stages = [child for name, child in model.named_children() if name.startswith("layer")]
-        part = _Stages(*stages)
-        first = next(m for m in part.modules() if isinstance(m, torch.nn.Conv2d)).in_channels
-        inner = size // 4 if network.startswith("resnet") else size
-        shape = (batch, first, inner, inner)
-    found = contest.module(
-        part, lambda: torch.randn(shape, device=device).clamp(min=-math.inf if whole else 0), dtype, device, names, effort, plain
-    )
-    speeds = {}
-    for kind in ("times", "graphs"):
-        if kind in found:
-            speeds[f"images_a_second_{kind}"] = {name: batch * 1e3 / t["median_ms"] for name, t in found[kind].items()}
-    return {"case": network if whole else f"{network}, residual blocks", **found, **speeds}
+            yield f"{_name(dtype)} N=1 {network}", partial(modules.network, network, 1, dtype, device, names, effort, plain=False)
 
 
 def network_jobs(device: torch.device, smoke: bool, compiled: bool, compile_seconds: float) -> Iterator[Job]:
@@ -282,7 +249,7 @@ def network_jobs(device: torch.device, smoke: bool, compiled: bool, compile_seco
             for whole in (False, True):
                 for batch in _batches(smoke):
                     key = f"{_name(dtype)} N={batch} {network}{'' if whole else ', residual blocks'}"
-                    yield key, partial(_network, network, batch, dtype, device, names, effort, whole=whole)
+                    yield key, partial(modules.network, network, batch, dtype, device, names, effort, whole=whole)
 
 
 def training_jobs(device: torch.device, smoke: bool, compiled: bool, compile_seconds: float) -> Iterator[Job]:
@@ -293,7 +260,7 @@ def training_jobs(device: torch.device, smoke: bool, compiled: bool, compile_sec
         for autocast in (False, True):
             for kind in ("bias only", "frozen norm"):
                 key = f"bfloat16{' autocast' if autocast else ''} N={batch} {network}, {kind}"
-                yield key, partial(contest.training, kind, network, batch, torch.bfloat16, autocast, device, names, effort)
+                yield key, partial(modules.training, kind, network, batch, torch.bfloat16, autocast, device, names, effort)
 
 
 def ceilings(device: torch.device, smoke: bool, compiled: bool, compile_seconds: float) -> Iterator[Job]:

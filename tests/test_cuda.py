@@ -72,8 +72,10 @@ TILES = _gpu.tiles() if DEVICE.type == "cuda" and not MISSING else []
 
 @pytest.fixture(autouse=True)
 def undisturbed(one_thread: None) -> Iterator[None]:
-    """Strict numerics, no TF32, nothing derived before; what a test changes is put back."""
+    """Strict numerics (on the CPU direct convolution), no TF32, nothing derived before; what a test changes is put back."""
     _numerics.set_numerics("strict")
+    if DEVICE.type == "cpu":
+        _kernels.use_algorithm("direct")
     _derived.clear()
     with testing.library():
         yield

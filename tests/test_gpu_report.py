@@ -19,7 +19,7 @@ import torch
 from _calls import ROOT
 
 from fused_resnet.cases import BlockCase, ConvCase
-from fused_resnet.cli import _gpu_contest, _gpu_peers, _gpu_timing
+from fused_resnet.cli import _gpu_contest, _gpu_modules, _gpu_peers, _gpu_timing
 
 sys.path.insert(0, str(ROOT / "bench"))
 import _gpu_stages
@@ -159,7 +159,7 @@ def test_a_wrong_result_of_ours_is_not_ok(fault: Any, monkeypatch: pytest.Monkey
 
 
 def test_training_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    make = _gpu_contest.training_model
+    make = _gpu_modules.training_model
 
     def faulty(kind: str, network: str) -> Any:
         eager, ours = make(kind, network)
@@ -167,15 +167,15 @@ def test_training_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None
         return eager, ours
 
     arguments = ("bias only", "cifar20", 2, torch.float32, False, CPU, ("channels_last", "ours"), QUICK)
-    assert _gpu_contest.training(*arguments)["ok"] is True
-    monkeypatch.setattr(_gpu_contest, "training_model", faulty)
-    assert _gpu_contest.training(*arguments)["wrong"] == ["ours"]
+    assert _gpu_modules.training(*arguments)["ok"] is True
+    monkeypatch.setattr(_gpu_modules, "training_model", faulty)
+    assert _gpu_modules.training(*arguments)["wrong"] == ["ours"]
 
 
 def test_compile_takes_part() -> None:
     """The contender is built and right; the CPU's compiler is enough for that."""
     block = BlockCase("basic", 16, 16, (8, 8))
-    found = _gpu_contest.block(block, 1, torch.float32, CPU, ("compile", "ours"), QUICK, graphs=False)
+    found = _gpu_modules.block(block, 1, torch.float32, CPU, ("compile", "ours"), QUICK, graphs=False)
     assert found["failed"] == {}
     assert set(found["times"]) == {"compile", "ours"}
     assert found["compile_seconds"]["compile"] > 0

@@ -1,4 +1,5 @@
-"""One case of the benchmark on a GPU: its contenders built, their results compared, then timed side by side.
+"""One case of the benchmark on a GPU: its contenders built, their results compared, then timed side by side. Convolutions here,
+blocks and networks in ``_gpu_modules.py``.
 
 Each function returns what is written down: the medians of every right contender in ``times`` (calls from Python) and ``graphs``
 (replays of a CUDA graph), the errors, what ``failed`` or was ``left out`` and why, and the best peer over ours.
@@ -6,17 +7,15 @@ Each function returns what is written down: the medians of every right contender
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from .. import _gpu, _kernels, _plain, cases, reference, testing
+from .. import _gpu, _kernels, reference, testing
 from .._arguments import pad
-from ..cases import BlockCase, ConvCase, Operands
+from ..cases import ConvCase, Operands
 from ..testing.compare import accumulator, unit_roundoff
 from . import _gpu_peers as peers
 from ._common import finite
@@ -33,7 +32,7 @@ class Effort:
     least: float = 2e-3
 
 
-def _name(dtype: torch.dtype) -> str:
+def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -142,7 +141,7 @@ def convolution(
         for name in names:
             contest.add(name, lambda name=name: peers.convolution(name, case, sets, device))  # type: ignore[misc]
         found = contest.result(graphs=graphs)
-    return {"case": case.name, "batch": case.batch, "dtype": _name(dtype), **_size(case, dtype), **found}
+    return {"case": case.name, "batch": case.batch, "dtype": name_of(dtype), **_size(case, dtype), **found}
 
 
 def _size(case: ConvCase, dtype: torch.dtype) -> dict[str, Any]:
@@ -171,7 +170,7 @@ def tiles(case: ConvCase, dtype: torch.dtype, device: torch.device, names: Seque
         times = contest.result(plain=False)
     for entry in ("best_peer_graphs", "ratio_graphs", "ok"):
         times.pop(entry)
-    return {"case": case.name, "batch": case.batch, "dtype": _name(dtype), **_size(case, dtype), "predicted": predicted, **times}
+    return {"case": case.name, "batch": case.batch, "dtype": name_of(dtype), **_size(case, dtype), "predicted": predicted, **times}
 
 
 def planned(case: ConvCase, given: Operands, algorithm: str) -> Any:
@@ -210,121 +209,3 @@ def _predicted(case: ConvCase, given: Operands, name: str, plan: Any) -> str:
         (*compiled.capability(device), compiled.multiprocessors(device)), [(architecture, dtype, form, rows, columns)],
     )  # fmt: skip
     return str(reason)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Blocks and networks, forward
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def module(
-    model: nn.Module,
-    make: Callable[[], Tensor],
-    dtype: torch.dtype,
-    device: torch.device,
-    names: Sequence[str],
-    effort: Effort,
-    plain: bool = True,
-    graphs: bool = True,
-) -> dict[str, Any]:
-    """A model in eval mode and float32, batch norm included, and what makes its inputs. The inputs rotate, the weights do not."""
-    with torch.no_grad():
-        first = make().to(device, dtype)
-        count = sets_of(2 * first.nbytes, device)
-        inputs = [first, *(make().to(device, dtype) for _ in range(count - 1))]
-        inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
-        # The values that contenders get, computed in float32 (float64 on the CPU); of the same input whatever happens after.
-        wide = torch.float64 if device.type == "cpu" else torch.float32
-        with testing.library(deterministic=False):
-            truth = copy.deepcopy(model).to(device, dtype).to(wide)(first.to(wide))
-        eager = testing.relative_error(peers.module("channels_last", model, dtype, device)(inputs[0]), truth)
-        additions = sum(m.weight[0].numel() for m in model.modules() if isinstance(m, nn.Conv2d))
-        # Folding rounds weights and biases anew: four times eager's error, and three units a layer, of random sign.
-        layers = sum(isinstance(m, nn.Conv2d) for m in model.modules())
-        allowed = 2 * max(4 * eager, unit_roundoff(accumulator(dtype)) * additions**0.5) + 3 * unit_roundoff(dtype) * layers**0.5
-        contest = Contest(device, count, lambda result: testing.relative_error(result, truth), allowed, effort)
-        for name in names:
-
-            def build(name: str = name) -> Call:
-                function = peers.module(name, model, dtype, device)
-                return lambda i: function(inputs[i])
-
-            contest.add(name, build)
-        found = contest.result(plain, graphs)
-    return {"batch": first.shape[0], "dtype": _name(dtype), **found}
-
-
-def block(
-    case: BlockCase, batch: int, dtype: torch.dtype, device: torch.device, names: Sequence[str], effort: Effort, **how: bool
-) -> dict[str, Any]:
-    """A residual block of the table."""
-    model = case.eager(torch.Generator().manual_seed(0))
-    shape = (batch, case.inplanes, *case.size)
-    found = module(model, lambda: torch.relu(torch.randn(shape, device=device)), dtype, device, names, effort, **how)
-    return {"case": case.name, "network": case.network, **found}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def training_model(kind: str, network: str) -> tuple[Any, nn.Module]:
-    """A network for training, eager and ours, with the same parameters. ``kind``: "bias only", or "frozen norm" (batch norm in eval
-    mode, its parameters fixed)."""
-    plain: nn.Module = _plain.randomise(cases.NETWORKS[network][1](), torch.Generator().manual_seed(0)).eval()
-    eager = peers.folded(plain) if kind == "bias only" else plain
-    for m in eager.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.requires_grad_(False)
-    return eager, peers.fused(copy.deepcopy(eager))
-
-
-def training(
-    kind: str,
-    network: str,
-    batch: int,
-    dtype: torch.dtype,
-    autocast: bool,
-    device: torch.device,
-    names: Sequence[str],
-    effort: Effort,
-) -> dict[str, Any]:
-    """Forward and backward of a network, without the optimizer's step, which is the same for all."""
-    eager, ours = training_model(kind, network)
-    size = cases.NETWORKS[network][0]
-    images, arriving = torch.randn(batch, 3, size, size, device=device), torch.randn(batch, eager.fc.out_features, device=device)
-
-    def build(name: str, held: torch.dtype = torch.float32 if autocast else dtype) -> Call:
-        model = copy.deepcopy(ours if name in peers.OURS else eager).to(device, held)
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        x = images.to(held).contiguous(memory_format=torch.channels_last)
-        function: Callable[[Tensor], Tensor] = model
-        if name == "compile":
-            torch.compiler.reset()
-            function = torch.compile(model, mode="max-autotune-no-cudagraphs", dynamic=False)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-
-        def call(i: int) -> tuple[Tensor, ...]:
-            with torch.autocast(device.type, dtype, enabled=autocast and name != "truth"):
-                output = function(x)
-            return output.detach(), *torch.autograd.grad(output, parameters, arriving.to(output.dtype))
-
-        return call
-
-    with testing.library(deterministic=False):
-        truth = [t.cpu() for t in build("truth", torch.float64 if device.type == "cpu" else torch.float32)(0)]
-    release(device)
-
-    def error(results: Any) -> float:
-        """In the 2-norm, the largest of the output's and the gradients': where a pre-activation is at the kink within rounding, its
-        gradient passes in one and not in the other, and both are right."""
-        return max(testing.norm_error(ours.cpu(), theirs) for ours, theirs in zip(results, truth, strict=True))
-
-    # Twice what PyTorch's own gradients lose in this dtype.
-    contest = Contest(device, 1, error, 2 * error(build("channels_last")(0)) + unit_roundoff(dtype), effort)
-    release(device)
-    for name in names:
-        contest.add(name, lambda name=name: build(name))  # type: ignore[misc]
-    found = contest.result(graphs=False)
-    return {"case": f"{network}, {kind}", "batch": batch, "dtype": _name(dtype), "autocast": autocast, **found}
