@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import _extension
+from . import _extension, _gpu
 
 # Flags of /proc/cpuinfo that matter to a convolution.
 _FLAGS = ("sse4_2", "avx", "f16c", "fma", "avx2", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
@@ -105,6 +105,8 @@ def cuda() -> dict[str, Any]:
     module = _extension.cuda()
     if module is None:
         return {**found, "kernels": False, "why": _extension.cuda_missing()}
+    for i, device in enumerate(devices):
+        device["why_not"] = _gpu.why_no_kernels(torch.device("cuda", i))
     return {**found, "kernels": True, "build": dict(module.BUILD), "tiles": list(module.tiles())}
 
 

@@ -208,6 +208,19 @@ def test_two_runtimes_are_found_and_said() -> None:
     assert any(sentence.startswith("2 OpenMP runtimes are loaded") for sentence in cli.env.warnings(found))
 
 
+def test_env_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a machine with two GPUs would see, one of them too old."""
+    old = "our CUDA kernels are for compute capability 8.0 and later, Old has 7.5"
+    devices = [{"name": "New", "capability": "9.0", "why_not": ""}, {"name": "Old", "capability": "7.5", "why_not": old}]
+    build = {"cuda": "13.0", "architectures": "80 90a"}
+    cuda = {"torch_build": "13.0", "cudnn": 91000, "devices": devices, "kernels": True, "build": build, "tiles": ["a", "b"]}
+    found = {**_machine.describe(), "cuda": cuda}
+    rows = dict(cli.env.lines(found))
+    assert rows["CUDA devices"] == "New (9.0), Old (7.5)"
+    assert rows["CUDA kernels of ours"] == "built with CUDA 13.0 for 80 90a, 2 of them for tensor cores"
+    assert f"on this GPU everything is computed through the library: {old}" in cli.env.warnings(found)
+
+
 def test_check_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "check.json"
     assert cli.main(["check", "--quick", "--json", str(file)]) == 0
