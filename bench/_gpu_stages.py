@@ -220,9 +220,10 @@ def tiles(device: torch.device, smoke: bool, compiled: bool, compile_seconds: fl
 
 
 def block_jobs(device: torch.device, smoke: bool, compiled: bool, compile_seconds: float) -> Iterator[Job]:
-    names = _chosen(peers.MODULE, compiled)
+    """torch.compile, which takes a minute for each, at the largest batch in bfloat16; ``graphs`` has it at batch 1."""
     effort = _effort(smoke, compile_seconds)
     for dtype, network, batch in _tables(device, smoke):
+        names = _chosen(peers.MODULE, compiled and dtype == LOW[0] and batch == _batches(smoke)[0])
         for block in blocks(network, smoke):
             key = f"{_name(dtype)} N={batch} {block.name}"
             yield key, partial(modules.block, block, batch, dtype, device, names, effort)
@@ -242,12 +243,12 @@ def graph_jobs(device: torch.device, smoke: bool, compiled: bool, compile_second
 
 
 def network_jobs(device: torch.device, smoke: bool, compiled: bool, compile_seconds: float) -> Iterator[Job]:
-    names = _chosen(peers.MODULE, compiled)
     effort = _effort(smoke, compile_seconds)
     for dtype in _dtypes(device):
         for network in _networks(smoke):
             for whole in (False, True):
                 for batch in _batches(smoke):
+                    names = _chosen(peers.MODULE, compiled and dtype == LOW[0] and batch == _batches(smoke)[0])
                     key = f"{_name(dtype)} N={batch} {network}{'' if whole else ', residual blocks'}"
                     yield key, partial(modules.network, network, batch, dtype, device, names, effort, whole=whole)
 

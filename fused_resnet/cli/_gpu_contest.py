@@ -203,9 +203,12 @@ def _predicted(case: ConvCase, given: Operands, name: str, plan: Any) -> str:
     device = given.input.device.index or 0
     shape = case.output_shape
     strides = torch.empty(shape, device="meta", memory_format=torch.channels_last).stride()
-    _, reason = compiled.choose(
-        dtype, case.input_shape, case.weight_shape, shape, case.stride, (padding.top, padding.left), case.dilation, case.groups,
-        given.input.stride(), strides, None if given.shortcut is None else given.shortcut.stride(), _gpu.tf32(),
-        (*compiled.capability(device), compiled.multiprocessors(device)), [(architecture, dtype, form, rows, columns)],
-    )  # fmt: skip
+    try:
+        _, reason = compiled.choose(
+            dtype, case.input_shape, case.weight_shape, shape, case.stride, (padding.top, padding.left), case.dilation, case.groups,
+            given.input.stride(), strides, None if given.shortcut is None else given.shortcut.stride(), _gpu.tf32(),
+            (*compiled.capability(device), compiled.multiprocessors(device)), [(architecture, dtype, form, rows, columns)],
+        )  # fmt: skip
+    except Exception as error:  # what it takes is still to be measured
+        return sentence(error)
     return str(reason)
