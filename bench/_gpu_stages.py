@@ -71,13 +71,16 @@ class Store:
             self.save()
             try:
                 self.results[key] = job()
+            except contest.OutOfTime:
+                self.content["left"].append(key)
             except Exception as error:
                 self.results[key] = {"error": sentence(error)}
                 self.content["aborted"] = broken(self.device)
             with contextlib.suppress(Exception):
                 release(self.device)
             del self.content["running"]
-            print(f"{self.content['stage']}  {key}: {brief(self.results[key])}", flush=True)
+            if key in self.results:
+                print(f"{self.content['stage']}  {key}: {brief(self.results[key])}", flush=True)
             self.save()
         self.content["seconds"] += time.monotonic() - start
         self.save()
@@ -161,8 +164,10 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _effort(smoke: bool, compile_seconds: float) -> contest.Effort:
-    return contest.Effort(2, 0.02, compile_seconds, 1e-6) if smoke else contest.Effort(compile_seconds=compile_seconds)
+def effort_of(smoke: bool, compile_seconds: float, deadline: float = math.inf) -> contest.Effort:
+    if smoke:
+        return contest.Effort(2, 0.02, compile_seconds, 1e-6, deadline)
+    return contest.Effort(compile_seconds=compile_seconds, deadline=deadline)
 
 
 def _dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
@@ -181,10 +186,9 @@ def _chosen(names: tuple[str, ...], compiled: bool) -> list[str]:
     return [name for name in names if compiled or name != "compile"]
 
 
-def operators(device: torch.device, smoke: bool, compiled: bool, compile_seconds: float) -> Iterator[Job]:
+def operators(device: torch.device, smoke: bool, compiled: bool, effort: contest.Effort) -> Iterator[Job]:
     """Without torch.compile, which takes long: see compiled_operators."""
     names = _chosen(peers.CONVOLUTION, False)
-    effort = _effort(smoke, compile_seconds)
     seen = set()
     for dtype, network, batch in _tables(device, smoke):
         for case in convolutions(network, smoke):
@@ -194,18 +198,16 @@ def operators(device: torch.device, smoke: bool, compiled: bool, compile_seconds
                 yield key, partial(contest.convolution, case.at(batch), dtype, device, names, effort)
 
 
-def compiled_operators(device: torch.device, smoke: bool, compiled: bool, compile_seconds: float) -> Iterator[Job]:
+def compiled_operators(device: torch.device, smoke: bool, compiled: bool, effort: contest.Effort) -> Iterator[Job]:
     """bfloat16, ResNet-50, large batches, with torch.compile: half a minute for each."""
     names = _chosen(peers.CONVOLUTION, compiled)
-    effort = _effort(smoke, compile_seconds)
     for batch in (2,) if smoke else (256, 32):
         for case in convolutions("resnet50", smoke):
             key = f"bfloat16 N={batch} {case.name}"
             yield key, partial(contest.convolution, case.at(batch), torch.bfloat16, device, names, effort)
 
 
-def tiles(device: torch.device, smoke: bool, compiled: bool, compile_seconds: float) -> Iterator[Job]:
-    effort = _effort(smoke, compile_seconds)
+def tiles(device: torch.device, smoke: bool, compiled: bool, effort: contest.Effort) -> Iterator[Job]:
     seen = set()
     for dtype, network, batch in _tables(device, smoke):
         for case in convolutions(network, smoke):
@@ -219,9 +221,8 @@ def tiles(device: torch.device, smoke: bool, compiled: bool, compile_seconds: fl
             yield key, partial(contest.tiles, case.at(batch), dtype, device, names, effort)
 
 
-def block_jobs(device: torch.device, smoke: bool, compiled: bool, compile_seconds: float) -> Iterator[Job]:
+def block_jobs(device: torch.device, smoke: bool, compiled: bool, effort: contest.Effort) -> Iterator[Job]:
     """torch.compile, which takes a minute for each, at the largest batch in bfloat16; ``graphs`` has it at batch 1."""
-    effort = _effort(smoke, compile_seconds)
     for dtype, network, batch in _tables(device, smoke):
         names = _chosen(peers.MODULE, compiled and dtype == LOW[0] and batch == _batches(smoke)[0])
         for block in blocks(network, smoke):
@@ -229,10 +230,9 @@ def block_jobs(device: torch.device, smoke: bool, compiled: bool, compile_second
             yield key, partial(modules.block, block, batch, dtype, device, names, effort)
 
 
-def graph_jobs(device: torch.device, smoke: bool, compiled: bool, compile_seconds: float) -> Iterator[Job]:
+def graph_jobs(device: torch.device, smoke: bool, compiled: bool, effort: contest.Effort) -> Iterator[Job]:
     """Batch 1 in CUDA graphs, torch.compile among the contenders."""
     names = list(peers.MODULE) if compiled else _chosen(peers.MODULE, False)
-    effort = _effort(smoke, compile_seconds)
     for dtype in _dtypes(device)[:1]:
         for network in ("resnet50", "resnet18"):
             for block in blocks(network, smoke):
@@ -242,8 +242,7 @@ def graph_jobs(device: torch.device, smoke: bool, compiled: bool, compile_second
             yield f"{_name(dtype)} N=1 {network}", partial(modules.network, network, 1, dtype, device, names, effort, plain=False)
 
 
-def network_jobs(device: torch.device, smoke: bool, compiled: bool, compile_seconds: float) -> Iterator[Job]:
-    effort = _effort(smoke, compile_seconds)
+def network_jobs(device: torch.device, smoke: bool, compiled: bool, effort: contest.Effort) -> Iterator[Job]:
     for dtype in _dtypes(device):
         for network in _networks(smoke):
             for whole in (False, True):
@@ -253,9 +252,8 @@ def network_jobs(device: torch.device, smoke: bool, compiled: bool, compile_seco
                     yield key, partial(modules.network, network, batch, dtype, device, names, effort, whole=whole)
 
 
-def training_jobs(device: torch.device, smoke: bool, compiled: bool, compile_seconds: float) -> Iterator[Job]:
+def training_jobs(device: torch.device, smoke: bool, compiled: bool, effort: contest.Effort) -> Iterator[Job]:
     names = ["channels_last", *(["compile"] if compiled else []), "ours"]
-    effort = _effort(smoke, compile_seconds)
     network, batches = ("cifar20", (2,)) if smoke else ("resnet50", (256, 32))
     for batch in batches:
         for autocast in (False, True):
@@ -264,7 +262,7 @@ def training_jobs(device: torch.device, smoke: bool, compiled: bool, compile_sec
                 yield key, partial(modules.training, kind, network, batch, torch.bfloat16, autocast, device, names, effort)
 
 
-def ceilings(device: torch.device, smoke: bool, compiled: bool, compile_seconds: float) -> Iterator[Job]:
+def ceilings(device: torch.device, smoke: bool, compiled: bool, effort: contest.Effort) -> Iterator[Job]:
     """What the device can do at most, measured: a copy (bytes read and written), and a large product of random matrices."""
 
     def copy() -> dict[str, Any]:
@@ -288,7 +286,7 @@ def ceilings(device: torch.device, smoke: bool, compiled: bool, compile_seconds:
         yield f"product {_name(dtype)}", partial(product, dtype)
 
 
-MEASURING: dict[str, Callable[[torch.device, bool, bool, float], Iterator[Job]]] = {
+MEASURING: dict[str, Callable[[torch.device, bool, bool, contest.Effort], Iterator[Job]]] = {
     "ceilings": ceilings,
     "tiles": tiles,
     "operators": operators,

@@ -2,6 +2,7 @@
 
     python bench/gpu_report.py build --cutlass WHEEL_OR_FOLDER     the compiled modules, in place; needs nvcc, ninja, pybind11
     python bench/gpu_report.py all                                 every stage that follows, one process each
+    python bench/gpu_report.py ceilings tests --total 580          some of them, in so many seconds together
     python bench/gpu_report.py tests | sanitize | check            the tests; under compute-sanitizer; `check` and `demo`
     python bench/gpu_report.py ceilings                            what a copy and a large product of matrices reach here
     python bench/gpu_report.py tiles | operators | compiled_operators | blocks | networks | training | graphs
@@ -138,8 +139,9 @@ def sanitize(options: argparse.Namespace) -> dict[str, Any]:
 def check(options: argparse.Namespace) -> dict[str, Any]:
     device = ["--device", options.device]
     commands = {
-        "check": ["check", *device, "--json", str(options.out / "fused-resnet-check.json")],
+        "check --quick": ["check", *device, "--quick"],
         "demo": ["demo", *device, "--epochs", "12", "--repeat", "5", "--out", str(options.out / "demo.png")],
+        "check": ["check", *device, "--json", str(options.out / "fused-resnet-check.json")],
     }
     if options.smoke:
         commands = {"check": ["check", *device, "--quick", "--dtype", "bfloat16"]}
@@ -161,28 +163,35 @@ def system() -> str:
     return " | ".join(done.stdout.strip().splitlines())
 
 
-def every_stage(options: argparse.Namespace) -> int:
+def several(options: argparse.Namespace, stages: list[str]) -> int:
     """Each in a process of its own: one that dies takes no other along."""
-    statuses = {}
-    for stage in ORDER:
-        command = [sys.executable, __file__, stage, "--out", str(options.out), "--device", options.device, "--budget", str(options.budget)]
-        command += ["--compile-seconds", str(options.compile_seconds)]
+    status = 0
+    for stage in stages:
+        seconds = min(options.budget, options.end - time.monotonic())
+        if seconds < 20 and stage != "report":
+            print(f"{stage}: left, time is up")
+            status = max(status, 3)
+            continue
+        command = [sys.executable, __file__, stage, "--out", str(options.out), "--device", options.device, "--budget", f"{seconds:.0f}"]
+        command += ["--compile-seconds", str(options.compile_seconds), *(["--cutlass", options.cutlass] if options.cutlass else [])]
         command += [name for name, on in (("--smoke", options.smoke), ("--no-compile", options.no_compile), ("--afresh", options.afresh)) if on]
         try:
-            statuses[stage] = subprocess.run(command, check=False, timeout=options.budget + 120).returncode
+            found = subprocess.run(command, check=False, timeout=max(seconds, 60) + 60).returncode
         except subprocess.TimeoutExpired:
-            statuses[stage] = -1
-        print(f"{stage}: status {statuses[stage]}", flush=True)
-    return max((abs(status) for status in statuses.values()), default=0)
+            found = -1
+        print(f"{stage}: status {found}", flush=True)
+        status = max(status, abs(found))
+    return status
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("all", "build", *ORDER))
+    parser.add_argument("stages", nargs="+", choices=("all", "build", *ORDER), metavar="STAGE", help="all, or any of those above")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the results (default: gpu_report in the clone)")
     parser.add_argument("--cutlass", metavar="WHEEL_OR_FOLDER", help="of build: the nvidia-cutlass wheel, or a folder with its headers")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds for a stage (default: 540)")
+    parser.add_argument("--total", type=float, default=float("inf"), help="seconds for all of them together (default: no limit)")
     parser.add_argument("--compile-seconds", type=float, default=150.0, help="for one torch.compile (default: 150)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--afresh", action="store_true", help="forget results that are there")
@@ -190,14 +199,16 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     options.out = options.out.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
-    options.end = time.monotonic() + options.budget
+    options.stage = options.stages[0] if len(options.stages) == 1 else "all"
+    options.start = time.monotonic()
+    options.end = options.start + (options.total if options.stage == "all" else min(options.total, options.budget))
     return options
 
 
 def main() -> int:
     options = arguments()
     if options.stage == "all":
-        return every_stage(options)
+        return several(options, list(ORDER) if "all" in options.stages else options.stages)
     if options.stage == "build":  # before anything is imported that it builds
         found = build(options)
         return _write_outside(options, found)
@@ -223,7 +234,8 @@ def main() -> int:
     torch.manual_seed(0)
     store = _gpu_stages.Store(options.out, options.stage, device, options.budget, options.afresh)
     store.content["system"] = system()
-    jobs = _gpu_stages.MEASURING[options.stage](device, options.smoke, not options.no_compile, options.compile_seconds)
+    effort = _gpu_stages.effort_of(options.smoke, options.compile_seconds, store.deadline)
+    jobs = _gpu_stages.MEASURING[options.stage](device, options.smoke, not options.no_compile, effort)
     good = store.run(jobs)
     return 3 if store.content["left"] else 0 if good else 1
 
@@ -233,7 +245,7 @@ def _write_outside(options: argparse.Namespace, found: dict[str, Any]) -> int:
     import json
 
     path = options.out / f"{options.stage}.json"
-    content = {"stage": options.stage, "results": found, "system": system(), "seconds": time.monotonic() - options.end + options.budget}
+    content = {"stage": options.stage, "results": found, "system": system(), "seconds": time.monotonic() - options.start}
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     for name, r in found.items():
         print(f"{options.stage}, {name}: {'ok' if r['ok'] else 'NOT OK'}, {r.get('seconds', 0):.0f} s {r.get('why', '')}", flush=True)

@@ -41,7 +41,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the results of every measuring stage, without torch.compile."""
     folder = tmp_path_factory.mktemp("report")
     for stage, jobs in _gpu_stages.MEASURING.items():
-        assert store(folder, stage).run(jobs(CPU, True, False, 30)), stage
+        assert store(folder, stage).run(jobs(CPU, True, False, _gpu_stages.effort_of(True, 30))), stage
     return folder
 
 
@@ -146,6 +146,10 @@ def test_wrong_failing_and_slow_contenders(monkeypatch: pytest.MonkeyPatch) -> N
     assert found["failed"] == {"cudnn": "RuntimeError: no algorithm was found", "compile": "TimeoutError: compiling took more than 1 s"}
     assert set(found["times"]) == set(found["graphs"]) == {"eager", "ours"}
     assert found["ok"] is True
+    # Short of time, the case is left for another run, with a sentence for none of its contenders.
+    late = _gpu_contest.Effort(2, 0.02, 60, 1e-6, time.monotonic() + 1)
+    with pytest.raises(_gpu_contest.OutOfTime):
+        _gpu_contest.convolution(CASE, torch.bfloat16, CPU, _gpu_peers.CONVOLUTION, late)
 
 
 @pytest.mark.parametrize("fault", [lambda y: y * 1.05, lambda y: y * float("nan"), lambda y: y[:1]], ids=["scaled", "nan", "shape"])
@@ -202,6 +206,12 @@ def test_a_stage_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.Capture
     third.run(map(job, "abc"))
     assert made == ["a", "b", "c"]
     assert third.results == {"a": {"ok": True, "n": "a"}, "b": {"error": "RuntimeError: boom"}, "c": {"ok": True, "n": "c"}}
+    def late() -> dict[str, Any]:
+        raise _gpu_contest.OutOfTime
+
+    assert not third.run([("late", late)])
+    assert "late" not in third.results
+    assert third.content["left"] == ["late"]
     # A process that died leaves a note, and the case is not tried again.
     third.content["running"] = "d"
     third.save()
@@ -234,12 +244,13 @@ def test_the_script(tmp_path: Path) -> None:
         command = [sys.executable, "-W", "ignore", str(ROOT / "bench" / "gpu_report.py"), *words, "--out", str(tmp_path)]
         return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
 
-    done = call("ceilings", "--device", "cpu", "--smoke")
+    done = call("ceilings", "report", "--device", "cpu", "--smoke", "--total", "200")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads((tmp_path / "ceilings.json").read_text())["results"]["copy"]["bytes_a_second"] > 0
-    done = call("report")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ceilings: status 0\n" in done.stdout
     assert "not measured" in done.stdout
+    assert json.loads((tmp_path / "ceilings.json").read_text())["results"]["copy"]["bytes_a_second"] > 0
+    done = call("ceilings", "tests", "--device", "cpu", "--smoke", "--total", "0")
+    assert (done.returncode, done.stdout) == (3, "ceilings: left, time is up\ntests: left, time is up\n")
     if not torch.cuda.is_available():
         done = call("ceilings")
         assert done.returncode == 2

@@ -7,6 +7,8 @@ Each function returns what is written down: the medians of every right contender
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +26,18 @@ from ._gpu_timing import Call, Graph, Turns, compete, ratio, release, sentence, 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long a case may take: samples of each contender, seconds of sampling, seconds for one compilation."""
+    """How long a case may take: samples of each contender, seconds of sampling, seconds for one compilation, of which none goes on
+    beyond ``deadline`` (of time.monotonic)."""
 
     repeat: int = 9
     seconds: float = 4.0
     compile_seconds: float = 120.0
     least: float = 2e-3
+    deadline: float = math.inf
+
+
+class OutOfTime(BaseException):
+    """The deadline has come during a compilation: the case is to be measured another time."""
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -55,7 +63,7 @@ class Contest:
         try:
             call = build()
             if name.startswith("compile"):
-                self.compiled[name] = peers.warm(lambda: call(0), self.effort.compile_seconds)
+                self._compile(name, call)
             error = self.error(call(0))
         except peers.Left as left:
             self.left_out[name] = str(left)
@@ -68,6 +76,15 @@ class Contest:
                 self.calls[name] = call
             else:
                 self.wrong.append(name)
+
+    def _compile(self, name: str, call: Call) -> None:
+        left = self.effort.deadline - time.monotonic()
+        try:
+            self.compiled[name] = peers.warm(lambda: call(0), min(self.effort.compile_seconds, left))
+        except TimeoutError:
+            if left < self.effort.compile_seconds:
+                raise OutOfTime from None
+            raise
 
     def result(self, plain: bool = True, graphs: bool = True) -> dict[str, Any]:
         """Time all that are right, and say everything."""

@@ -28,6 +28,10 @@ class Left(Exception):
     """A contender that has no part in this case, with the reason."""
 
 
+class _TooLong(BaseException):
+    """What interrupts: compilers hold on to an Exception, or take it for one of theirs."""
+
+
 @contextlib.contextmanager
 def at_most(seconds: float, what: str) -> Iterator[None]:
     """Interrupt what takes longer, with TimeoutError: a compilation. In the main thread only, where Python hears signals."""
@@ -36,12 +40,14 @@ def at_most(seconds: float, what: str) -> Iterator[None]:
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"{what} took more than {seconds:.0f} s")
+        raise _TooLong
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1.0))
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1), 5.0)  # and again, where it got lost
     try:
         yield
+    except _TooLong:
+        raise TimeoutError(f"{what} took more than {seconds:.0f} s") from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
