@@ -194,7 +194,7 @@ def test_each_tile(tile: str, poisoned: None) -> None:
 @pytest.mark.sanitized
 @pytest.mark.parametrize("tile", TILES or ["none"])
 def test_each_tile_on_little(tile: str) -> None:
-    failures = with_tile(tile, (TILE_CASES[0], TILE_CASES[2], TILE_CASES[6], TILE_CASES[7]))
+    failures = with_tile(tile, (TILE_CASES[0], TILE_CASES[2]) if " matrix " in tile else (TILE_CASES[7], TILE_CASES[13]))
     assert not failures, "\n".join(failures)
 
 

@@ -7,6 +7,7 @@ The faulty operators are the reference with one thing wrong. Each fault is shown
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -409,3 +410,20 @@ def test_cutting_allows_more_for_long_sums_only() -> None:
         assert (cutting > plain) == more
         # Still far from the rounding of the result, so that the bound for bfloat16 keeps its sense.
         assert cutting < 2**-9 / 4
+
+
+def test_check_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks that a GPU gets beside the CPU's, made on the CPU; and a fault in what is computed there is seen by each group."""
+    gpu: Any = SimpleNamespace(type="cuda")
+    assert len(list(check.plan([torch.float16], True, 0, gpu))) > 100
+    monkeypatch.setattr(check, "_operator", lambda device: testing.on("cpu", ops.conv_bias_add_relu))
+    groups = {"forward float32 with TF32, integers", "forward float32 with TF32, floats"}
+    groups |= {f"forward {name}, {data}" for name in ("float32", "bfloat16") for data in ("integers", "floats")}
+    groups |= {f"integer gradients {name}" for name in ("float32", "bfloat16")}
+    results = [make() for make in check.plan([torch.float32, torch.bfloat16], True, 0, gpu)]
+    assert {result.group for result in results} == groups
+    assert not [result for result in results if result.reason]
+    assert any("channels_last" in result.name for result in results)
+    monkeypatch.setattr(check, "_operator", lambda device: testing.on("cpu", shifted_padding))
+    failed = {make().group for make in check.plan([torch.float32, torch.bfloat16], True, 0, gpu) if make().reason}
+    assert failed == groups

@@ -56,7 +56,9 @@ def at_most(seconds: float, what: str) -> Iterator[None]:
 def optimised(function: Any) -> Any:
     """torch.compile at its best: every kernel tuned, weights constant (freezing, which wants ``no_grad``). CUDA graphs are made by
     whoever times, of all contenders alike."""
-    torch._inductor.config.freezing = True
+    import torch._inductor.config as inductor
+
+    inductor.freezing = True
     torch.compiler.reset()
     return torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False)
 

@@ -249,7 +249,7 @@ def tf32(case: ConvCase, exact: bool, seed: int, device: torch.device) -> Result
     make = testing.integer_operands if exact else testing.float_operands
     operands = _channels_last(make(case, torch.float32, _generator(seed)))
     try:
-        with testing.library(tf32=True, cudnn=not exact):
+        with _numerics.using("strict"), testing.library(tf32=True, cudnn=not exact):
             result = _operator(device)(*operands, **case.parameters)
         truth, peer = testing.truth_and_peer(operands, **case.parameters)
         if exact:
