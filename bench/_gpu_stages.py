@@ -33,15 +33,17 @@ LOW = (torch.bfloat16, torch.float16)
 class Store:
     """A stage's JSON file."""
 
-    def __init__(self, folder: Path, stage: str, device: torch.device, budget: float, afresh: bool = False) -> None:
+    def __init__(
+        self, folder: Path, stage: str, device: torch.device, budget: float, afresh: bool = False, smoke: bool = False
+    ) -> None:
         self.path = folder / f"{stage}.json"
         self.device = device
         self.deadline = time.monotonic() + budget
-        mark = fingerprint(device)
+        mark = fingerprint(device) + (", smoke" if smoke else "")
         old = read(self.path)
         same = old is not None and not afresh and old.get("fingerprint") == mark
         self.content: dict[str, Any] = old if same and old is not None else {"stage": stage, "results": {}, "seconds": 0.0}
-        self.content.update(fingerprint=mark, machine=_machine.describe(paths=False), left=[], aborted="")
+        self.content.update(fingerprint=mark, machine=_machine.describe(paths=False), left=[], aborted="", smoke=smoke)
         died = self.content.pop("running", None)
         if died is not None:
             self.results[died] = {"error": "the process ended during this case"}

@@ -214,8 +214,9 @@ def headline(data: Data, machine: dict[str, Any]) -> str:
     cuda = machine.get("cuda", {})
     names = ", ".join(device["name"] for device in cuda.get("devices", ())) or machine.get("cpu", "unknown")
     copied, product = ceiling(data, "copy", "bytes_a_second"), ceiling(data, "product bfloat16", "flops")
+    smoke = "A smoke run, in which nothing is measured: " if any(content.get("smoke") for content in data.values()) else ""
     return (
-        f"{names}, torch {machine.get('torch')}, CUDA {cuda.get('torch_build')}, cuDNN {cuda.get('cudnn')}; copy "
+        f"{smoke}{names}, torch {machine.get('torch')}, CUDA {cuda.get('torch_build')}, cuDNN {cuda.get('cudnn')}; copy "
         f"{_form(copied and copied / 1e12)} TB/s, bf16 product {_form(product and product / 1e12, '{:.0f}')} TFLOP/s"
     )
 

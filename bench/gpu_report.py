@@ -232,7 +232,7 @@ def main() -> int:
     device = torch.device(options.device, *([0] if options.device == "cuda" else []))
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
-    store = _gpu_stages.Store(options.out, options.stage, device, options.budget, options.afresh)
+    store = _gpu_stages.Store(options.out, options.stage, device, options.budget, options.afresh, options.smoke)
     store.content["system"] = system()
     effort = _gpu_stages.effort_of(options.smoke, options.compile_seconds, store.deadline)
     jobs = _gpu_stages.MEASURING[options.stage](device, options.smoke, not options.no_compile, effort)
@@ -245,7 +245,8 @@ def _write_outside(options: argparse.Namespace, found: dict[str, Any]) -> int:
     import json
 
     path = options.out / f"{options.stage}.json"
-    content = {"stage": options.stage, "results": found, "system": system(), "seconds": time.monotonic() - options.start}
+    seconds = time.monotonic() - options.start
+    content = {"stage": options.stage, "results": found, "smoke": options.smoke, "system": system(), "seconds": seconds}
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     for name, r in found.items():
         print(f"{options.stage}, {name}: {'ok' if r['ok'] else 'NOT OK'}, {r.get('seconds', 0):.0f} s {r.get('why', '')}", flush=True)

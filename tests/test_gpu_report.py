@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def store(folder: Path, stage: str, budget: float = 60) -> _gpu_stages.Store:
-    return _gpu_stages.Store(folder, stage, CPU, budget)
+    return _gpu_stages.Store(folder, stage, CPU, budget, smoke=True)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,7 @@ def test_report(measured: Path) -> None:
         assert f"\n## {title}" in text
     assert CASE.name in text
     assert str(measured) not in text
+    assert text.startswith("# A smoke run, in which nothing is measured: ")
 
 
 def figures() -> dict[str, Any]:
@@ -109,6 +110,7 @@ def test_demands_by_known_figures(tmp_path: Path) -> None:
         (tmp_path / f"{stage}.json").write_text(json.dumps({"stage": stage, "results": results}))
     _, page, lines = _gpu_table.write(tmp_path)
     found = {line["what"]: (line["measured"], line["verdict"]) for line in lines}
+    assert "smoke" not in page.read_text()
     table = "operators, bf16, ResNet-50's table, batch 32 and 256, best peer over ours, geometric mean, in CUDA graphs"
     bound = "memory-bound layers (1x1 + add, stages 1 and 2), bf16, batch {}: lowest share of the copy's rate"
     assert found[table] == ("1.20", "holds")
