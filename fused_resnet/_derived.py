@@ -12,6 +12,8 @@ On a GPU no bytes are read, which would wait for it: a write through ``.data`` i
 tensors. A value is made on the current stream; another stream that needs it waits for that. While a CUDA graph is captured,
 values are made inside the graph, so that a replay sees the parameters of its time; but those of frozen parameters
 (``requires_grad_(False)``) become constants of the graph, as ``torch.compile``'s freezing has it, and live until ``clear``.
+A replay of a captured training step changes parameters without a trace: once a process has captured one, nothing is kept for
+parameters on a GPU that want a gradient.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from ._extension import cpu
 
 T = TypeVar("T")
 State = tuple[int, int] | None  # version and address
+_graphs_train = False  # a graph that was captured may write parameters when it is replayed
 _for_graphs: list[Any] = []  # values whose addresses a captured graph may hold
 _ALL = 1 << 62  # fingerprint every byte
 SOME = 1 << 16  # ... or at most this many
@@ -124,9 +127,9 @@ def find(tag: object, sources: Sequence[Tensor | None], make: Callable[..., T]) 
     owner = sources[0]
     assert owner is not None
     capturing = owner.is_cuda and torch.cuda.is_current_stream_capturing()
-    if capturing and any([t is not None and t.requires_grad for t in sources]):
+    if (capturing or (_graphs_train and owner.is_cuda)) and any([t is not None and t.requires_grad for t in sources]):
         held = snapshots(sources)
-        return tuple(map(state_of, held)), _make(make, held)  # a part of the graph, made anew at each replay
+        return tuple(map(state_of, held)), _make(make, held)  # of a graph: a part of it, made anew at each replay
     key = id(owner)
     entry = _entries.get(key)
     if entry is not None and entry[0]() is owner:
@@ -162,6 +165,13 @@ def _make(make: Callable[..., T], held: Sequence[Tensor | None]) -> T:
     # Normal tensors even under inference_mode: they outlive it, and their changes can be counted.
     with torch.inference_mode(False), torch.no_grad():
         return make(*held)
+
+
+def training_captured(t: Tensor) -> None:
+    """To be told by whatever computes for a backward pass: if a graph is being captured, its replays may train."""
+    global _graphs_train
+    if t.is_cuda and not _graphs_train and torch.cuda.is_current_stream_capturing():
+        _graphs_train = True
 
 
 def clear() -> None:

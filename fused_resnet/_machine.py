@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import _extension
+from . import _extension, _gpu
 
 # Flags of /proc/cpuinfo that matter to a convolution.
 _FLAGS = ("sse4_2", "avx", "f16c", "fma", "avx2", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
@@ -105,6 +105,8 @@ def cuda() -> dict[str, Any]:
     module = _extension.cuda()
     if module is None:
         return {**found, "kernels": False, "why": _extension.cuda_missing()}
+    for i, device in enumerate(devices):
+        device["why_not"] = _gpu.why_no_kernels(torch.device("cuda", i))
     return {**found, "kernels": True, "build": dict(module.BUILD), "tiles": list(module.tiles())}
 
 
@@ -134,8 +136,11 @@ def describe(paths: bool = True) -> dict[str, Any]:
     return machine
 
 
-def short() -> str:
-    """One line for pictures and reports: the processor, cores, threads, torch, instruction set."""
+def short(device: torch.device | None = None) -> str:
+    """One line for pictures and reports: the processor, cores, threads, torch, instruction set; or the GPU and what serves it."""
+    if device is not None and device.type == "cuda":
+        kernels = _extension.cuda_missing() or "our kernels"
+        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, torch {torch.__version__}, {kernels}"
     module = _extension.cpu
     kernels = f"{module.isa()} kernels" if module is not None else "plain PyTorch, no compiled module"
     threads = torch.get_num_threads()

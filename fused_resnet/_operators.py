@@ -22,7 +22,7 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import _kernels
 from ._arguments import Padding, Pair, check_convolution, check_pass, check_relu_backward, is_channels_last, output_format
-from ._derived import derive
+from ._derived import derive, training_captured
 
 _library = torch.library.Library("fused_resnet", "DEF")
 # The output's memory format follows the input's, so a compiler must not change that (the tag is new in torch 2.8).
@@ -100,6 +100,8 @@ def general_path(
     if dtype in (torch.bfloat16, torch.float16) and (bias is not None or shortcut is not None):
         input, weight = input.float(), weight.float()  # so that the sum is rounded once, at the end
     output = _library_convolution(input, weight, None, stride, padding, dilation, groups)
+    if not output.is_cpu:  # some of the library's convolutions for CUDA give other strides than its rule says
+        output = output.contiguous(memory_format=output_format(input, weight, output.shape))
     return _kernels.bias_add_relu(output, bias, shortcut, relu, dtype, owned=True)
 
 
@@ -187,6 +189,7 @@ class ConvBiasAddReLU(torch.autograd.Function):
         groups: int,
         relu: bool,
     ) -> Tensor:
+        training_captured(input)
         output: Tensor = _below_autograd(
             conv, input, weight, bias, shortcut, stride, padding, dilation, groups, relu
         )
@@ -215,6 +218,7 @@ class BiasAddReLU(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, input: Tensor, bias: Tensor | None, shortcut: Tensor | None, relu: bool
     ) -> Tensor:
+        training_captured(input)
         output: Tensor = _below_autograd(bias_add_relu, input, bias, shortcut, relu)
         ctx.save_for_backward(output if relu else None)
         return output

@@ -20,7 +20,7 @@ from _calls import ROOT
 
 from fused_resnet import _machine, cli
 from fused_resnet.cases import BLOCKS
-from fused_resnet.cli import _common, _contenders, bench, check, demo
+from fused_resnet.cli import _common, _contenders, _gpu_bench, bench, check, demo
 
 COMMANDS = tuple(cli.COMMANDS)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,6 +66,9 @@ WRONG = [
     (["bench", "--peers", "eager,mnn", "--mode", "train"], "--peers: mnn cannot run here: it has no backward pass here"),
     (["bench", "--peers", ","], "--peers must name at least one of"),
     (["bench", "--picture", "times.txt"], "--picture: the name of a picture must end in .pdf, .png, .svg, got 'times.txt'"),
+    (["check", "--device", "tpu"], "--device: invalid choice: 'tpu'"),
+    (["check", "--dtype", "float16"], "--dtype: float16 is for --device cuda"),
+    (["bench", "--dtype", "float16"], "--dtype: float16 is for --device cuda"),
     (["demo", "--out", "no/such/folder/x.png"], "--out: cannot write 'no/such/folder/x.png': there is no folder"),
     (["demo", "--threads", "0"], "--threads: must be a whole number of at least 1, got '0'"),
     (["demo", "--image-size", "8"], "--image-size must be at least 32, got 8"),
@@ -88,6 +91,71 @@ def test_wrong_usage(argv: list[str], message: str, capsys: pytest.CaptureFixtur
     assert shown.err.startswith("fused-resnet: ")
     assert shown.err.count("\n") == 1
     assert message in shown.err
+
+
+@pytest.mark.parametrize("command", ["check", "demo", "bench"])
+def test_a_device_that_is_not_there(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main([command, "--device", "cuda"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("fused-resnet: --device cuda: torch ")
+    assert shown.err.count("\n") == 1
+
+
+GPU_BENCH_WRONG = [
+    (["--mode", "train"], "--mode train: on --device cuda it is for --what network"),
+    (["--peers", "eager"], "--peers: unknown peer 'eager'; on --device cuda there are channels_last, folded, compile, cudnn, ours"),
+    (["--peers", ","], "--peers must name at least one of channels_last"),
+    (["--threads", "2"], "--threads: it is for --device cpu"),
+    (["--picture", "x.png"], "--picture: on --device cuda there is none yet"),
+    (["--case", "basic 63"], "contains 'basic 63'; there are"),
+]
+
+
+@pytest.fixture
+def cpu_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU in a GPU's place, for what a command does before and after it measures."""
+    fake = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(bench, "device", lambda name: fake)
+    monkeypatch.setattr(_machine, "short", lambda device=None: "a GPU")
+
+
+@pytest.mark.parametrize(("options", "message"), GPU_BENCH_WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_wrong_usage_of_bench_on_a_gpu(
+    options: list[str], message: str, cpu_for_cuda: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_gpu_bench, "_measure", lambda *arguments: pytest.fail("work was started"))
+    assert cli.main(["bench", "--device", "cuda", *options]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert message in shown.err
+
+
+@pytest.mark.parametrize(
+    ("what", "case"),
+    [("conv", "3x3 64->64 @ 8x8 + shortcut"), ("block", TINY), ("network", "cifar20"), ("network train", "cifar20")],
+)
+def test_bench_on_a_gpu(
+    what: str, case: str, tmp_path: Path, cpu_for_cuda: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU's contests, on the CPU: what is measured, written and shown."""
+    measure = _gpu_bench._measure
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(_gpu_bench, "_measure", lambda c, n, dtype, device, *rest: measure(c, n, dtype, cpu, *rest))
+    monkeypatch.setattr(_gpu_bench, "release", lambda device: None)
+    file = tmp_path / "bench.json"
+    words, _, train = what.partition(" ")
+    argv = ["bench", "--device", "cuda", "--what", words, "--case", case, "--quick", "--batch", "2", "--json", str(file)]
+    assert cli.main([*argv, *(["--mode", "train"] if train else [])]) == 0
+    (result,) = json.loads(file.read_text())["results"]
+    shown = capsys.readouterr().out
+    assert (result["ok"], result["batch"], result["dtype"]) == (True, 2, "bfloat16")
+    assert f"{result['ratio_times']:.2f}" in shown
+    assert "geometric mean of the ratios, called from Python: " in shown
+    assert ("graphs" in result) == (not train)
+    if not train:
+        assert f"left out  {result['case']}, cudnn: cuDNN is for CUDA devices" in shown
 
 
 def test_missing_package_names_the_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +206,19 @@ def test_two_runtimes_are_found_and_said() -> None:
     assert _machine.find_runtimes(maps) == ["/opt/intel/lib/libiomp5.so", "/venv/torch/lib/libgomp.so.1"]
     found = {**_machine.describe(), "openmp_runtimes": _machine.find_runtimes(maps)}
     assert any(sentence.startswith("2 OpenMP runtimes are loaded") for sentence in cli.env.warnings(found))
+
+
+def test_env_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a machine with two GPUs would see, one of them too old."""
+    old = "our CUDA kernels are for compute capability 8.0 and later, Old has 7.5"
+    devices = [{"name": "New", "capability": "9.0", "why_not": ""}, {"name": "Old", "capability": "7.5", "why_not": old}]
+    build = {"cuda": "13.0", "architectures": "80 90a"}
+    cuda = {"torch_build": "13.0", "cudnn": 91000, "devices": devices, "kernels": True, "build": build, "tiles": ["a", "b"]}
+    found = {**_machine.describe(), "cuda": cuda}
+    rows = dict(cli.env.lines(found))
+    assert rows["CUDA devices"] == "New (9.0), Old (7.5)"
+    assert rows["CUDA kernels of ours"] == "built with CUDA 13.0 for 80 90a, 2 of them for tensor cores"
+    assert f"on this GPU everything is computed through the library: {old}" in cli.env.warnings(found)
 
 
 def test_check_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -413,7 +494,7 @@ def test_no_progress_bar_in_a_pipe(demonstrated: tuple[subprocess.CompletedProce
 
 def test_demo_ends_with_1_under_the_goal(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "GOAL", 1.01)
-    monkeypatch.setattr(demo, "_convert", lambda arguments: ([], SimpleNamespace(pixels=None)))
+    monkeypatch.setattr(demo, "_convert", lambda arguments, where: ([], SimpleNamespace(pixels=None)))
     monkeypatch.setattr("fused_resnet.cli._pictures.draw_demo", lambda *arguments: None)
     assert cli.main(["demo", "--epochs", "1", "--threads", "1", "--out", str(tmp_path / "demo.png")]) == 1
     shown = capsys.readouterr().out

@@ -7,6 +7,7 @@ The faulty operators are the reference with one thing wrong. Each fault is shown
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet import cli, ops, reference, testing
+from fused_resnet import _gpu, cli, ops, reference, testing
 from fused_resnet.cases import AWKWARD, BLOCKS, CONVS, ConvCase, Operands
 from fused_resnet.cli import check
 from fused_resnet.testing.data import EXACT, MAGNITUDE, terms
@@ -293,6 +294,139 @@ def test_shapes_and_flops_of_cases() -> None:
         assert tuple(output.shape) == case.output_shape, case.name
         if case.padding != "same":  # PyTorch pads first and counts the same; its counter sees another input
             assert counter.get_total_flops() == case.flops(), case.name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Another device: the CPU in its place, to which tensors are copied all the same
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_moved_tensors_are_laid_out_as_they_were(layout: str) -> None:
+    for t in (torch.randn(2, 3, 4, 5), torch.randn(6)):
+        t = testing.LAYOUTS[layout](t).detach().requires_grad_()
+        (copy,) = testing.moved("cpu", t)
+        assert torch.equal(copy, t)
+        assert (copy.stride(), copy.storage_offset(), copy.requires_grad) == (t.stride(), t.storage_offset(), True)
+        assert copy.is_leaf
+        assert copy.untyped_storage().data_ptr() != t.untyped_storage().data_ptr()
+
+
+def test_what_shares_memory_shares_it_there() -> None:
+    x = torch.randn(2, 5, 3, 3)
+    first, second, other, none = testing.moved("cpu", x[:, :-1], x[:, 1:], x.clone(), None)
+    assert none is None
+    first[:, 1] = 7.0
+    assert (second[:, 0] == 7.0).all()
+    assert not (other == 7.0).any()
+    assert not (x == 7.0).any()
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_on_a_device(exact: bool) -> None:
+    """The same results and gradients, of the same kind and number; the operands themselves never get there."""
+    seen: list[Tensor] = []
+
+    def operator(*tensors: Any, **parameters: Any) -> Tensor:
+        seen.extend(t for t in tensors if t is not None)
+        return reference.conv_bias_add_relu(*tensors, **parameters)
+
+    moving = testing.on("cpu", operator)
+    given = testing.layout(operands(torch.float64, exact), input="sliced", shortcut="expanded", weight="offset")
+    assert testing.compare_forward(moving, given, exact, **CASE.parameters)
+    assert len(seen) == 4
+    for there, here in zip(seen, given, strict=True):
+        assert here is not None
+        assert there.stride() == here.stride()
+        assert there.untyped_storage().data_ptr() != here.untyped_storage().data_ptr()
+    if exact:
+        grad = testing.unit_gradient(CASE.output_shape, torch.float64, torch.Generator().manual_seed(1))
+        assert all(testing.compare_gradients(moving, given, grad, **CASE.parameters).values())
+        assert not all(testing.compare_gradients(testing.on("cpu", dropped_bias), given, grad, **CASE.parameters).values())
+    assert not testing.compare_forward(testing.on("cpu", shifted_padding), given, exact, **CASE.parameters)
+
+
+def test_gradients_pass_to_a_device_and_back_twice() -> None:
+    case = testing.GradientCase()
+    function, leaves = case.build()
+    moving = testing.on("cpu", function)
+    assert torch.autograd.gradcheck(moving, leaves)
+    assert torch.autograd.gradgradcheck(moving, leaves)
+
+
+def test_on_a_device_refuses_an_alias() -> None:
+    with pytest.raises(AssertionError, match="alias of an argument"):
+        testing.on("cpu", lambda x: x[1:])(torch.ones(3))
+
+
+def test_the_library_is_put_back() -> None:
+    cudnn = torch.backends.cudnn
+
+    def state() -> tuple[Any, ...]:
+        return cudnn.deterministic, cudnn.benchmark, cudnn.enabled, _gpu.tf32()
+
+    before = state()
+    with testing.library():
+        assert state() == (True, False, True, False)
+        with testing.library(tf32=True, deterministic=False, cudnn=False):
+            assert state() == (False, False, False, True)
+        assert not _gpu.tf32()
+    assert state() == before
+
+
+def test_tf32_bound_allows_its_rounding_and_sees_faults() -> None:
+    """Operands cut to 10 bits behind the first are inside; one tap less, or 4 bits, is outside."""
+    case = ConvCase(64, 64, (9, 9), (3, 3), padding=(1, 1), shortcut=True)
+    given = operands(torch.float32, False, case)
+    truth, _ = testing.truth_and_peer(given, **case.parameters)
+    allowed = testing.tf32_allowed(given, **case.parameters)
+
+    def cut(t: Tensor, bits: int) -> Tensor:
+        return (t.view(torch.int32) & -(1 << (23 - bits))).view(torch.float32).double()
+
+    def worst(x: Tensor, w: Tensor) -> float:
+        assert given.bias is not None
+        assert given.shortcut is not None
+        y = reference.conv_bias_add_relu(x, w, given.bias.double(), given.shortcut.double(), **case.parameters)
+        return ((y - truth).abs() / allowed).max().item()
+
+    assert 0 < worst(cut(given.input, 10), cut(given.weight, 10)) <= 1
+    # All of one sign, where the losses add up: half of the largest loss is the usual one.
+    positive = Operands(given.input.abs(), given.weight.abs(), None, None)
+    whole = reference.conv_bias_add_relu(positive.input.double(), positive.weight.double(), **case.parameters)
+    lossy = reference.conv_bias_add_relu(cut(positive.input, 10), cut(positive.weight, 10), **case.parameters)
+    ratio = ((whole - lossy) / testing.tf32_allowed(positive, **case.parameters)).max().item()
+    assert 0.25 < ratio <= 1
+    weight = given.weight.double().clone()
+    weight[:, :, 1, 1] = 0
+    assert worst(given.input.double(), weight) > 1
+    assert worst(cut(given.input, 4), cut(given.weight, 4)) > 1
+
+
+def test_cutting_allows_more_for_long_sums_only() -> None:
+    for case, more in ((ConvCase(4, 4, (5, 5), (1, 1)), False), (ConvCase(512, 8, (5, 5), (3, 3), padding=(1, 1)), True)):
+        given = operands(torch.bfloat16, False, case)
+        plain, cutting = (testing.error_scale(given, torch.bfloat16, cutting, **case.parameters) for cutting in (False, True))
+        assert (cutting > plain) == more
+        # Still far from the rounding of the result, so that the bound for bfloat16 keeps its sense.
+        assert cutting < 2**-9 / 4
+
+
+def test_check_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks that a GPU gets beside the CPU's, made on the CPU; and a fault in what is computed there is seen by each group."""
+    gpu: Any = SimpleNamespace(type="cuda")
+    assert len(list(check.plan([torch.float16], True, 0, gpu))) > 100
+    monkeypatch.setattr(check, "_operator", lambda device: testing.on("cpu", ops.conv_bias_add_relu))
+    groups = {"forward float32 with TF32, integers", "forward float32 with TF32, floats"}
+    groups |= {f"forward {name}, {data}" for name in ("float32", "bfloat16") for data in ("integers", "floats")}
+    groups |= {f"integer gradients {name}" for name in ("float32", "bfloat16")}
+    results = [make() for make in check.plan([torch.float32, torch.bfloat16], True, 0, gpu)]
+    assert {result.group for result in results} == groups
+    assert not [result for result in results if result.reason]
+    assert any("channels_last" in result.name for result in results)
+    monkeypatch.setattr(check, "_operator", lambda device: testing.on("cpu", shifted_padding))
+    failed = {make().group for make in check.plan([torch.float32, torch.bfloat16], True, 0, gpu) if make().reason}
+    assert failed == groups
 
 
 def test_every_planted_fault_has_its_text() -> None:

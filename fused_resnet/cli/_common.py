@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+CUDA_DTYPES = {**DTYPES, "float16": torch.float16}
+DEVICES = ("cpu", "cuda")
 
 
 class Usage(Exception):
@@ -75,6 +77,19 @@ def writable(text: str) -> Path:
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"cannot write {text!r}: permission denied")
     return path
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="where to compute (default: cpu)")
+
+
+def device(name: str) -> torch.device:
+    """The device that ``--device`` names, if it can be used."""
+    if name == "cuda" and not torch.cuda.is_available():
+        if torch.version.cuda is None:
+            raise Usage(f"--device cuda: torch {torch.__version__} was built without CUDA")
+        raise Usage("--device cuda: torch finds no CUDA device that it can use (fused-resnet env says more)")
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device("cpu")
 
 
 PICTURES = (".pdf", ".png", ".svg")

@@ -39,6 +39,9 @@ class Digits:
     test_images: Tensor
     test_classes: Tensor
 
+    def to(self, device: torch.device) -> Digits:
+        return Digits(*(t.to(device) for t in (self.images, self.classes, self.test_images, self.test_classes)))
+
 
 def load(generator: torch.Generator) -> Digits:
     """The 1797 handwritten digits, in an order drawn from ``generator``."""

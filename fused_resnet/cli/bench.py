@@ -5,6 +5,9 @@ same module, converted, in both memory formats. Each runs in a process of its ow
 so that one at a time computes and a ratio is fair on a noisy machine. Results are compared with float64 before anything is
 timed. The ratio is the best right peer's median over the better one of ours: above 1, ours is faster. Exit status 1 if a
 result of ours is wrong or missing.
+
+--device cuda: eager, torch.compile with max-autotune, cuDNN's own fusion, and ours, in one process; time by CUDA events, buffers
+rotated, called from Python and in CUDA graphs. bfloat16 by default.
 """
 
 from __future__ import annotations
@@ -18,9 +21,12 @@ import torch
 from .. import _extension, _machine, _timing, cases
 from . import _bench_table, _contenders, _contest
 from ._common import (
+    CUDA_DTYPES,
     DTYPES,
     Usage,
+    add_device,
     add_json,
+    device,
     need,
     picture,
     positive,
@@ -41,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=tuple(cases.NETWORKS), action="append", help="only of this network (repeatable)")
     parser.add_argument("--batch", type=positive, nargs="+", default=[1], help="batch sizes (default: 1)")
     parser.add_argument("--threads", type=positive, nargs="+", help="thread counts (default: torch's)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="default: float32")
+    add_device(parser)
+    parser.add_argument("--dtype", choices=tuple(CUDA_DTYPES), help="default: float32, on --device cuda bfloat16")
     parser.add_argument(
         "--mode",
         choices=("forward", "train"),
@@ -62,6 +69,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    where = device(arguments.device)
+    arguments.dtype = arguments.dtype or ("bfloat16" if where.type == "cuda" else "float32")
+    if where.type == "cuda":
+        from . import _gpu_bench
+
+        contenders = _gpu_bench.check(arguments)
+        return _gpu_bench.run(arguments, _choose(arguments), contenders, where)
+    if arguments.dtype not in DTYPES:
+        raise Usage(f"--dtype: {arguments.dtype} is for --device cuda")
     chosen = _choose(arguments)
     names = _names(arguments)
     if arguments.picture is not None:

@@ -5,7 +5,8 @@
 3. Converts a ResNet-18 and a ResNet-50 (random weights, batch norm calibrated on photographs), runs scikit-learn's photograph
    through both forms, and times each distinct block before and after.
 
-Writes a picture of it. Exit status 1 if the accuracy stays under 95 %, a gradient or a result is wrong.
+--device cuda does all of it on the GPU, the conversion in bfloat16 on a batch of photographs. Writes a picture of it. Exit status 1
+if the accuracy stays under 95 %, a gradient or a result is wrong.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from ..testing.compare import unit_roundoff
 from . import _conversion, _digits
 from ._common import (
     Usage,
+    add_device,
     add_json,
+    device,
     milliseconds,
     need,
     picture,
@@ -40,6 +43,7 @@ from .check import finite_differences
 HELP = "the main job on real input, on any machine, in about a minute"
 
 GOAL = 0.95  # test accuracy on the digits
+_MANY = 32  # images that a GPU is given at a time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=positive, default=20, help="of the training on digits (default: 20)")
     parser.add_argument("--image-size", type=positive, default=224, help="of the photograph, in pixels (default: 224)")
     parser.add_argument("--repeat", type=positive, default=15, help="samples of each timing (default: 15)")
+    add_device(parser)
     parser.add_argument("--threads", type=positive, help="default: torch's")
     parser.add_argument("--seed", type=seed, default=0, help="of weights and data (default: 0)")
     add_json(parser)
@@ -56,20 +61,21 @@ def run(arguments: argparse.Namespace) -> int:
     for module in ("numpy", "PIL", "matplotlib", "tqdm"):
         need(module, "demo")
     _digits.sklearn_folder()
+    where = device(arguments.device)
     picture(str(arguments.out))  # the default has not been through the argument's type
     if arguments.image_size < 32:  # ResNet's stages halve the image five times
         raise Usage(f"--image-size must be at least 32, got {arguments.image_size}")
     start = time.perf_counter()
     with threads(arguments.threads):
-        print(_machine.short())
-        training, network, digits, passed = _train(arguments)
-        gradients = _check_gradients(network, digits, arguments.seed)
-        conversions, shown = _convert(arguments)
+        print(_machine.short(where))
+        training, network, digits, passed = _train(arguments, where)
+        gradients = _check_gradients(network, digits, arguments.seed, where)
+        conversions, shown = _convert(arguments, where)
         from ._pictures import draw_demo
 
         rows = [row for conversion in conversions for row in conversion.rows]
         contested = [row["case"] for row in rows if row["before"]["contested"]]
-        draw_demo(training, GOAL, shown.pixels, rows, _machine.short(), arguments.out)
+        draw_demo(training, GOAL, shown.pixels, rows, _machine.short(where), arguments.out)
     ok = passed and gradients["ok"] and all(conversion.ok for conversion in conversions)
     mean = _timing.geometric_mean(row["ratio"] for row in rows if not row["whole"])
     _say_end(training, gradients, conversions, mean, contested, time.perf_counter() - start, arguments.out)
@@ -77,6 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.json,
         {
             "ok": ok,
+            "device": where.type,
             "machine": _machine.describe(paths=False),
             "seconds": time.perf_counter() - start,
             "training": {"losses": training.losses, "accuracies": training.accuracies, "seconds": training.seconds},
@@ -103,10 +110,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if ok else 1
 
 
-def _train(arguments: argparse.Namespace) -> tuple[_digits.Training, _digits.DigitNet, _digits.Digits, bool]:
+def _train(arguments: argparse.Namespace, where: torch.device) -> tuple[_digits.Training, _digits.DigitNet, _digits.Digits, bool]:
     generator = torch.Generator().manual_seed(arguments.seed)
-    digits = _digits.load(generator)
-    network = _digits.DigitNet(generator)
+    digits = _digits.load(generator).to(where)
+    network = _digits.DigitNet(generator).to(where)
     print(
         f"\n1. Training on {len(digits.images)} handwritten digits of 8x8 pixels: "
         f"{len(network.blocks)} fused residual blocks with biases, no batch norm"
@@ -123,7 +130,7 @@ def _train(arguments: argparse.Namespace) -> tuple[_digits.Training, _digits.Dig
     return training, network, digits, passed
 
 
-def _check_gradients(network: _digits.DigitNet, digits: _digits.Digits, seed: int) -> dict[str, Any]:
+def _check_gradients(network: _digits.DigitNet, digits: _digits.Digits, seed: int, where: torch.device) -> dict[str, Any]:
     """The network's gradients on a batch of digits, in float64, where no pre-activation is at the kink by rounding alone;
     then gradcheck and gradgradcheck of the operators."""
     print("\n2. Checking gradients")
@@ -132,7 +139,7 @@ def _check_gradients(network: _digits.DigitNet, digits: _digits.Digits, seed: in
     parameters = dict(double.named_parameters())
     # The gradient that arrives is drawn, not the loss's: of a network that is nearly always right that one is a difference of
     # almost equal numbers, which would magnify the rounding of both sides.
-    arriving = torch.randn(len(images), 10, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    arriving = torch.randn(len(images), 10, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(where)
 
     def gradients(forward: Any) -> tuple[Tensor, ...]:
         return torch.autograd.grad(forward(images), list(parameters.values()), arriving)
@@ -154,7 +161,7 @@ def _check_gradients(network: _digits.DigitNet, digits: _digits.Digits, seed: in
     failed = []
     with progress(len(cases), "finite differences") as advance:
         for case in cases:
-            result = finite_differences(case, seed)
+            result = finite_differences(case, seed, where)
             if result.reason:
                 failed.append(result)
             advance(case.shortcut)
@@ -170,7 +177,7 @@ def _check_gradients(network: _digits.DigitNet, digits: _digits.Digits, seed: in
     }
 
 
-def _convert(arguments: argparse.Namespace) -> tuple[list[_conversion.Conversion], _conversion.Photograph]:
+def _convert(arguments: argparse.Namespace, where: torch.device) -> tuple[list[_conversion.Conversion], _conversion.Photograph]:
     size = arguments.image_size
     shown = _conversion.photograph("china.jpg", size)
     crops = [
@@ -178,6 +185,10 @@ def _convert(arguments: argparse.Namespace) -> tuple[list[_conversion.Conversion
         for name in ("china.jpg", "flower.jpg")
         for corner in ((0.0, 0.0), (0.5, 0.5), (1.0, 1.0))
     ]
+    # One image is what a processor is given, and a GPU many; in bfloat16, its tensor cores' own.
+    on_gpu = where.type == "cuda"
+    images = shown.tensor.repeat(_MANY if on_gpu else 1, 1, 1, 1).to(where)
+    what = f"{len(images)} times in bfloat16" if on_gpu else "one image"
     print(
         f"\n3. Converting ResNets and running a photograph of {size}x{size} pixels through both forms. The weights are random; "
         "batch norm is calibrated on scikit-learn's two photographs."
@@ -187,9 +198,11 @@ def _convert(arguments: argparse.Namespace) -> tuple[list[_conversion.Conversion
     steps = 2 + sum(2 + count for count in (7, 8))
     with progress(steps, "conversion") as advance:
         for name, make in (("ResNet-18", _plain.resnet18), ("ResNet-50", _plain.resnet50)):
-            model = _conversion.calibrate(_plain.randomise(make(), generator), torch.cat(crops))
+            model = _conversion.calibrate(_plain.randomise(make(), generator).to(where), torch.cat(crops).to(where))
             advance(f"{name} calibrated")
-            results.append(_conversion.convert(name, model, shown.tensor, arguments.repeat, advance))
+            if on_gpu:
+                model, images = model.bfloat16(), images.bfloat16()
+            results.append(_conversion.convert(name, model, images, arguments.repeat, advance))
     for result in results:
         print(
             f"\n   {result.name}: {result.fused_blocks} of {result.blocks} residual blocks fused; largest difference between "
@@ -207,7 +220,7 @@ def _convert(arguments: argparse.Namespace) -> tuple[list[_conversion.Conversion
             )
             for row in result.rows
         ]
-        print("   " + table(("one image", "before, ms", "after, ms", "faster"), rows).replace("\n", "\n   "))
+        print("   " + table((what, "before, ms", "after, ms", "faster"), rows).replace("\n", "\n   "))
     return results, shown
 
 

@@ -118,6 +118,9 @@ def warnings(found: dict[str, Any]) -> list[str]:
         )
     if not found["extension"]["loaded"]:
         sentences.append(f"everything is computed through plain PyTorch: {found['extension']['why']}")
+    for device in found["cuda"]["devices"]:
+        if device.get("why_not"):
+            sentences.append(f"on this GPU everything is computed through the library: {device['why_not']}")
     if found["threads"] > found["cores"]:
         sentences.append(f"{found['threads']} threads share {found['cores']} cores: expect less speed, not more")
     return sentences

@@ -111,15 +111,32 @@ def compare_tensors(ours: Tensor, truth: Tensor, peer: Tensor, scale: float) -> 
     )
 
 
-def error_scale(operands: Operands, dtype: torch.dtype, **parameters: Any) -> float:
-    """u_acc sqrt(L) max sqrt(sum (x w)^2 + b^2 + s^2), over the outputs whose terms are finite."""
+def error_scale(operands: Operands, dtype: torch.dtype, cutting: bool = False, **parameters: Any) -> float:
+    """u_acc sqrt(L) max sqrt(sum (x w)^2 + b^2 + s^2), over the outputs whose terms are finite.
+
+    ``cutting``: tensor cores add at least 8 products at a time, exactly, and cut the sum where float32 would round it. That loses
+    2 u_acc at most, always in the same direction: L / 8 such losses add up, 2 u_acc (L / 8) max sqrt(...), which is then the scale
+    where it is more.
+    """
     squares = Operands(*(None if t is None else t.double().square() for t in operands))  # type: ignore[arg-type]
     total = reference.conv_bias_add_relu(*squares, **{**parameters, "relu": False})
     total = total[torch.isfinite(total)]
     if not total.numel():
         return 0.0
     length = operands.weight[0].numel() + 2
-    return unit_roundoff(accumulator(dtype)) * float(length**0.5 * total.max().sqrt().item())
+    additions = max(length**0.5, length / 4) if cutting else length**0.5
+    return unit_roundoff(accumulator(dtype)) * float(additions * total.max().sqrt().item())
+
+
+def tf32_allowed(operands: Operands, **parameters: Any) -> Tensor:
+    """What TF32 may add to an output's error: each operand of a product keeps 10 bits behind its first. The tensor cores read
+    the upper 19 bits of a float32, which cuts the rest off (2^-10 of the operand at most; rounding would be half of it):
+
+        2 (1 + 2^-11) 2^-10 sum |x w|
+    """
+    sizes = Operands(operands.input.double().abs(), operands.weight.double().abs(), None, None)
+    total = reference.conv_bias_add_relu(*sizes, **{**parameters, "relu": False})
+    return 2 * (1 + 2**-11) * 2**-10 * total
 
 
 def truth_and_peer(operands: Operands, **parameters: Any) -> tuple[Tensor, Tensor]:
@@ -132,8 +149,9 @@ def truth_and_peer(operands: Operands, **parameters: Any) -> tuple[Tensor, Tenso
     return run(torch.float64), run(accumulator(operands.input.dtype))
 
 
-def compare_forward(function: Operator, operands: Operands, exact: bool, **parameters: Any) -> Comparison:
-    """``function`` against the reference on one set of operands: equal for integer data, else within the envelope.
+def compare_forward(function: Operator, operands: Operands, exact: bool, cutting: bool = False, **parameters: Any) -> Comparison:
+    """``function`` against the reference on one set of operands: equal for integer data, else within the envelope (``cutting``:
+    as in ``error_scale``).
 
     The memory format must be the one that eager ``conv2d`` gives, and the result must own its memory.
     """
@@ -156,7 +174,7 @@ def compare_forward(function: Operator, operands: Operands, exact: bool, **param
         if exact:
             return compare_exact(ours, reference.conv_bias_add_relu(*operands, **parameters))
         truth, peer = truth_and_peer(operands, **parameters)
-        return compare_tensors(ours, truth, peer, error_scale(operands, dtype, **parameters))
+        return compare_tensors(ours, truth, peer, error_scale(operands, dtype, cutting, **parameters))
 
 
 _GEOMETRY: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}

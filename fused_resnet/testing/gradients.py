@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import ops, reference
 from .data import LAYOUTS
+from .devices import moved
 
 STEP = 1e-6  # gradcheck's own default for float64
 MARGIN = 1000 * STEP
@@ -56,8 +57,10 @@ class GradientCase:
             f"{'bias' if self.bias else 'no bias'}, gradient {self.incoming}, needs {'+'.join(self.needs)}"
         )
 
-    def build(self, seed: int = 0, reference_only: bool = False) -> tuple[Function, tuple[Tensor, ...]]:
-        """The function and its leaf tensors, for ``torch.autograd.gradcheck(function, leaves)``."""
+    def build(
+        self, seed: int = 0, reference_only: bool = False, device: torch.device | str = "cpu"
+    ) -> tuple[Function, tuple[Tensor, ...]]:
+        """The function and its leaf tensors on a device, for ``torch.autograd.gradcheck(function, leaves)``."""
         generator = torch.Generator().manual_seed(seed)
         while True:
             leaves = self._draw(generator)
@@ -73,22 +76,25 @@ class GradientCase:
             output = self._apply(module, dict(zip(names, tensors, strict=True)))
             return _INCOMING[self.incoming](output)
 
-        return function, tuple(leaves.values())
+        here = tuple(leaves.values())
+        return function, here if torch.device(device).type == "cpu" else moved(device, *here)
 
-    def compare(self, seed: int = 0) -> str:
-        """Why value or gradients differ from the reference's, or ''. gradcheck compares a function with itself only.
+    def compare(self, seed: int = 0, device: torch.device | str = "cpu") -> str:
+        """Why value or gradients on a device differ from those of the reference on the CPU, or ''. gradcheck compares a
+        function with itself only.
 
         The largest sum has L terms of at most M^2, M being the largest operand, and any order of its additions errs by at most
         u L times the sum of their absolute values; two such results differ by at most 2 u L^2 M^2.
         """
         values: list[list[Tensor | None]] = []
         for reference_only in (False, True):
-            function, leaves = self.build(seed, reference_only)
+            function, leaves = self.build(seed, reference_only, "cpu" if reference_only else device)
             output = function(*leaves)
             generator = torch.Generator().manual_seed(seed)
             grad = torch.randn(output.shape, dtype=output.dtype, generator=generator)
             wanted = [t for t in leaves if t.requires_grad]
-            values.append([output.detach(), *torch.autograd.grad(output, wanted, grad, allow_unused=True)])
+            found = torch.autograd.grad(output, wanted, grad.to(output.device), allow_unused=True)
+            values.append([None if t is None else t.detach().cpu() for t in (output, *found)])
         largest = max(float(t.detach().abs().max()) for t in (*leaves, grad))
         terms = max(2 + self.kernel[0] * self.kernel[1] * max(self.size[1], self.outputs), grad.numel())
         allowed = 2 * (torch.finfo(torch.float64).eps / 2) * terms**2 * largest**2

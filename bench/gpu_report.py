@@ -1,0 +1,259 @@
+"""Everything that is to be known of the CUDA kernels on one machine with a GPU, in stages of under ten minutes each.
+
+    python bench/gpu_report.py build --cutlass WHEEL_OR_FOLDER     the compiled modules, in place; needs nvcc, ninja, pybind11
+    python bench/gpu_report.py all                                 every stage that follows, one process each
+    python bench/gpu_report.py ceilings tests --total 580          some of them, in so many seconds together
+    python bench/gpu_report.py tests | sanitize | check            the tests; under compute-sanitizer; `check` and `demo`
+    python bench/gpu_report.py ceilings                            what a copy and a large product of matrices reach here
+    python bench/gpu_report.py tiles | operators | compiled_operators | blocks | networks | training | graphs
+    python bench/gpu_report.py report                              one JSON file and a table of it all, from whatever is there
+
+Each stage writes STAGE.json into --out after every case. What is not reached in --budget seconds is left; the same command goes on
+from there (--afresh starts over). --device cpu --smoke runs everything on a few tiny shapes, for the test of this script.
+Exit status 1 where something failed or was wrong, 3 where cases are left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # this clone, built in place, before any installed package
+OUT = ROOT / "gpu_report"
+MEASURING = ("ceilings", "operators", "graphs", "networks", "training", "blocks", "tiles", "compiled_operators")  # what matters most first
+ORDER = (MEASURING[0], "tests", "check", *MEASURING[1:-1], "sanitize", MEASURING[-1], "report")
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+# Without plugins that need not be installed (pyproject.toml names options of pytest-benchmark).
+PYTEST = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-rf", "-o", "addopts=--strict-markers -p no:cacheprovider"]
+QUICK = ("test_testing.py", "test_bad_input.py", "test_derived.py", "test_registration.py", "test_gpu_report.py")
+
+
+def run(command: list[str], seconds: float, log: Path, **changes: str) -> dict[str, Any]:
+    """A command with a time limit; all that it prints goes to ``log``."""
+    start = time.monotonic()
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    with log.open("w", encoding="utf-8") as file:
+        try:
+            done = subprocess.run(
+                command, stdout=file, stderr=subprocess.STDOUT, timeout=max(seconds, 1), check=False, cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": path, **changes},
+            )  # fmt: skip
+            status, why = done.returncode, ""
+        except subprocess.TimeoutExpired:
+            status, why = -1, f"not done within {seconds:.0f} s"
+        except OSError as error:
+            status, why = -1, str(error)
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    failures = [line[:300] for line in lines if line.startswith(("FAILED", "ERROR"))][:50]
+    return {
+        "ok": status == 0, "status": status, "why": why, "seconds": time.monotonic() - start, "failures": failures,
+        "end": [line[:300] for line in lines[-15:]],
+    }  # fmt: skip
+
+
+def counts(log: Path) -> dict[str, int]:
+    """What pytest's last line counts: passed, failed, skipped."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    last = next((line for line in reversed(text.splitlines()) if " passed" in line or " failed" in line or " skipped" in line), "")
+    return {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?|deselected)", last)}
+
+
+def cutlass(given: str | None, folder: Path) -> Path | None:
+    """The folder for CUTLASS_PATH: a wheel is unpacked."""
+    if given is None:
+        return None
+    path = Path(given).resolve()
+    if path.is_dir():
+        return path
+    target = folder / "cutlass"
+    if not (target / "cutlass_library").is_dir():
+        with zipfile.ZipFile(path) as wheel:
+            wheel.extractall(target)
+    return target
+
+
+def build(options: argparse.Namespace) -> dict[str, Any]:
+    if options.smoke:
+        command = [sys.executable, "setup.py", "--version"]
+        return {"setup.py": run(command, 60, options.out / "build.log", FUSED_RESNET_CUDA="0")}
+    changes = {"FUSED_RESNET_CUDA": "1"}
+    headers = cutlass(options.cutlass, options.out)
+    if headers is not None:
+        changes["CUTLASS_PATH"] = str(headers)
+    # What ninja has compiled stays, so that a second run goes on.
+    found = run([sys.executable, "setup.py", "build_ext", "--inplace"], options.budget, options.out / "build.log", **changes)
+    look = "from fused_resnet import _machine; import json; print(json.dumps(_machine.cuda()))"
+    return {"build_ext": found, "import": run([sys.executable, "-c", look], 120, options.out / "import.log")}
+
+
+def tests(options: argparse.Namespace) -> dict[str, Any]:
+    found = {}
+    if options.smoke:
+        log = options.out / "tests.log"
+        return {"a test": {**run([*PYTEST, "tests/test_testing.py", "-k", "integer"], 120, log), "counts": counts(log)}}
+    for name, chosen, share in (
+        ("cuda", ["tests/test_cuda.py", "-m", "cuda and not large"], 0.7),
+        ("cuda, large", ["tests/test_cuda.py", "-m", "cuda and large"], 0.2),
+        ("the quick part", [str(Path("tests") / file) for file in QUICK] + ["-m", "not cuda", "-x"], 0.3),
+    ):
+        log = options.out / f"tests-{name.replace(', ', '-').replace(' ', '-')}.log"
+        seconds = min(options.budget * share, options.end - time.monotonic())
+        found[name] = {**run([*PYTEST, *chosen], seconds, log), "counts": counts(log)}
+        if name.startswith("cuda") and not found[name]["counts"].get("passed"):
+            found[name]["ok"] = False  # all skipped is not green
+        print(f"tests, {name}: {found[name]['counts']}", flush=True)
+    return found
+
+
+def sanitize(options: argparse.Namespace) -> dict[str, Any]:
+    if options.smoke:
+        return {}
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if tool is None:
+        return {name: {"ok": False, "error": "compute-sanitizer was not found"} for name in SANITIZERS}
+    found = {}
+    for i, name in enumerate(SANITIZERS):
+        log = options.out / f"sanitize-{name}.log"
+        seconds = (options.end - time.monotonic()) / (len(SANITIZERS) - i)
+        # Of the libraries' kernels only memory errors: what they leave uninitialised, or order by other means, is theirs.
+        ours = [] if name == "memcheck" else ["--kernel-regex", "kns=fused_resnet", "--kernel-regex", "kns=cutlass"]
+        command = [tool, "--tool", name, "--error-exitcode", "9", "--target-processes", "all", *ours]
+        command += [*PYTEST, "tests/test_cuda.py", "-m", "cuda and sanitized", "-x"]
+        found[name] = {**run(command, seconds, log, PYTORCH_NO_CUDA_MEMORY_CACHING="1"), "counts": counts(log)}
+        summary = re.findall(r"=+ (?:ERROR|RACECHECK) SUMMARY: .*", log.read_text(errors="replace"))
+        found[name]["summary"] = summary[-1] if summary else ""
+        found[name]["ok"] = found[name]["ok"] and bool(summary) and bool(found[name]["counts"].get("passed"))
+        print(f"sanitize, {name}: {found[name]['summary'] or found[name]['why'] or found[name]['end'][-1:]}", flush=True)
+    return found
+
+
+def check(options: argparse.Namespace) -> dict[str, Any]:
+    device = ["--device", options.device]
+    commands = {
+        "check --quick": ["check", *device, "--quick"],
+        "demo": ["demo", *device, "--epochs", "12", "--repeat", "5", "--out", str(options.out / "demo.png")],
+        "check": ["check", *device, "--json", str(options.out / "fused-resnet-check.json")],
+    }
+    if options.smoke:
+        commands = {"check": ["check", *device, "--quick", "--dtype", "bfloat16"]}
+    found = {}
+    for name, command in commands.items():
+        log = options.out / f"check-{name}.log"
+        found[name] = run([sys.executable, "-m", "fused_resnet", *command], options.end - time.monotonic(), log)
+        print(f"{name}: {'ok' if found[name]['ok'] else found[name]['end'][-3:]}", flush=True)
+    return found
+
+
+def system() -> str:
+    """Driver and clocks, if they can be read. Nothing is set."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ""
+    query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,ecc.mode.current,mig.mode.current"
+    done = subprocess.run([tool, f"--query-gpu={query}", "--format=csv"], capture_output=True, text=True, check=False, timeout=60)
+    return " | ".join(done.stdout.strip().splitlines())
+
+
+def several(options: argparse.Namespace, stages: list[str]) -> int:
+    """Each in a process of its own: one that dies takes no other along."""
+    status = 0
+    for stage in stages:
+        seconds = min(options.budget, options.end - time.monotonic())
+        if seconds < 20 and stage != "report":
+            print(f"{stage}: left, time is up")
+            status = max(status, 3)
+            continue
+        command = [sys.executable, __file__, stage, "--out", str(options.out), "--device", options.device, "--budget", f"{seconds:.0f}"]
+        command += ["--compile-seconds", str(options.compile_seconds), *(["--cutlass", options.cutlass] if options.cutlass else [])]
+        command += [name for name, on in (("--smoke", options.smoke), ("--no-compile", options.no_compile), ("--afresh", options.afresh)) if on]
+        try:
+            found = subprocess.run(command, check=False, timeout=max(seconds, 60) + 60).returncode
+        except subprocess.TimeoutExpired:
+            found = -1
+        print(f"{stage}: status {found}", flush=True)
+        status = max(status, abs(found))
+    return status
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="+", choices=("all", "build", *ORDER), metavar="STAGE", help="all, or any of those above")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the results (default: gpu_report in the clone)")
+    parser.add_argument("--cutlass", metavar="WHEEL_OR_FOLDER", help="of build: the nvidia-cutlass wheel, or a folder with its headers")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--budget", type=float, default=540.0, help="seconds for a stage (default: 540)")
+    parser.add_argument("--total", type=float, default=float("inf"), help="seconds for all of them together (default: no limit)")
+    parser.add_argument("--compile-seconds", type=float, default=150.0, help="for one torch.compile (default: 150)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--afresh", action="store_true", help="forget results that are there")
+    parser.add_argument("--smoke", action="store_true", help="a few tiny cases, to see that everything runs")
+    options = parser.parse_args()
+    options.out = options.out.resolve()
+    options.out.mkdir(parents=True, exist_ok=True)
+    options.stage = options.stages[0] if len(options.stages) == 1 else "all"
+    options.start = time.monotonic()
+    options.end = options.start + (options.total if options.stage == "all" else min(options.total, options.budget))
+    return options
+
+
+def main() -> int:
+    options = arguments()
+    if options.stage == "all":
+        return several(options, list(ORDER) if "all" in options.stages else options.stages)
+    if options.stage == "build":  # before anything is imported that it builds
+        found = build(options)
+        return _write_outside(options, found)
+    if options.stage in ("tests", "sanitize", "check"):
+        return _write_outside(options, {"tests": tests, "sanitize": sanitize, "check": check}[options.stage](options))
+    if options.stage == "report":
+        import _gpu_table
+
+        file, page, lines = _gpu_table.write(options.out)
+        for line in lines:
+            print(f"{line['verdict']:<14}{line['measured']:>8} of {line['wanted']:>6}  {line['what']}  {line['note']}")
+        print(f"{file}\n{page}")
+        return 0
+    import torch
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("gpu_report: torch finds no CUDA device that it can use", file=sys.stderr)
+        return 2
+    import _gpu_stages
+
+    device = torch.device(options.device, *([0] if options.device == "cuda" else []))
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(0)
+    store = _gpu_stages.Store(options.out, options.stage, device, options.budget, options.afresh, options.smoke)
+    store.content["system"] = system()
+    effort = _gpu_stages.effort_of(options.smoke, options.compile_seconds, store.deadline)
+    jobs = _gpu_stages.MEASURING[options.stage](device, options.smoke, not options.no_compile, effort)
+    good = store.run(jobs)
+    return 3 if store.content["left"] else 0 if good else 1
+
+
+def _write_outside(options: argparse.Namespace, found: dict[str, Any]) -> int:
+    """The file of a stage that ran other programs."""
+    import json
+
+    path = options.out / f"{options.stage}.json"
+    seconds = time.monotonic() - options.start
+    content = {"stage": options.stage, "results": found, "smoke": options.smoke, "system": system(), "seconds": seconds}
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    for name, r in found.items():
+        print(f"{options.stage}, {name}: {'ok' if r['ok'] else 'NOT OK'}, {r.get('seconds', 0):.0f} s {r.get('why', '')}", flush=True)
+        for line in () if r["ok"] else [*r.get("failures", ()), *r.get("end", ())]:
+            print(f"    {line}")
+    return 0 if all(r["ok"] for r in found.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

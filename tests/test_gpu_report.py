@@ -1,0 +1,280 @@
+"""bench/gpu_report.py and what it times with: every stage on tiny shapes on the CPU, and what becomes of contenders that fail, are
+wrong or take too long.
+
+What is trusted: ``_timing`` (test_timing.py); figures that nobody measured, whose ratios are known.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from _calls import ROOT
+
+from fused_resnet.cases import BlockCase, ConvCase
+from fused_resnet.cli import _gpu_contest, _gpu_modules, _gpu_peers, _gpu_timing
+
+sys.path.insert(0, str(ROOT / "bench"))
+import _gpu_stages
+import _gpu_table
+import gpu_report
+
+CPU = torch.device("cpu")
+QUICK = _gpu_contest.Effort(2, 0.02, 30, 1e-6)
+CASE = ConvCase(16, 16, (8, 8), (3, 3), padding=(1, 1), shortcut=True, batch=2)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def store(folder: Path, stage: str, budget: float = 60) -> _gpu_stages.Store:
+    return _gpu_stages.Store(folder, stage, CPU, budget, smoke=True)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the results of every measuring stage, without torch.compile."""
+    folder = tmp_path_factory.mktemp("report")
+    for stage, jobs in _gpu_stages.MEASURING.items():
+        assert store(folder, stage).run(jobs(CPU, True, False, _gpu_stages.effort_of(True, 30))), stage
+    return folder
+
+
+def test_stages_measure_and_compare(measured: Path) -> None:
+    assert set(_gpu_stages.MEASURING) == set(gpu_report.MEASURING)
+    for stage in set(_gpu_stages.MEASURING) - {"ceilings", "tiles"}:
+        results = json.loads((measured / f"{stage}.json").read_text())["results"]
+        assert results, stage
+        for key, result in results.items():
+            assert result["ok"] is True, key
+            assert result["wrong"] == []
+            assert result["failed"] == {}
+            for kind in {"times", "graphs"} & set(result):
+                medians = {name: t["median_ms"] for name, t in result[kind].items()}
+                ours = min(t for name, t in medians.items() if name in _gpu_peers.OURS)
+                best = result[f"best_peer_{kind}"]
+                assert medians[best] == min(t for name, t in medians.items() if name not in _gpu_peers.OURS)
+                assert result[f"ratio_{kind}"] == pytest.approx(medians[best] / ours)
+            for name, error in result["errors"].items():
+                assert 0 <= error <= result["allowed_error"], name
+            if "cudnn" in (*_gpu_peers.CONVOLUTION, *_gpu_peers.MODULE) and stage != "training":
+                assert result["left_out"]["cudnn"] == "cuDNN is for CUDA devices"
+    tiles = json.loads((measured / "tiles.json").read_text())["results"]
+    assert all(set(result["graphs"]) == {"auto"} for result in tiles.values())
+
+
+def test_report(measured: Path) -> None:
+    file, page, lines = _gpu_table.write(measured)
+    merged = json.loads(file.read_text())
+    assert set(merged["stages"]) == set(_gpu_stages.MEASURING)
+    assert merged["machine"]["torch"] == torch.__version__
+    assert merged["demands"] == lines
+    assert any(line["what"] == "every CUDA test green" and line["verdict"] == "not measured" for line in lines)
+    text = page.read_text()
+    for title in ("What must hold", "Layers", "Blocks, networks, training", "The choice among our kernels", "Left out, failed, wrong"):
+        assert f"\n## {title}" in text
+    assert CASE.name in text
+    assert str(measured) not in text
+    assert text.startswith("# A smoke run, in which nothing is measured: ")
+
+
+def figures() -> dict[str, Any]:
+    """Of a device that copies 4 TB/s and multiplies 800 TFLOP/s, on which ours takes 1 ms and peers 1.2 and 1.5 ms each time; the
+    memory-bound layer at batch 256 is at 0.9 of the copy, its cousin at batch 32 at half of that."""
+    times = {name: {"median_ms": t} for name, t in (("channels_last", 1.5), ("cudnn", 1.2), ("compile", 1.4), ("ours", 1.0))}
+    common = {"dtype": "bfloat16", "ok": True, "wrong": [], "failed": {}, "errors": {}, "times": times, "graphs": times}
+    common |= {"ratio_times": 1.2, "ratio_graphs": 1.2}
+    layer = ConvCase(64, 256, (56, 56), (1, 1), shortcut=True)
+    operators = {}
+    for batch, megabytes in ((256, 3600.0), (32, 1800.0), (1, 1.0)):
+        size = {"gflop": 400.0, "megabytes": megabytes, "kernel": [1, 1], "shortcut": True, "height": 56}
+        operators[f"N={batch}"] = {"case": layer.at(batch).name, "batch": batch, **common, **size}
+    whole = {"batch": 256, "images_a_second_times": {"ours": 50000.0, "ours, bias only": 40000.0}, **common}
+    return {
+        "ceilings": {"copy": {"bytes_a_second": 4e12}, "product bfloat16": {"flops": 8e14}},
+        "operators": operators,
+        "networks": {"whole": {"case": "resnet50, residual blocks", **whole}},
+        "graphs": {"block": {"case": "a block", "network": "resnet50", "batch": 1, **common}},
+        "training": {"bias only": {"case": "resnet50, bias only", "batch": 256, "autocast": False, **common}},
+        "tests": {"cuda": {"ok": True}, "large": {"ok": False}},
+    }
+
+
+def test_demands_by_known_figures(tmp_path: Path) -> None:
+    for stage, results in figures().items():
+        (tmp_path / f"{stage}.json").write_text(json.dumps({"stage": stage, "results": results}))
+    _, page, lines = _gpu_table.write(tmp_path)
+    found = {line["what"]: (line["measured"], line["verdict"]) for line in lines}
+    assert "smoke" not in page.read_text()
+    table = "operators, bf16, ResNet-50's table, batch 32 and 256, best peer over ours, geometric mean, in CUDA graphs"
+    bound = "memory-bound layers (1x1 + add, stages 1 and 2), bf16, batch {}: lowest share of the copy's rate"
+    assert found[table] == ("1.20", "holds")
+    assert found["the lowest of all layers, best peer over ours"] == ("1.20", "holds")
+    assert found[bound.format(256)] == ("90%", "holds")
+    assert found[bound.format(32)] == ("45%", "does not hold")
+    assert found["residual blocks of ResNet-50, bf16, batch 256, images a second"] == ("50000", "holds")
+    assert found["blocks of resnet50 at batch 1 in CUDA graphs, compile over ours, geometric mean"] == ("1.40", "holds")
+    assert found["blocks of resnet18 at batch 1 in CUDA graphs, compile over ours, geometric mean"] == ("-", "not measured")
+    assert found["forward + backward of resnet50, bias only, bf16, batch 256, compile over ours"] == ("1.40", "holds")
+    assert found["every CUDA test green"] == ("50%", "does not hold")
+    assert found["compute-sanitizer clean"] == ("-", "not measured")
+    # 400 GFLOP in 1 ms are half of 800 TFLOP/s.
+    assert re.search(r"\| 1x1 64->256 @ 56x56 N=256 \+ shortcut \| bfloat16 \|.* 90% \| 50% \|", page.read_text())
+
+
+def test_wrong_failing_and_slow_contenders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong one is marked and not timed, one that raises is written down with its message, one that takes too long as well."""
+    right = _gpu_peers.convolution
+
+    def fake(name: str, *rest: Any) -> Any:
+        if name == "channels_last":
+            call = right(name, *rest)
+            return lambda i: call(i) * 1.05  # beyond the rounding of bfloat16 (1/256)
+        if name == "cudnn":
+            raise RuntimeError("no algorithm\nwas found")
+        if name == "compile":
+            return lambda i: time.sleep(30)
+        return right(name, *rest)
+
+    monkeypatch.setattr(_gpu_peers, "convolution", fake)
+    effort = _gpu_contest.Effort(2, 0.02, 1, 1e-6)
+    found = _gpu_contest.convolution(CASE, torch.bfloat16, CPU, _gpu_peers.CONVOLUTION, effort)
+    assert found["wrong"] == ["channels_last"]
+    assert found["failed"] == {"cudnn": "RuntimeError: no algorithm was found", "compile": "TimeoutError: compiling took more than 1 s"}
+    assert set(found["times"]) == set(found["graphs"]) == {"eager", "ours"}
+    assert found["ok"] is True
+    # Short of time, the case is left for another run, with a sentence for none of its contenders.
+    late = _gpu_contest.Effort(2, 0.02, 60, 1e-6, time.monotonic() + 1)
+    with pytest.raises(_gpu_contest.OutOfTime):
+        _gpu_contest.convolution(CASE, torch.bfloat16, CPU, _gpu_peers.CONVOLUTION, late)
+
+
+@pytest.mark.parametrize("fault", [lambda y: y * 1.05, lambda y: y * float("nan"), lambda y: y[:1]], ids=["scaled", "nan", "shape"])
+def test_a_wrong_result_of_ours_is_not_ok(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    function = _gpu_peers.our_function
+    monkeypatch.setattr(_gpu_peers, "our_function", lambda case: lambda *tensors: fault(function(case)(*tensors)))
+    found = _gpu_contest.convolution(CASE, torch.bfloat16, CPU, ("channels_last", "ours"), QUICK)
+    assert found["ok"] is False
+    assert found["wrong"] == ["ours"]
+    assert found["ratio_times"] is None
+
+
+def test_training_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = _gpu_modules.training_model
+
+    def faulty(kind: str, network: str) -> Any:
+        eager, ours = make(kind, network)
+        ours.fc.register_forward_hook(lambda module, arguments, y: 0.1 * y.detach() + 0.9 * y)  # the values stay, gradients shrink
+        return eager, ours
+
+    arguments = ("bias only", "cifar20", 2, torch.float32, False, CPU, ("channels_last", "ours"), QUICK)
+    assert _gpu_modules.training(*arguments)["ok"] is True
+    monkeypatch.setattr(_gpu_modules, "training_model", faulty)
+    assert _gpu_modules.training(*arguments)["wrong"] == ["ours"]
+
+
+def test_compile_takes_part() -> None:
+    """The contender is built and right; the CPU's compiler is enough for that."""
+    block = BlockCase("basic", 16, 16, (8, 8))
+    found = _gpu_modules.block(block, 1, torch.float32, CPU, ("compile", "ours"), QUICK, graphs=False)
+    assert found["failed"] == {}
+    assert set(found["times"]) == {"compile", "ours"}
+    assert found["compile_seconds"]["compile"] > 0
+
+
+def test_a_stage_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = []
+
+    def job(name: str) -> Any:
+        def work() -> dict[str, Any]:
+            made.append(name)
+            if name == "b":
+                raise RuntimeError("boom")
+            return {"ok": True, "n": name}
+
+        return name, work
+
+    first = store(tmp_path, "operators", budget=-1)
+    assert not first.run([job("a")])
+    assert (made, first.content["left"]) == ([], ["a"])
+    second = store(tmp_path, "operators")
+    assert not second.run(map(job, "ab"))  # b failed
+    third = store(tmp_path, "operators")
+    third.run(map(job, "abc"))
+    assert made == ["a", "b", "c"]
+    assert third.results == {"a": {"ok": True, "n": "a"}, "b": {"error": "RuntimeError: boom"}, "c": {"ok": True, "n": "c"}}
+    def late() -> dict[str, Any]:
+        raise _gpu_contest.OutOfTime
+
+    assert not third.run([("late", late)])
+    assert "late" not in third.results
+    assert third.content["left"] == ["late"]
+    # A process that died leaves a note, and the case is not tried again.
+    third.content["running"] = "d"
+    third.save()
+    assert store(tmp_path, "operators").results["d"] == {"error": "the process ended during this case"}
+    assert _gpu_stages.Store(tmp_path, "operators", CPU, 60, afresh=True).results == {}
+    assert "1 cases left" in capsys.readouterr().out
+
+
+def test_turns_rotate_buffers_and_results() -> None:
+    turns = _gpu_timing.Turns(lambda i: [i], 3)
+    for _ in range(4):
+        turns()
+    assert [kept[0] for kept in turns.kept] == [0, 1, 2]
+    first = turns.kept[1]
+    turns()
+    assert turns.kept[1] is not first
+    graph = _gpu_timing.Graph(lambda i: i, 3, CPU)
+    graph()
+    assert graph.kept == [0, 1, 2]
+    assert graph.calls == 3
+    # The time of a call, not of a replay.
+    slow = _gpu_timing.Graph(lambda i: time.sleep(0.002), 5, CPU)
+    assert 0.002 <= _gpu_timing.seconds_a_call(slow, 2, CPU) < 0.008
+
+
+def test_the_script(tmp_path: Path) -> None:
+    """As it is called: one stage and the report, in processes of their own; a device that is not there."""
+
+    def call(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-W", "ignore", str(ROOT / "bench" / "gpu_report.py"), *words, "--out", str(tmp_path)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    done = call("ceilings", "report", "--device", "cpu", "--smoke", "--total", "200")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ceilings: status 0\n" in done.stdout
+    assert "not measured" in done.stdout
+    assert json.loads((tmp_path / "ceilings.json").read_text())["results"]["copy"]["bytes_a_second"] > 0
+    done = call("ceilings", "tests", "--device", "cpu", "--smoke", "--total", "0")
+    assert (done.returncode, done.stdout) == (3, "ceilings: left, time is up\ntests: left, time is up\n")
+    if not torch.cuda.is_available():
+        done = call("ceilings")
+        assert done.returncode == 2
+        assert done.stderr.startswith("gpu_report: torch finds no CUDA device")
+
+
+def test_outside_programs(tmp_path: Path) -> None:
+    """What the other stages run: a time limit, the log, the failures, what pytest counted; a wheel unpacked."""
+    log = tmp_path / "log.txt"
+    code = "print('FAILED x'); print('2 failed, 3 passed, 1 skipped in 1s'); raise SystemExit(1)"
+    done = gpu_report.run([sys.executable, "-c", code], 60, log)
+    assert (done["ok"], done["status"], done["failures"]) == (False, 1, ["FAILED x"])
+    assert gpu_report.counts(log) == {"failed": 2, "passed": 3, "skipped": 1}
+    slow = gpu_report.run([sys.executable, "-c", "import time; time.sleep(60)"], 1, log)
+    assert (slow["ok"], slow["why"]) == (False, "not done within 1 s")
+    assert not gpu_report.run([str(tmp_path / "nothing")], 1, log)["ok"]
+    import zipfile
+
+    wheel = tmp_path / "nvidia_cutlass.whl"
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.writestr("cutlass_library/source/include/cutlass/cutlass.h", "")
+    folder = gpu_report.cutlass(str(wheel), tmp_path)
+    assert folder is not None
+    assert (folder / "cutlass_library" / "source" / "include" / "cutlass" / "cutlass.h").is_file()
+    assert gpu_report.cutlass(str(folder), tmp_path) == folder
