@@ -5,7 +5,7 @@ the ninja package's own writer) and lets ninja compile, in parallel and only wha
 is in pyproject.toml. The sources need a C++17 compiler and pybind11, never torch.
 
 fused_resnet._cpu is always built. fused_resnet._cuda is built if FUSED_RESNET_CUDA=1, not if it is 0, and if it is unset where
-there are both nvcc and an NVIDIA driver; it needs nvcc 12.4 or later and CUTLASS's headers (from PyPI's nvidia-cutlass, which pip
+there are both nvcc and an NVIDIA driver; it needs nvcc (tested with 13.0) and CUTLASS's headers (from PyPI's nvidia-cutlass, which pip
 fetches for the build, or from the folder that CUTLASS_PATH names), and no GPU. FUSED_RESNET_CUDA_ARCHS chooses among "80 90a".
 """
 
@@ -67,10 +67,11 @@ def python_includes() -> list[str]:
 
 
 def nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    return shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None) or shutil.which(
-        "nvcc", path="/usr/local/cuda/bin"
-    )
+    """CUDA_HOME's, else the PATH's, else the usual place's."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    found = [shutil.which("nvcc", path=f"{home}/bin") for home in homes if home]
+    own = [path for path in found[:-1] if path]
+    return own[0] if own else shutil.which("nvcc") or found[-1]
 
 
 def wants_cuda() -> tuple[bool, str]:
@@ -92,6 +93,10 @@ def architectures() -> list[str]:
     if not wanted or any(a not in ARCHITECTURES for a in wanted):
         raise SystemExit(f"FUSED_RESNET_CUDA_ARCHS must be one or more of {' '.join(ARCHITECTURES)}, got {' '.join(wanted)!r}")
     return [a for a in ARCHITECTURES if a in wanted]
+
+
+def has_cutlass() -> bool:
+    return bool(os.environ.get("CUTLASS_PATH")) or importlib.util.find_spec("cutlass_library") is not None
 
 
 def cutlass_includes() -> list[str]:
@@ -173,7 +178,8 @@ class NinjaBuild(build_ext):
             writer = ninja_syntax.Writer(file)
             ldflags = os.environ.get("LDFLAGS", "").split()
             if cuda:
-                writer.variable("nvcc", f"{device_compiler} -ccbin {compiler.split()[0]}")
+                host = f" -ccbin {compiler.split()[-1]}" if os.environ.get("CXX") else ""
+                writer.variable("nvcc", f"{device_compiler}{host}")
                 writer.variable("common", CUDA_COMMON)
                 writer.rule(
                     "nvcc",
@@ -221,5 +227,5 @@ if __name__ == "__main__":  # the tests import this file for its sources and fla
         ext_modules=extensions,
         cmdclass={"build_ext": NinjaBuild},
         # pip reads this as a requirement of the build alone.
-        setup_requires=[CUTLASS] if with_cuda and not os.environ.get("CUTLASS_PATH") else [],
+        setup_requires=[CUTLASS] if with_cuda and not has_cutlass() else [],
     )

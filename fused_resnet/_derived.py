@@ -18,6 +18,7 @@ parameters on a GPU that want a gradient.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -30,7 +31,7 @@ from ._extension import cpu
 T = TypeVar("T")
 State = tuple[int, int] | None  # version and address
 _graphs_train = False  # a graph that was captured may write parameters when it is replayed
-_for_graphs: list[Any] = []  # values whose addresses a captured graph may hold
+_for_graphs: dict[int, Any] = {}  # values whose addresses a captured graph may hold, by id
 _ALL = 1 << 62  # fingerprint every byte
 SOME = 1 << 16  # ... or at most this many
 
@@ -126,7 +127,7 @@ def find(tag: object, sources: Sequence[Tensor | None], make: Callable[..., T]) 
     """
     owner = sources[0]
     assert owner is not None
-    capturing = owner.is_cuda and torch.cuda.is_current_stream_capturing()
+    capturing = owner.is_cuda and (torch.cuda.is_current_stream_capturing() or _in_graph_trees(owner.device))
     if (capturing or (_graphs_train and owner.is_cuda)) and any([t is not None and t.requires_grad for t in sources]):
         held = snapshots(sources)
         return tuple(map(state_of, held)), _make(make, held)  # of a graph: a part of it, made anew at each replay
@@ -137,7 +138,7 @@ def find(tag: object, sources: Sequence[Tensor | None], make: Callable[..., T]) 
         if kept is not None and len(kept[0]) == len(sources) and all(map(_unchanged, sources, kept[0])):
             value: T = kept[1]
             if capturing:
-                _for_graphs.append(value)
+                _for_graphs[id(value)] = value
             elif kept[2] is not None:
                 kept[2].await_on(owner.device, value)
             return tuple([None if stamp is None else stamp[0][:2] for stamp in kept[0]]), value
@@ -154,6 +155,13 @@ def find(tag: object, sources: Sequence[Tensor | None], make: Callable[..., T]) 
         _entries[key] = entry
     entry[1][tag] = (stamps, value, Made(owner.device) if owner.is_cuda else None)
     return states, value
+
+
+def _in_graph_trees(device: torch.device) -> bool:
+    """Whether Inductor warms up or records a graph of its own (mode="reduce-overhead"): what is allocated then is the graph's."""
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    manager = None if trees is None else trees.get_manager(device.index, create_if_none_exists=False)
+    return manager is not None and bool(manager.in_warmup or manager.in_recording)
 
 
 def _can_be_seen(t: Tensor) -> bool:

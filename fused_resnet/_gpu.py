@@ -7,7 +7,8 @@ is then what a GPU gets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -22,7 +23,6 @@ from ._derived import derive
 Plan = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-OLDEST = (8, 0)  # compute capability
 _ALIGNMENT = 16  # bytes: of every operand of a tensor-core kernel
 _FEW = 4  # channels to which a stem's 1 to 3 are padded: csrc/cuda/config.h holds the same number
 # Multiply-adds up to which a call is all launches, and one kernel without tensor cores is faster than the library's several.
@@ -48,18 +48,30 @@ def serves(t: Tensor) -> bool:
 
 def why_no_kernels(device: torch.device) -> str:
     """Why none of our kernels can run on this device; "" if they can."""
-    if _twin is not None:
-        return ""
+    return "" if _twin is not None else _why_no_kernels(device.index or 0)
+
+
+@functools.cache
+def _why_no_kernels(index: int) -> str:
     found = _extension.cuda()
     if found is None:
         return _extension.cuda_missing()
-    capability = found.capability(device.index)
-    if capability < OLDEST:
-        return (
-            f"our CUDA kernels are for compute capability {OLDEST[0]}.{OLDEST[1]} and later, "
-            f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
-        )
-    return ""
+    try:
+        capability = found.capability(index)
+    except RuntimeError as error:  # a driver older than the runtime that the module was built with
+        return f"our CUDA module cannot use the device: {error}"
+    return too_old(capability, found.BUILD["architectures"].split(), torch.cuda.get_device_name(index))
+
+
+def too_old(capability: tuple[int, int], architectures: Sequence[str], name: str) -> str:
+    """A sentence for a GPU that is older than what a build is for; "" for any other. What was built runs on later ones too."""
+    first = min(int(a.rstrip("a")) for a in architectures)
+    if capability >= (first // 10, first % 10):
+        return ""
+    return (
+        f"the CUDA kernels of this build are for compute capability {first // 10}.{first % 10} and later, "
+        f"{name} has {capability[0]}.{capability[1]}"
+    )
 
 
 def tf32() -> bool:
@@ -81,9 +93,9 @@ def stream(device: torch.device) -> int:
 
 
 def reasons(
-    device: torch.device, dtype: torch.dtype, weight_shape: tuple[int, ...], output_pixels: int, groups: int, not_dense: str
+    device: torch.device, dtype: torch.dtype, weight_shape: tuple[int, ...], output_pixels: int, groups: int
 ) -> list[str]:
-    """Why a convolution takes the general path on a GPU; ``not_dense``: what is not channels_last, or ""."""
+    """Why a convolution takes the general path on a GPU."""
     missing = why_no_kernels(device)
     if missing:
         return [missing]
@@ -100,8 +112,6 @@ def reasons(
     if (channels % vector and not _is_few(channels, dtype)) or outputs % vector:
         name = str(dtype).removeprefix("torch.")
         return [f"{channels} input and {outputs} output channels: the tensor cores want multiples of {vector} in {name}"]
-    if not_dense:
-        return [f"{not_dense} is not channels_last without gaps, which is what the tensor cores read"]
     return []
 
 
@@ -113,8 +123,9 @@ def _is_few(channels: int, dtype: torch.dtype) -> bool:
 def _pad_channels(t: Tensor) -> Tensor:
     """[N, _FEW, H, W] in channels_last: ``t`` and zeros."""
     n, c, h, w = t.shape
-    padded = t.new_zeros((n, _FEW, h, w)).to(memory_format=torch.channels_last)
+    padded = torch.empty((n, _FEW, h, w), dtype=t.dtype, device=t.device, memory_format=torch.channels_last)
     padded[:, :c] = t
+    padded[:, c:] = 0
     return padded
 
 
@@ -135,12 +146,18 @@ def convolution(
     compiled = module()
     assert compiled is not None
     dtype, device = input.dtype, input.device
-    dense = input.is_contiguous(memory_format=torch.channels_last)
-    if _algorithm == "auto" and groups == 1 and input.shape[1] < _FEW and _is_few(input.shape[1], dtype) and dense:
-        rest = bias, shortcut, stride, padding, dilation, groups, relu, output_strides
-        plan = convolution(shape, _pad_channels(input), _pad_channels(weight), *rest)
-        if plan.kernel.tensor_cores:  # type: ignore[attr-defined]
-            return _with_padded_channels(plan)
+    if _algorithm == "auto" and groups == 1 and shape[0]:
+        rest = stride, padding, dilation, groups, relu
+        large = shape[0] * shape[2] * shape[3] * weight.numel() > _SMALL
+        if large and not _are_dense(input, shortcut, shape, output_strides):
+            turned = torch.empty(shape, device="meta", memory_format=torch.channels_last).stride()
+            plan = convolution(shape, _turn(input), weight, bias, None if shortcut is None else _turn(shortcut), *rest, turned)
+            if plan.kernel.tensor_cores:  # type: ignore[attr-defined]
+                return _turned(plan, shape, output_strides)
+        elif input.shape[1] < _FEW and _is_few(input.shape[1], dtype) and _are_dense(input, shortcut, shape, output_strides):
+            plan = convolution(shape, _pad_channels(input), _pad_channels(weight), bias, shortcut, *rest, output_strides)
+            if plan.kernel.tensor_cores:  # type: ignore[attr-defined]
+                return _with_padded_channels(plan)
     index = device.index or 0
 
     def make(algorithm: str) -> Any:
@@ -209,8 +226,9 @@ def joined(
     weight, _ = layer
     key = (
         *((t.shape, t.stride(), t.dtype) for t in (input, weight, other, projection[0])),
-        *(stride, padding, dilation, groups, projection_stride, relu, layer[1] is None, projection[1] is None),
-        *(state(input, weight, other, projection[0]), _algorithm, _numerics.epoch),
+        *(None if b is None else (b.shape, b.dtype) for b in (layer[1], projection[1])),
+        *(stride, padding, dilation, groups, projection_stride, relu),
+        *(state(input, *layer, other, *projection), _algorithm, _numerics.epoch),
     )
     plan = _joined_plans.get(key, _UNKNOWN)
     if plan is _UNKNOWN:
@@ -296,6 +314,33 @@ def _sum_of_biases(first: Tensor | None, second: Tensor | None) -> Tensor | None
         bias = second if first is None else first
         return None if bias is None else bias.contiguous()
     return derive("sum of biases", (first, second), lambda a, b: (a.float() + b.float()).to(a.dtype))
+
+
+def _are_dense(input: Tensor, shortcut: Tensor | None, shape: Sequence[int], output_strides: Sequence[int]) -> bool:
+    """Whether input, shortcut and output are channels_last without gaps, as the tensor cores read and write."""
+    output = torch.empty_strided(tuple(shape), tuple(output_strides), device="meta")
+    return all([t is None or t.is_contiguous(memory_format=torch.channels_last) for t in (input, shortcut, output)])
+
+
+def _turn(t: Tensor) -> Tensor:
+    """Channels_last in its strides too where they are ambiguous: of one channel, say."""
+    _, c, h, w = t.shape
+    if t.is_contiguous(memory_format=torch.channels_last):
+        return t.as_strided(t.shape, (c * h * w, 1, w * c, c))
+    return torch.empty_strided(t.shape, (c * h * w, 1, w * c, c), dtype=t.dtype, device=t.device).copy_(t)
+
+
+def _turned(plan: Plan, shape: tuple[int, ...], output_strides: tuple[int, ...]) -> Plan:
+    """For contiguous tensors and others: turned to channels_last on the way in, and the output back."""
+
+    def call(input: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Tensor | None) -> Tensor:
+        output = plan(_turn(input), weight, bias, None if shortcut is None else _turn(shortcut))
+        if output.stride() == output_strides:
+            return output
+        return torch.empty_strided(shape, output_strides, dtype=output.dtype, device=output.device).copy_(output)
+
+    call.kernel = plan.kernel  # type: ignore[attr-defined]
+    return call
 
 
 def _with_padded_channels(plan: Plan) -> Plan:

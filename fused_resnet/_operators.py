@@ -98,7 +98,8 @@ def general_path(
     """The library's convolution, then our pass over its output, in place."""
     dtype = input.dtype
     if dtype in (torch.bfloat16, torch.float16) and (bias is not None or shortcut is not None):
-        input, weight = input.float(), weight.float()  # so that the sum is rounded once, at the end
+        # So that the sum is rounded once, at the end.
+        input, weight = input.float(), weight.float() if weight.is_cpu else derive("wide", (weight,), lambda held: held.float())
     output = _library_convolution(input, weight, None, stride, padding, dilation, groups)
     if not output.is_cpu:  # some of the library's convolutions for CUDA give other strides than its rule says
         output = output.contiguous(memory_format=output_format(input, weight, output.shape))

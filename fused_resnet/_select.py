@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _gpu
-from ._arguments import Padding, Pair, is_channels_last, output_format
+from ._arguments import Padding, Pair, is_channels_last
 from ._extension import cpu, missing
 
 # A stem (7x7 on 3 channels): runs of 21 values keep the FMA units at 60 % of their rate, the library's kernel at 70 %.
@@ -34,12 +34,8 @@ def reasons(
 ) -> list[str]:
     """Sentences that say why this convolution, with an output of ``shape``, takes the general path; none for the hot path."""
     if _gpu.serves(input):
-        layouts = (("input", input), ("shortcut", shortcut))
-        gaps = [n for n, t in layouts if t is not None and not t.is_contiguous(memory_format=torch.channels_last)]
-        if output_format(input, weight, shape) != torch.channels_last and shape[1] > 1 and shape[2] * shape[3] > 1:
-            gaps.append("input")  # of one channel: it lies in both formats, and eager takes the other
         pixels = shape[0] * shape[2] * shape[3]
-        return _gpu.reasons(input.device, input.dtype, tuple(weight.shape), pixels, groups, gaps[0] if gaps else "")
+        return _gpu.reasons(input.device, input.dtype, tuple(weight.shape), pixels, groups)
     channels_last = is_channels_last(input)
     return cpu_reasons(input.device.type, input.dtype, input.shape, weight.shape, stride, padding, dilation, groups, channels_last)
 

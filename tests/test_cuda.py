@@ -557,10 +557,11 @@ def test_a_device_that_is_not_the_current_one() -> None:
 
 def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     """One sentence that says so, and the general path, which is right."""
-    old = SimpleNamespace(capability=lambda index: (7, 5), tiles=list)
+    old = SimpleNamespace(capability=lambda index: (7, 5), tiles=list, BUILD={"architectures": "80 90a"})
+    _gpu._why_no_kernels.cache_clear()
     monkeypatch.setattr(_extension, "cuda", lambda: old)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "an old one")
-    sentence = "our CUDA kernels are for compute capability 8.0 and later, an old one has 7.5"
+    sentence = "the CUDA kernels of this build are for compute capability 8.0 and later, an old one has 7.5"
     assert _gpu.why_no_kernels(torch.device("cuda", 0)) == sentence
     _kernels._plans.clear()
     try:
@@ -573,6 +574,7 @@ def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
         assert result, result.reason
     finally:
         _kernels._plans.clear()
+        _gpu._why_no_kernels.cache_clear()
 
 
 def test_out_of_memory() -> None:

@@ -119,10 +119,10 @@ def test_what_is_chosen() -> None:
     last, first, general = torch.channels_last, torch.contiguous_format, "general "
     rows: list[tuple[ConvCase, torch.dtype, torch.memory_format, str, str]] = [
         (case, torch.bfloat16, last, "sm90 bfloat16 image", ""),
-        (case, torch.bfloat16, first, "library", "input is not channels_last"),
+        (case, torch.bfloat16, first, "sm90 bfloat16 image", ""),
         (small, torch.bfloat16, first, general, ""),
         (odd, torch.bfloat16, last, "library", "multiples of 8"),
-        (ConvCase(1, 64, (112, 112), (7, 7), padding=(3, 3)), torch.bfloat16, last, "library", "input is not channels_last"),
+        (ConvCase(1, 64, (112, 112), (7, 7), padding=(3, 3)), torch.bfloat16, last, "any bfloat16 few", ""),
         (case, torch.float32, last, "library" if not _gpu.tf32() else "sm90 float32", "" if _gpu.tf32() else "without TF32"),
         (case, torch.float64, last, general, ""),
     ]
@@ -132,6 +132,19 @@ def test_what_is_chosen() -> None:
         sentences = fused_resnet.why_not(*operands, **chosen.parameters)
         assert (kernel == "library") == bool(sentences)
         assert why in " ".join(sentences)
+
+
+@pytest.mark.parametrize("stem", [False, True])
+def test_contiguous_tensors_are_turned(stem: bool) -> None:
+    """Large contiguous convolutions take the tensor cores too: input and shortcut are turned, and the output back."""
+    case = ConvCase(3 if stem else 40, 64, (60, 52) if stem else (30, 26), (7, 7), padding=(3, 3), shortcut=True, batch=2)
+    given = testing.integer_operands(case, torch.bfloat16, torch.Generator().manual_seed(5))
+    kernel = "any bfloat16 few" if stem else "sm90 bfloat16 image"
+    for changes in ({}, {"input": "channels_last"}, {"shortcut": "channels_last"}, {"shortcut": "expanded"}, {"input": "sliced"}):
+        operands = testing.layout(given, **changes)
+        assert _kernel(operands, case).startswith(kernel)
+        result = testing.compare_forward(fused_resnet.conv_bias_add_relu, operands, True, **case.parameters)
+        assert result, f"{changes}: {result.reason}"
 
 
 def test_tf32_is_the_users_choice() -> None:
@@ -195,8 +208,9 @@ def test_passes(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
 def test_gradients(case: testing.GradientCase) -> None:
     assert not case.compare(0)
     function, leaves = case.build(0)
-    torch.autograd.gradcheck(function, leaves)
-    torch.autograd.gradgradcheck(function, leaves, gen_non_contig_grad_outputs=True)
+    # Along random directions only: every call runs a kernel thread by thread.
+    torch.autograd.gradcheck(function, leaves, fast_mode=True)
+    torch.autograd.gradgradcheck(function, leaves, gen_non_contig_grad_outputs=True, fast_mode=True)
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -301,6 +315,26 @@ def test_large_batches_are_cut_into_launches(twin: ModuleType) -> None:
 
     most = (2**31 - 1) // image
     assert [launches(n) for n in (0, 1, most, most + 1, 2 * most + 1)] == [0, 1, 1, 2, 3]
+    c, size = 4, 224  # a stem: 16 times an element's offset stays below 2^31
+    most = 2**27 // (c * size * size)
+    strides = (c * size * size, 1, c * size, c)
+
+    def stem(n: int) -> tuple[str, int]:
+        shape, weight, output = (n, c, size, size), (64, c, 7, 7), (n, 64, 112, 112)
+        out = (64 * 112 * 112, 1, 64 * 112, 64)
+        plan = twin.Convolution(
+            "bfloat16", shape, weight, output, (2, 2), (3, 3), (1, 1), 1, strides, (c * 49, 49, 7, 1), out, None, True, True, 0, False
+        )
+        return plan.algorithm, int(plan.launches)
+
+    assert [stem(n) for n in (most, most + 1)] == [("any bfloat16 few 128x64", 1), ("any bfloat16 few 128x64", 2)]
+
+
+def test_a_gpu_that_is_too_old_is_told() -> None:
+    assert _gpu.too_old((9, 0), ["80", "90a"], "") == _gpu.too_old((8, 0), ["80"], "") == _gpu.too_old((10, 0), ["90a"], "") == ""
+    sentence = _gpu.too_old((8, 6), ["90a"], "NVIDIA A10")
+    assert sentence == "the CUDA kernels of this build are for compute capability 9.0 and later, NVIDIA A10 has 8.6"
+    assert "8.0 and later, Tesla T4 has 7.5" in _gpu.too_old((7, 5), ["80", "90a"], "Tesla T4")
 
 
 def test_derived_values_are_dropped_by_clear() -> None:

@@ -80,6 +80,8 @@ std::string why_not_tensor_cores(const ConvShape& s, DType dtype, const Device& 
   if (dtype == DType::float64) return "float64 has no tensor-core kernel";
   if (dtype == DType::float32 && !tf32) return "float32 without TF32 (torch.backends.cudnn.allow_tf32) has no tensor-core kernel";
   if (s.groups != 1) return "groups = " + number(s.groups) + ": our tensor-core kernels are for groups = 1";
+  const Strides& j = s.joined.x;
+  if (s.joined.c && ((s.n > 1 && j.n <= 0) || (s.p > 1 && j.h <= 0) || (s.q > 1 && j.w <= 0))) return "the projection's input is expanded";
   if (s.joined.c % vector || (s.joined.c && (s.joined.x.c != 1 || s.joined.x.n % vector || s.joined.x.h % vector || s.joined.x.w % vector))) {
     return "the projection's input is not channels_last with multiples of " + number(vector) + " channels";
   }
@@ -93,6 +95,14 @@ std::string why_not_tensor_cores(const ConvShape& s, DType dtype, const Device& 
   const i64 largest = std::max({s.h * s.w * s.c, s.p * s.q * s.k, s.k * s.r * s.s * s.c}) * bytes_of(dtype);
   if (largest > kLargestIndex) return "an image or a weight of more than 2^31 bytes";
   return device.major == 9 && !is_few(s, dtype) ? why_not_image(s) : "";
+}
+
+i64 images_a_launch(const ConvShape& s, const Tile& tile) {
+  const i64 image = std::max(s.h * s.w * s.c, s.p * s.q * s.k) * bytes_of(tile.dtype);
+  i64 images = kLargestIndex / image;
+  // CUTLASS's iterator over a few channels forms 16 times the element's offset in 32 bits.
+  if (tile.form == Form::few) images = std::min(images, (kLargestIndex / 16) / (s.h * s.w * s.c));
+  return std::min(images, s.n);
 }
 
 double predicted_time(const ConvShape& s, const Tile& t, const Device& device) {
@@ -122,7 +132,7 @@ Choice choose(const ConvShape& s, DType dtype, const Device& device, bool tf32, 
   const auto suits = [&](const Tile& t) {
     if (t.dtype != dtype) return false;
     if ((t.form == Form::joined) != (s.joined.c > 0)) return false;
-    if (t.form == Form::few) return is_few(s, dtype);
+    if (t.form == Form::few) return is_few(s, dtype) && (s.n == 0 || images_a_launch(s, t) > 0);
     return t.architecture == architecture && !is_few(s, dtype) && (t.form != Form::matrix || is_matrix(s));
   };
   if (wanted != "auto") {

@@ -39,6 +39,9 @@ struct Tile {
 // may be rounded to TF32 on the way in.
 std::string why_not_tensor_cores(const ConvShape& shape, DType dtype, const Device& device, bool tf32);
 
+// The most images that one launch of a tile's kernel may get: the tensor-core kernels count in 32 bits. 0: not even one.
+i64 images_a_launch(const ConvShape& shape, const Tile& tile);
+
 struct Choice {
   int tile = -1;  // index into the tiles given; -1: the general kernel
   std::string reason;

@@ -5,8 +5,6 @@
 namespace fused_resnet::cuda {
 namespace {
 
-constexpr i64 kLargestTensor = (i64(1) << 31) - 1;  // bytes: the tensor-core kernels have 32-bit offsets inside
-
 i64 bytes_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 std::vector<Tile> tiles() {
@@ -26,8 +24,7 @@ Convolution::Convolution(const ConvShape& shape, DType dtype, const Device& devi
   reason_ = choice.reason;
   if (choice.tile < 0) return;
   kernel_ = &tensor_kernels()[std::size_t(choice.tile)];
-  const i64 image = std::max(shape_.h * shape_.w * shape_.c, shape_.p * shape_.q * shape_.k) * bytes_of(dtype);
-  images_ = std::min(shape_.n, kLargestTensor / image);
+  images_ = images_a_launch(shape_, kernel_->tile);
 }
 
 i64 Convolution::launches() const { return shape_.empty() ? 0 : kernel_ ? (shape_.n + images_ - 1) / images_ : 1; }

@@ -59,6 +59,50 @@ struct End {
   Params params;
 };
 
+// CUTLASS's iterator over the taps of a few channels rounds their number up to whole steps and reads pixels for those that are not
+// there, to multiply them by zero weights: an infinite pixel below the window would become NaN. This one reads none.
+template <class Iterator>
+struct WithinTaps : Iterator {
+  CUTLASS_HOST_DEVICE WithinTaps(const typename Iterator::Params& params, const cutlass::conv::Conv2dProblemSize& size,
+                                 const typename Iterator::Element* data, int thread, const cutlass::MatrixCoord& offset = {})
+      : Iterator(params, size, data, thread, offset),
+        taps_(size.R * size.S),
+        tap_((offset.column() + Iterator::ThreadMap::initial_offset(thread).contiguous()) / Iterator::AccessType::kElements) {}
+
+  CUTLASS_HOST_DEVICE void set_iteration_index(typename Iterator::Index index) {
+    Iterator::set_iteration_index(index);
+    access_ = int(index % Iterator::kAccessesPerVector);
+  }
+  CUTLASS_HOST_DEVICE void advance() {
+    Iterator::advance();
+    tap_ += Iterator::kFilterPositionsPerTile;
+  }
+  CUTLASS_HOST_DEVICE WithinTaps& operator++() {
+    Iterator::operator++();
+    access_ = (access_ + 1) % Iterator::kAccessesPerVector;
+    return *this;
+  }
+  CUTLASS_HOST_DEVICE bool valid() const { return tap_ + access_ < taps_ && Iterator::valid(); }
+
+ private:
+  int taps_, tap_, access_ = 0;
+};
+
+// CUTLASS's kernel; for Form::few, with that iterator.
+template <class Built, class Swizzle, bool few>
+struct Chosen {
+  using Kernel = Built;
+};
+template <class Built, class Swizzle>
+struct Chosen<Built, Swizzle, true> {
+  using Mma = typename Built::Mma;
+  using Kernel = cutlass::conv::kernel::ImplicitGemmConvolutionWithFusedEpilogue<
+      cutlass::conv::threadblock::ImplicitGemmMultistage<
+          typename Mma::Shape, WithinTaps<typename Mma::IteratorA>, typename Mma::SmemIteratorA, Mma::kCacheOpA, typename Mma::IteratorB,
+          typename Mma::SmemIteratorB, Mma::kCacheOpB, typename Mma::Policy, Mma::kStages>,
+      typename Built::Epilogue, Swizzle, cutlass::conv::Operator::kFprop>;
+};
+
 // Tiles of M pixels x N channels in warps of WarpM x WarpN, `Stages` steps of the reduction in flight. Form::few packs the taps of
 // kFew channels into one step.
 template <class Element, Form form, int M, int N, int WarpM, int WarpN, int Stages>
@@ -68,12 +112,13 @@ struct Kernel {
   static constexpr int kVector = kIsFew ? int(kFew) : kAlignment;  // elements of one load
   static constexpr auto kIterator = kIsFew ? cutlass::conv::IteratorAlgorithm::kFixedChannels : cutlass::conv::IteratorAlgorithm::kOptimized;
   using Layout = cutlass::layout::TensorNHWC;
-  using Operation = typename cutlass::conv::kernel::DefaultConv2dFpropWithBroadcast<
+  using Swizzle = cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<4>;
+  using Built = typename cutlass::conv::kernel::DefaultConv2dFpropWithBroadcast<
       Element, Layout, Element, Layout, Element, Layout, float, cutlass::arch::OpClassTensorOp, cutlass::arch::Sm80,
       cutlass::gemm::GemmShape<M, N, kDepth>, cutlass::gemm::GemmShape<WarpM, WarpN, kDepth>,
-      cutlass::gemm::GemmShape<16, 8, 32 / sizeof(Element)>, End<Element, kAlignment>,
-      cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<4>, Stages, cutlass::arch::OpMultiplyAdd, kIterator,
+      cutlass::gemm::GemmShape<16, 8, 32 / sizeof(Element)>, End<Element, kAlignment>, Swizzle, Stages, cutlass::arch::OpMultiplyAdd, kIterator,
       cutlass::conv::StrideSupport::kStrided, kVector, kVector>::Kernel;
+  using Operation = typename Chosen<Built, Swizzle, kIsFew>::Kernel;
   static constexpr int kShared = int(sizeof(typename Operation::SharedStorage));
 
   static void launch(const ConvShape& s, const ConvOperands& o, const Device&, Stream stream) {
@@ -94,7 +139,7 @@ struct Kernel {
     typename Operation::Params params(arguments);
     // CUTLASS's kernel with a fused end counts a step for each tap, whatever the iterators do.
     if (kIsFew) params.gemm_k_iterations = int((s.r * s.s * s.c + kDepth - 1) / kDepth);
-    const dim3 grid = cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<4>().get_grid_shape(params.grid_tiled_shape);
+    const dim3 grid = Swizzle().get_grid_shape(params.grid_tiled_shape);
     if (kShared >= (48 << 10)) {
       check(cudaFuncSetAttribute(cutlass::Kernel<Operation>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared), "could not be set up");
     }

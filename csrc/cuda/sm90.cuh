@@ -233,6 +233,8 @@ struct Kernel {
                  {int(s.k), 1, 1, int(j.c)}, {j.c, j.c, j.c, 1}, {0, 0}, {0, 0}, {int(j.stride_h), int(j.stride_w)}, {1, 1}, 1);
   }
 
+  static_assert(Gemm::GemmKernel::SharedStorageSize <= cutlass::gemm::collective::detail::sm90_smem_capacity_bytes, "too many stages");
+
   static typename Mainloop::Arguments mainloop(const ConvShape& s, const ConvOperands& o) {
     const auto* x = static_cast<const Element*>(o.x);
     const auto* weight = static_cast<const Element*>(o.weight);
