@@ -1,0 +1,87 @@
+"""The lesson's two figures, measured: training error by number of layers, and by epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from . import _figures
+from ._protocol import Runs, Settings, Spread, select
+from .depth import ARMS, depths
+
+# (title, (arm, colour, dash)), a panel each.
+_PANELS = (
+    ("Plain networks", (("plain", "#b5533c", "-"), ("plain_norm", "#e0a030", "--"), ("plain_3", "#5f6368", ":"))),
+    (
+        "Residual networks",
+        (
+            ("residual", "#00796b", "-"),
+            ("residual_norm", "#4a7fb5", "--"),
+            ("residual_3", "#5f6368", ":"),
+            ("residual_projection", "#8e5ea2", "-."),
+        ),
+    ),
+    ("Controls: is it the identity?", (("residual_he", "#b5533c", "-"), ("plain_identity", "#00796b", "--"))),
+)
+# From shallow to deep.
+_SHADES = {"plain": ("#f0b8a8", "#d98a72", "#b5533c", "#7a2e1c"), "residual": ("#a5d6cf", "#5cb8a7", "#00796b", "#004d40")}
+
+
+def draw(runs: Runs, settings: Settings, folder: Path, machine: str) -> list[Path]:
+    by_depth, by_epoch = folder / "study_depth.png", folder / "study_curves.png"
+    _by_depth(runs, settings, by_depth, machine)
+    _by_epoch(runs, settings, by_epoch, machine)
+    return [by_depth, by_epoch]
+
+
+def _by_depth(runs: Runs, settings: Settings, path: Path, machine: str) -> None:
+    with _figures.page(path, 3, (12, 4.4), machine, share=True) as (figure, panels):
+        for axes, (title, arms) in zip(panels, _PANELS, strict=True):
+            for name, colour, dash in arms:
+                x = depths(name, settings)
+                values = [Spread.of([r["result"]["training_error"] for r in select(runs, "depth", arm=name, depth=d)]) for d in x]
+                diverged = [any(r["result"]["diverged"] for r in select(runs, "depth", arm=name, depth=d)) for d in x]
+                _figures.line(axes, x, values, ARMS[name].label.removeprefix("control: "), colour, dash)
+                for depth, value, flag in zip(x, values, diverged, strict=True):
+                    if flag:
+                        place: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 7, "color": colour}
+                        axes.annotate("diverged", (depth, value.median), (0, -12), **place)
+            axes.axhline(90, color="#9aa0a6", linewidth=0.8, linestyle=":")
+            axes.set_ylim(-2, 100)
+            axes.set_title(title, fontsize=9.5, loc="left")
+            _figures.name_axes(axes, "number of layers", "")
+            axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(0, 0.6))
+        panels[0].set_ylabel("error on the training set after the last epoch, %", fontsize=8.5)
+        panels[2].text(panels[2].get_xlim()[0], 90.5, " guessing", fontsize=7.5, color="#5f6368", va="bottom")
+        figure.suptitle(
+            f"Training error by depth, {_words(settings)}; {_figures.seeds(settings)}", fontsize=10, x=0.01, ha="left"
+        )  # fmt: skip
+
+
+def _by_epoch(runs: Runs, settings: Settings, path: Path, machine: str) -> None:
+    with _figures.page(path, 4, (13, 3.9), machine, share=True) as (figure, panels):
+        for axes, name in zip(panels, ("plain", "residual", "plain_norm", "residual_norm"), strict=True):
+            shades = _SHADES[name.removesuffix("_norm")]
+            chosen = depths(name, settings)
+            for i, depth in enumerate(chosen):
+                curves = [run["result"]["errors"] for run in select(runs, "depth", arm=name, depth=depth)]
+                values = [Spread.of(errors) for errors in _epochs(curves)]
+                shade = shades[-1] if len(chosen) == 1 else shades[round(i * (len(shades) - 1) / (len(chosen) - 1))]
+                _figures.line(axes, range(1, len(values) + 1), values, f"{depth} layers", shade, marker="")
+            axes.set_ylim(-2, 100)
+            axes.set_title(ARMS[name].label.capitalize(), fontsize=9.5, loc="left")
+            _figures.name_axes(axes, "epoch", "")
+            axes.legend(fontsize=8, frameon=False, loc="upper right", bbox_to_anchor=(1, 0.88))
+        panels[0].set_ylabel("training error of the epoch, %", fontsize=8.5)
+        figure.suptitle(f"Training error by epoch, {_words(settings)}; {_figures.seeds(settings)}", fontsize=10, x=0.01, ha="left")
+
+
+def _epochs(curves: Sequence[Sequence[float]]) -> list[list[float]]:
+    """The errors of each epoch; a curve that ended early, because its run diverged, is missing from there on."""
+    return [[error for error in errors if error is not None] for errors in zip_longest(*curves)]
+
+
+def _words(settings: Settings) -> str:
+    return {"digits": "1,437 digits of 8x8 pixels", "mnist5k": "4,000 images of MNIST, 14x14 pixels"}[settings.data]
