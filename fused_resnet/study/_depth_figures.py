@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from . import _figures
+from . import depth as experiment
 from ._protocol import Runs, Settings, Spread, select
-from .depth import ARMS, depths
 
 # (title, (arm, colour, dash)), a panel each.
 _PANELS = (
@@ -23,8 +23,9 @@ _PANELS = (
             ("residual_projection", "#8e5ea2", "-."),
         ),
     ),
-    ("Controls: is it the identity?", (("residual_he", "#b5533c", "-"), ("plain_identity", "#00796b", "--"))),
+    ("Controls: is it the start?", (("residual_he", "#b5533c", "-"), ("plain_identity", "#00796b", "--"))),
 )
+_CURVES = ("plain", "residual", "plain_norm", "residual_norm")
 # From shallow to deep.
 _SHADES = {"plain": ("#f0b8a8", "#d98a72", "#b5533c", "#7a2e1c"), "residual": ("#a5d6cf", "#5cb8a7", "#00796b", "#004d40")}
 
@@ -32,18 +33,31 @@ _SHADES = {"plain": ("#f0b8a8", "#d98a72", "#b5533c", "#7a2e1c"), "residual": ("
 def draw(runs: Runs, settings: Settings, folder: Path, machine: str) -> list[Path]:
     by_depth, by_epoch = folder / "study_depth.png", folder / "study_curves.png"
     _by_depth(runs, settings, by_depth, machine)
-    _by_epoch(runs, settings, by_epoch, machine)
+    names = [name for name in _CURVES if _depths(name, settings)]
+    if not names:  # only depths of blocks of three layers were asked for
+        return [by_depth]
+    _by_epoch(runs, settings, names, by_epoch, machine)
     return [by_depth, by_epoch]
+
+
+def _depths(name: str, settings: Settings) -> list[int]:
+    return experiment.depths(name, settings) if name in experiment.ARMS else []
+
+
+def _label(name: str) -> str:
+    return experiment.ARMS[name].label
 
 
 def _by_depth(runs: Runs, settings: Settings, path: Path, machine: str) -> None:
     with _figures.page(path, 3, (12, 4.4), machine, share=True) as (figure, panels):
         for axes, (title, arms) in zip(panels, _PANELS, strict=True):
             for name, colour, dash in arms:
-                x = depths(name, settings)
+                x = _depths(name, settings)
+                if not x:
+                    continue
                 values = [Spread.of([r["result"]["training_error"] for r in select(runs, "depth", arm=name, depth=d)]) for d in x]
                 diverged = [any(r["result"]["diverged"] for r in select(runs, "depth", arm=name, depth=d)) for d in x]
-                _figures.line(axes, x, values, ARMS[name].label.removeprefix("control: "), colour, dash)
+                _figures.line(axes, x, values, _label(name).removeprefix("control: "), colour, dash)
                 for depth, value, flag in zip(x, values, diverged, strict=True):
                     if flag:
                         place: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 7, "color": colour}
@@ -52,7 +66,8 @@ def _by_depth(runs: Runs, settings: Settings, path: Path, machine: str) -> None:
             axes.set_ylim(-2, 100)
             axes.set_title(title, fontsize=9.5, loc="left")
             _figures.name_axes(axes, "number of layers", "")
-            axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(0, 0.6))
+            if axes.lines[:-1]:  # the last one is the line of guessing
+                axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(0, 0.6))
         panels[0].set_ylabel("error on the training set after the last epoch, %", fontsize=8.5)
         panels[2].text(panels[2].get_xlim()[0], 90.5, " guessing", fontsize=7.5, color="#5f6368", va="bottom")
         figure.suptitle(
@@ -60,18 +75,18 @@ def _by_depth(runs: Runs, settings: Settings, path: Path, machine: str) -> None:
         )  # fmt: skip
 
 
-def _by_epoch(runs: Runs, settings: Settings, path: Path, machine: str) -> None:
-    with _figures.page(path, 4, (13, 3.9), machine, share=True) as (figure, panels):
-        for axes, name in zip(panels, ("plain", "residual", "plain_norm", "residual_norm"), strict=True):
+def _by_epoch(runs: Runs, settings: Settings, names: Sequence[str], path: Path, machine: str) -> None:
+    with _figures.page(path, len(names), (0.4 + 3.2 * len(names), 3.9), machine, share=True) as (figure, panels):
+        for axes, name in zip(panels, names, strict=True):
             shades = _SHADES[name.removesuffix("_norm")]
-            chosen = depths(name, settings)
+            chosen = _depths(name, settings)
             for i, depth in enumerate(chosen):
                 curves = [run["result"]["errors"] for run in select(runs, "depth", arm=name, depth=depth)]
                 values = [Spread.of(errors) for errors in _epochs(curves)]
                 shade = shades[-1] if len(chosen) == 1 else shades[round(i * (len(shades) - 1) / (len(chosen) - 1))]
                 _figures.line(axes, range(1, len(values) + 1), values, f"{depth} layers", shade, marker="")
             axes.set_ylim(-2, 100)
-            axes.set_title(ARMS[name].label.capitalize(), fontsize=9.5, loc="left")
+            axes.set_title(_label(name).capitalize(), fontsize=9.5, loc="left")
             _figures.name_axes(axes, "epoch", "")
             axes.legend(fontsize=8, frameon=False, loc="upper right", bbox_to_anchor=(1, 0.88))
         panels[0].set_ylabel("training error of the epoch, %", fontsize=8.5)

@@ -35,7 +35,7 @@ def page(path: Path, panels: int, size: tuple[float, float], machine: str, share
                 axes.spines[side].set_visible(False)
             axes.tick_params(length=3, labelsize=8)
         yield figure, list(grid[0])
-        figure.supxlabel(machine, fontsize=6.5, color="#5f6368", x=0.01, ha="left")
+        figure.supxlabel(machine, fontsize=6.5, color="#5f6368", x=0.99, ha="right")
         figure.savefig(path, dpi=130)
     finally:
         plt.close(figure)
@@ -53,7 +53,7 @@ def name_axes(axes: Axes, x: str, y: str) -> None:
 
 
 def whole_numbers() -> MaxNLocator:
-    return MaxNLocator(integer=True)
+    return MaxNLocator(integer=True, min_n_ticks=1)
 
 
 def seeds(settings: Settings) -> str:

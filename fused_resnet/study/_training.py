@@ -24,11 +24,11 @@ def optimiser(network: nn.Module, rate: float, decay: float = DECAY) -> torch.op
     return torch.optim.SGD([{"params": weights, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}], rate, momentum=0.9)
 
 
-def batches(data: Data, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(data: Data, generator: torch.Generator, batch: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch in an order drawn from ``generator``; what does not fill a batch waits for the next epoch."""
     order = torch.randperm(len(data.images), generator=generator)
-    for first in range(0, len(order) - BATCH + 1, BATCH):
-        chosen = order[first : first + BATCH]
+    for first in range(0, len(order) - batch + 1, batch):
+        chosen = order[first : first + batch]
         yield data.images[chosen], data.classes[chosen]
 
 
@@ -48,21 +48,21 @@ def error(network: nn.Module, images: Tensor, classes: Tensor) -> float:
     return 100 * wrong / len(images)
 
 
-def train(network: nn.Module, data: Data, rate: float, epochs: int, generator: torch.Generator) -> dict[str, Any]:
+def train(network: nn.Module, data: Data, rate: float, epochs: int, generator: torch.Generator, batch: int = BATCH) -> dict[str, Any]:
     """Train; returns the curve and how it ended.
 
     losses: mean cross-entropy of each epoch's batches, nats. errors: classification error of the same batches, %.
     training_error, test_error: of the finished network, in eval mode, %. A run whose loss is not finite any more has diverged:
     its curve ends there, and its errors are those of guessing.
     """
-    steps = epochs * (len(data.images) // BATCH)
+    steps = epochs * (len(data.images) // batch)
     sgd = optimiser(network, rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, steps)
     losses: list[float] = []
     errors: list[float] = []
     for _ in range(epochs):
         total, wrong, count = 0.0, 0, 0
-        for images, classes in batches(data, generator):
+        for images, classes in batches(data, generator, batch):
             output = network(images)
             loss = F.cross_entropy(output, classes)
             sgd.zero_grad()
@@ -77,7 +77,7 @@ def train(network: nn.Module, data: Data, rate: float, epochs: int, generator: t
                     "losses": losses, "errors": errors, "diverged": True, "training_error": GUESSING, "test_error": GUESSING,
                 }  # fmt: skip
         losses.append(round(total / count, 5))
-        errors.append(round(100 * wrong / (count * BATCH), 3))
+        errors.append(round(100 * wrong / (count * batch), 3))
     return {
         "losses": losses,
         "errors": errors,
