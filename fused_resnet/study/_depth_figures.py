@@ -60,14 +60,14 @@ def _by_depth(runs: Runs, settings: Settings, path: Path, machine: str) -> None:
                 _figures.line(axes, x, values, _label(name).removeprefix("control: "), colour, dash)
                 for depth, value, flag in zip(x, values, diverged, strict=True):
                     if flag:
-                        place: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 7, "color": colour}
-                        axes.annotate("diverged", (depth, value.median), (0, -12), **place)
+                        place: Any = {"textcoords": "offset points", "ha": "right", "fontsize": 8, "color": colour}
+                        axes.annotate("diverged", (depth, value.median), (3, 6), **place)
             axes.axhline(90, color="#9aa0a6", linewidth=0.8, linestyle=":")
             axes.set_ylim(-2, 100)
             axes.set_title(title, fontsize=9.5, loc="left")
             _figures.name_axes(axes, "number of layers", "")
             if axes.lines[:-1]:  # the last one is the line of guessing
-                axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(0, 0.6))
+                axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(0, 0.75))
         panels[0].set_ylabel("error on the training set after the last epoch, %", fontsize=8.5)
         panels[2].text(panels[2].get_xlim()[0], 90.5, " guessing", fontsize=7.5, color="#5f6368", va="bottom")
         figure.suptitle(

@@ -32,7 +32,7 @@ FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last
 
 WIDTH, RATE = 8, 0.1  # of {.003, .01, .03, .1} the best for every stack
 BLOCKS, QUICK_BLOCKS = (1, 2, 4, 8), (1, 4)
-STEPS, QUICK_STEPS = 200, 100
+STEPS, QUICK_STEPS = 150, 100
 STACKS = {
     "plain": ("plain pairs, He start", Arm(plain=True, start="he")),
     "residual": ("residual blocks, He start", Arm(start="he")),
