@@ -170,10 +170,10 @@ def test_fused_and_reference_train_alike(whole: Path, tmp_path: Path) -> None:
     assert max(abs(a - b) for a, b in firsts) < apart / 10
 
 
-def test_another_training_does_not_agree(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_training_does_not_agree(whole: Path, tmp_path: Path) -> None:
     """Losses that are ten nats off, farther than any two seeds, a file of the same backend, one that shares no run."""
     content = stored(whole)
-    mine = dict(content["runs"])
+    mine = stored(whole)["runs"]
     settings = content["settings"]
     content["settings"] = {**settings, "backend": "another"}
     file = tmp_path / "other.json"
@@ -186,9 +186,9 @@ def test_another_training_does_not_agree(whole: Path, tmp_path: Path, monkeypatc
     with pytest.raises(ValueError, match="shares no run of the experiment depth"):
         _agreement.compare({}, file, settings)
     with pytest.raises(ValueError, match="was made with the backend"):
-        _agreement.check(whole / "study.json", settings)
+        _agreement.check(mine, whole / "study.json", settings)
     with pytest.raises(ValueError, match="was made with quick = True, this study with False"):
-        _agreement.check(file, {**settings, "quick": False})
+        _agreement.check(mine, file, {**settings, "quick": False})
 
 
 FOREIGN = {
@@ -280,7 +280,7 @@ def test_another_process_is_not_overwritten(tmp_path: Path) -> None:
     mine.add("x", {"parameters": {}, "result": {}})
     other = _store.Store(tmp_path / "study.json", {"a": 1})
     other.add("y", {"parameters": {}, "result": {}})
-    with pytest.raises(ValueError, match="was written by another process while this study ran"):
+    with pytest.raises(_store.Changed, match="was written by another process while this study ran"):
         mine.add("z", {"parameters": {}, "result": {}})
     assert list(stored(tmp_path)["runs"]) == ["x", "y"]
 
@@ -482,8 +482,8 @@ def test_the_factor_a_layer_is_the_slope() -> None:
     assert gradients.theory("slow", 8) is None
 
 
-def test_gradients_are_those_of_the_definition() -> None:
-    """The stem's weight gradient through the fused blocks, against finite differences of the loss along it."""
+def test_gradients_has_a_size_for_every_layer() -> None:
+    """Four blocks and the stem; nine convolutions; plain layers on 8x8 pixels keep what the border leaves of a signal."""
     data = _data.load("digits")
     found = gradients.perform(data, "plain_he", 10, 0)
     assert len(found["activations"]) == len(found["gradients"]) == 5
@@ -506,6 +506,22 @@ def test_spread_in_words() -> None:
     assert Spread.of([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
     assert Spread.of([3.0, 1.0, 2.0]).words() == "2.0 (1.0 to 3.0)"
     assert Spread.of([2.0]).words(".2f") == "2.00"
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize("norm", [nn.Identity, nn.BatchNorm2d])
+def test_plain_blocks_run_fused(layers: int, norm: Any, recwarn: pytest.WarningsRecorder) -> None:
+    """They are described as blocks without a shortcut, and give what their definition gives, forward and backward."""
+    block: Any = make_block(Arm(plain=True, layers=layers, norm=norm is nn.BatchNorm2d), 8, 16, 2, norm).double()
+    x = torch.randn(3, 8, 9, 9, dtype=torch.float64, requires_grad=True)
+    ours, definition = block(x), block._plain_forward(x)
+    assert block._fused_resnet.description.shortcut is None
+    assert len(block._fused_resnet.description.main) == layers
+    arriving = torch.randn_like(ours)
+    found = [torch.autograd.grad(y, [x, *block.parameters()], arriving) for y in (ours, definition)]
+    for a, b in zip((ours, *found[0]), (definition, *found[1]), strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+    assert not recwarn.list
 
 
 def test_dirac_makes_a_plain_pair_the_identity() -> None:

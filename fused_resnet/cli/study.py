@@ -6,7 +6,7 @@
   shortcut   'same' convolutions; a learned projection or zero-padding where 128 channels meet 256
   gradients  sizes of activations and gradients before the first step, against theory
 
-Without names all of them run: some 15 minutes on two idle cores, with --quick two. DIR gets study.json, with every run's curve, and
+Without names all of them run: some 15 minutes on two idle cores, two with --quick. DIR gets study.json, with every run's curve, and
 a picture of each experiment. A study that was interrupted goes on from its study.json. To compare the kernels with the reference:
 
   FUSED_RESNET_BACKEND=reference fused-resnet study depth --out reference
@@ -29,7 +29,7 @@ from pathlib import Path
 from .. import _machine
 from ..study import EXPERIMENTS, _agreement, _data, _runner, depth
 from ..study._protocol import Check, Report, Settings, Task
-from ..study._store import Store
+from ..study._store import Changed, Store
 from ._common import Usage, add_json, need, positive, progress, table, threads, write_json
 
 HELP = "the lesson's experiments: why residual networks work"
@@ -62,21 +62,21 @@ def run(arguments: argparse.Namespace) -> int:
     for module in ("numpy", "matplotlib", "tqdm"):
         need(module, "study")
     start = time.perf_counter()
+    tasks = {name: EXPERIMENTS[name].tasks(settings) for name in names}
     try:
         _data.path(settings.data)
         store = Store(_folder(arguments.out) / "study.json", settings.identity())
         if arguments.against is not None:
-            _agreement.check(arguments.against, settings.identity())
+            _agreement.check([task.key for mine in tasks.values() for task in mine], arguments.against, settings.identity())
     except (ModuleNotFoundError, ValueError, OSError) as error:
         raise Usage(str(error)) from None
-    tasks = {name: EXPERIMENTS[name].tasks(settings) for name in names}
     try:
         with threads(1):  # as each run has
             store.content["machine"] = _machine.describe(paths=False)
             print(_machine.short())
             _run(store, [task for mine in tasks.values() for task in mine], settings, _jobs(arguments.jobs))
             return _end(store, tasks, settings, arguments, start)
-    except (OSError, ValueError, BrokenProcessPool) as error:
+    except (OSError, Changed, BrokenProcessPool) as error:
         print(f"fused-resnet: the study stopped: {error}; what was finished is in {store.path}", file=sys.stderr)
         return 1
 

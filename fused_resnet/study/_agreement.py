@@ -6,6 +6,7 @@ farther. So the medians over seeds of the final training loss may differ by the 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,11 +43,12 @@ class Pair(NamedTuple):
         return self.difference <= self.spread
 
 
-def check(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The content of another study that can be compared with one of these settings.
+def check(keys: Collection[str], file: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The content of another study that can be compared with one of these runs and settings.
 
     Raises:
-        ValueError: if the file is no study's, is of another protocol or of the same backend. OSError: if it cannot be read.
+        ValueError: if the file is no study's, is of another protocol or of the same backend, or has no run of ``depth`` in common.
+        OSError: if it cannot be read.
     """
     content = load(file)
     for name in ("protocol", "quick", "data"):
@@ -54,6 +56,8 @@ def check(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{file} was made with {name} = {content['settings'].get(name)!r}, this study with {settings[name]!r}")
     if content["settings"].get("backend") == settings["backend"]:
         raise ValueError(f"{file} was made with the backend {settings['backend']!r}, as this study: FUSED_RESNET_BACKEND chooses another")
+    if not any(key in content["runs"] and key.startswith("depth/") for key in keys):
+        raise ValueError(f"{file} shares no run of the experiment depth with this study")
     return content
 
 
@@ -61,12 +65,10 @@ def compare(runs: Runs, file: Path, settings: dict[str, Any]) -> list[Pair]:
     """The arms and depths of which both have runs, over the seeds that both have.
 
     Raises:
-        ValueError: as ``check`` does, and if they share no run. OSError: if the file cannot be read.
+        ValueError, OSError: as ``check`` does.
     """
-    content = check(file, settings)
+    content = check(runs, file, settings)
     shared = [key for key in runs if key in content["runs"] and key.startswith("depth/")]
-    if not shared:
-        raise ValueError(f"{file} shares no run of the experiment depth with this study")
     cases = dict.fromkeys((runs[key]["parameters"]["arm"], runs[key]["parameters"]["depth"]) for key in shared)
     pairs = []
     for arm, depth in cases:

@@ -13,6 +13,10 @@ from typing import Any
 FORMAT = "fused_resnet study"
 
 
+class Changed(Exception):
+    """Another process has written the file meanwhile."""
+
+
 class Store:
     """The content of one study's file, in step with it.
 
@@ -43,10 +47,10 @@ class Store:
 
         Raises:
             OSError: if the disk is full, or the like; the file is then as it was.
-            ValueError: if another process has written it meanwhile, whose runs would be lost.
+            Changed: if another process has written it meanwhile, whose runs would be lost.
         """
         if self._stamp() != self._seen:
-            raise ValueError(f"{self.path} was written by another process while this study ran: run the command again to go on")
+            raise Changed(f"{self.path} was written by another process while this study ran: run the command again to go on")
         text = json.dumps(self.content, separators=(",", ":"), allow_nan=False).replace('},"', '},\n"') + "\n"
         new = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
