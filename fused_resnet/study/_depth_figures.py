@@ -7,6 +7,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
+
 from . import _figures
 from . import depth as experiment
 from ._protocol import Runs, Settings, Spread, select
@@ -49,48 +51,62 @@ def _label(name: str) -> str:
 
 
 def _by_depth(runs: Runs, settings: Settings, path: Path, machine: str) -> None:
-    with _figures.page(path, 3, (12, 4.4), machine, share=True) as (figure, panels):
+    with _figures.page(path, 3, (12, 5), machine, share=True) as (figure, panels):
         for axes, (title, arms) in zip(panels, _PANELS, strict=True):
-            for name, colour, dash in arms:
-                x = _depths(name, settings)
-                if not x:
-                    continue
-                values = [Spread.of([r["result"]["training_error"] for r in select(runs, "depth", arm=name, depth=d)]) for d in x]
-                diverged = [any(r["result"]["diverged"] for r in select(runs, "depth", arm=name, depth=d)) for d in x]
-                _figures.line(axes, x, values, _label(name).removeprefix("control: "), colour, dash)
-                for depth, value, flag in zip(x, values, diverged, strict=True):
-                    if flag:
-                        place: Any = {"textcoords": "offset points", "ha": "right", "fontsize": 8, "color": colour}
-                        axes.annotate("diverged", (depth, value.median), (3, 6), **place)
             axes.axhline(90, color="#9aa0a6", linewidth=0.8, linestyle=":")
-            axes.set_ylim(-2, 100)
+            for name, colour, dash in arms:
+                for depth in (x := _depths(name, settings)):
+                    errors = _errors(runs, name, depth)
+                    axes.plot([depth] * len(errors), errors, color=colour, marker="o", markersize=4, linewidth=0.8, alpha=0.4)
+                    if any(run["result"]["diverged"] for run in select(runs, "depth", arm=name, depth=depth)):
+                        place: Any = {"textcoords": "offset points", "ha": "right", "fontsize": 8, "color": colour}
+                        axes.annotate("diverged", (depth, max(errors)), (3, 6), **place)
+                if x:
+                    medians = [Spread.of(_errors(runs, name, depth)).median for depth in x]
+                    label = _label(name).removeprefix("control: ")
+                    axes.plot(x, medians, color=colour, linestyle=dash, linewidth=1.8, marker="o", markersize=5, label=label)
+            axes.set_ylim(-3, 100)
             axes.set_title(title, fontsize=9.5, loc="left")
             _figures.name_axes(axes, "number of layers", "")
-            if axes.lines[:-1]:  # the last one is the line of guessing
-                axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(0, 0.75))
+            _legend(axes, 1)
         panels[0].set_ylabel("error on the training set after the last epoch, %", fontsize=8.5)
-        panels[2].text(panels[2].get_xlim()[0], 90.5, " guessing", fontsize=7.5, color="#5f6368", va="bottom")
-        figure.suptitle(
-            f"Training error by depth, {_words(settings)}; {_figures.seeds(settings)}", fontsize=10, x=0.01, ha="left"
-        )  # fmt: skip
+        panels[0].text(panels[0].get_xlim()[0], 90.5, " guessing", fontsize=7.5, color="#5f6368", va="bottom")
+        figure.suptitle(f"Training error by depth, {_words(settings)}; {_seeds(settings, 'pale points')}", fontsize=10, x=0.01, ha="left")
 
 
 def _by_epoch(runs: Runs, settings: Settings, names: Sequence[str], path: Path, machine: str) -> None:
-    with _figures.page(path, len(names), (0.4 + 3.2 * len(names), 3.9), machine, share=True) as (figure, panels):
+    with _figures.page(path, len(names), (0.4 + 3.2 * len(names), 4.3), machine, share=True) as (figure, panels):
         for axes, name in zip(panels, names, strict=True):
             shades = _SHADES[name.removesuffix("_norm")]
             chosen = _depths(name, settings)
             for i, depth in enumerate(chosen):
-                curves = [run["result"]["errors"] for run in select(runs, "depth", arm=name, depth=depth)]
-                values = [Spread.of(errors) for errors in _epochs(curves)]
                 shade = shades[-1] if len(chosen) == 1 else shades[round(i * (len(shades) - 1) / (len(chosen) - 1))]
-                _figures.line(axes, range(1, len(values) + 1), values, f"{depth} layers", shade, marker="")
-            axes.set_ylim(-2, 100)
+                curves = [run["result"]["errors"] for run in select(runs, "depth", arm=name, depth=depth)]
+                for errors in curves:
+                    axes.plot(range(1, len(errors) + 1), errors, color=shade, linewidth=0.7, alpha=0.5)
+                medians = [Spread.of(errors).median for errors in _epochs(curves)]
+                axes.plot(range(1, len(medians) + 1), medians, color=shade, linewidth=2, label=f"{depth} layers")
+            axes.xaxis.set_major_locator(_figures.whole_numbers())
+            axes.set_ylim(-3, 100)
             axes.set_title(_label(name).capitalize(), fontsize=9.5, loc="left")
             _figures.name_axes(axes, "epoch", "")
-            axes.legend(fontsize=8, frameon=False, loc="upper right", bbox_to_anchor=(1, 0.88))
+            _legend(axes, 2)
         panels[0].set_ylabel("training error of the epoch, %", fontsize=8.5)
-        figure.suptitle(f"Training error by epoch, {_words(settings)}; {_figures.seeds(settings)}", fontsize=10, x=0.01, ha="left")
+        figure.suptitle(f"Training error by epoch, {_words(settings)}; {_seeds(settings, 'thin lines')}", fontsize=10, x=0.01, ha="left")
+
+
+def _errors(runs: Runs, name: str, depth: int) -> list[float]:
+    return [run["result"]["training_error"] for run in select(runs, "depth", arm=name, depth=depth)]
+
+
+def _legend(axes: Axes, columns: int) -> None:
+    """Below the axes, where no curve can be."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, frameon=False, ncols=columns, loc="upper left", bbox_to_anchor=(0, -0.12))
+
+
+def _seeds(settings: Settings, each: str) -> str:
+    return "one seed" if settings.seeds == 1 else f"bold: median of {settings.seeds} seeds, {each}: each of them"
 
 
 def _epochs(curves: Sequence[Sequence[float]]) -> list[list[float]]:
