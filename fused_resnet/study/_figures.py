@@ -20,7 +20,7 @@ from ._protocol import Settings, Spread
 
 # Distinguishable in grey and by colour-blind readers: plain networks in reds and ochre, residual ones in blues and greens.
 PLAIN, RESIDUAL = "#b5533c", "#00796b"
-SERIES = ("#b5533c", "#e0a030", "#00796b", "#4a7fb5", "#5f6368", "#8e5ea2")
+SERIES = ("#b5533c", "#e0a030", "#00796b", "#4a7fb5", "#202124", "#8e5ea2")
 DASHES = ("-", "--", "-", "--", ":", "-.")
 STACKS = {"plain": (PLAIN, "-"), "residual": ("#4a7fb5", "--"), "residual_zero": (RESIDUAL, "-")}
 

@@ -32,7 +32,7 @@ TITLE = "Training error by depth"
 WIDTH = 8
 ALL, ENDS, ENDS_3 = (10, 18, 34, 54), (10, 54), (8, 56)  # 4n + 2; blocks of three layers: 6n + 2
 QUICK_DEPTHS = {2: (10, 34), 3: (8, 32)}
-QUICK_EPOCHS = {"digits": 10, "mnist5k": 2}
+QUICK_EPOCHS = {"digits": 30, "mnist5k": 3}
 GAP, MOST, SLACK = 15.0, 2.0, 1.0  # points of training error: see _check
 
 
