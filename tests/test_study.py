@@ -385,6 +385,19 @@ def test_decay_fails_without_decay(tmp_path: Path, capsys: pytest.CaptureFixture
     assert not all(check["ok"] for check in stored(tmp_path)["reports"]["decay"]["checks"])
 
 
+@pytest.mark.usefixtures("small")
+def test_the_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experiments whose networks or theory depend on the map's size, on 14x14 pixels."""
+    monkeypatch.setattr(decay, "STEPS", 10)
+    study("gradients", "decay", "--data", "mnist5k", "--depths", "10", out=tmp_path)
+    found = stored(tmp_path)
+    assert found["settings"]["data"] == "mnist5k"
+    share = (40 / 42) ** 2
+    theory = {name: found["reports"]["gradients"]["figures"][name]["gradients"]["theory"] for name in ("plain_default", "plain_norm")}
+    assert theory == {"plain_default": pytest.approx((share / 6) ** 0.5), "plain_norm": pytest.approx(1.2112, abs=1e-4)}
+    assert all(len(run["result"]["norms"]) == 2 for key, run in found["runs"].items() if key.startswith("decay/"))
+
+
 @pytest.mark.parametrize("layers", [2, 3])
 @pytest.mark.parametrize("norm", [False, True])
 def test_plain_and_residual_networks_are_the_same_but_for_the_addition(layers: int, norm: bool) -> None:

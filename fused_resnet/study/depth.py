@@ -55,7 +55,7 @@ ARMS = {
     "residual_he": Kind("control: residual, no zero start", Arm(start="he"), ENDS),
     "plain_identity": Kind("control: plain, identity start", Arm(plain=True, start="identity"), ENDS),
 }
-# Tuned once, with a seed that no study uses (100), by bench/tune_study.py: the rate of the least final training error of
+# Tuned once on the digits, with a seed that no study uses (100), by bench/tune_study.py: the rate of the least final training error of
 # {.003, .01, .03}, or {.03, .1} with batch norm, for each arm and depth on its own, so that no network is slighted by another's
 # rate; of equals the one of the smaller loss. All runs: bench/results/study_tuning.json. Another depth takes the nearest one's rate.
 RATES: dict[str, dict[int, float]] = {
