@@ -31,7 +31,7 @@ from ._training import train
 TITLE = "Training error by depth"
 WIDTH = 8
 ALL, ENDS, ENDS_3 = (10, 18, 34, 54), (10, 54), (8, 56)  # 4n + 2; blocks of three layers: 6n + 2
-QUICK_DEPTHS = {2: (10, 34), 3: (8, 32)}
+QUICK, QUICK_SHALLOW, QUICK_DEEP, QUICK_3 = (10, 34), (10,), (34,), (8, 20)
 QUICK_EPOCHS = {"digits": 30, "mnist5k": 3}
 GAP, MOST, SLACK = 15.0, 2.0, 1.0  # points of training error: see _check
 
@@ -42,18 +42,19 @@ class Kind(NamedTuple):
     label: str
     arm: Arm
     depths: tuple[int, ...]
+    quick: tuple[int, ...]
 
 
 ARMS = {
-    "plain": Kind("plain, biases only", Arm(plain=True, start="he"), ALL),
-    "residual": Kind("residual, biases only", Arm(), ALL),
-    "plain_norm": Kind("plain, batch norm", Arm(plain=True, norm=True, start="he"), ALL),
-    "residual_norm": Kind("residual, batch norm", Arm(norm=True), ALL),
-    "residual_projection": Kind("residual, learned projection", Arm(shortcut="B"), ENDS),
-    "plain_3": Kind("plain, blocks of 3 layers", Arm(plain=True, layers=3, start="he"), ENDS_3),
-    "residual_3": Kind("residual, blocks of 3 layers", Arm(layers=3), ENDS_3),
-    "residual_he": Kind("control: residual, no zero start", Arm(start="he"), ENDS),
-    "plain_identity": Kind("control: plain, identity start", Arm(plain=True, start="identity"), ENDS),
+    "plain": Kind("plain, biases only", Arm(plain=True, start="he"), ALL, QUICK),
+    "residual": Kind("residual, biases only", Arm(), ALL, QUICK),
+    "plain_norm": Kind("plain, batch norm", Arm(plain=True, norm=True, start="he"), ALL, QUICK),
+    "residual_norm": Kind("residual, batch norm", Arm(norm=True), ALL, QUICK),
+    "residual_projection": Kind("residual, learned projection", Arm(shortcut="B"), ENDS, QUICK_SHALLOW),
+    "plain_3": Kind("plain, blocks of 3 layers", Arm(plain=True, layers=3, start="he"), ENDS_3, QUICK_3),
+    "residual_3": Kind("residual, blocks of 3 layers", Arm(layers=3), ENDS_3, QUICK_3),
+    "residual_he": Kind("control: residual, no zero start", Arm(start="he"), ENDS, QUICK_DEEP),
+    "plain_identity": Kind("control: plain, identity start", Arm(plain=True, start="identity"), ENDS, QUICK_DEEP),
 }
 # Tuned once on the digits, with a seed that no study uses (100), by bench/tune_study.py: the rate of the least final training error of
 # {.003, .01, .03}, or {.03, .1} with batch norm, for each arm and depth on its own, so that no network is slighted by another's
@@ -81,7 +82,7 @@ def depths(name: str, settings: Settings) -> list[int]:
     """The depths of an arm: the protocol's, or those asked for that its blocks can make."""
     kind = ARMS[name]
     if settings.depths is None:
-        return list(QUICK_DEPTHS[kind.arm.layers] if settings.quick else kind.depths)
+        return list(kind.quick if settings.quick else kind.depths)
     return [depth for depth in settings.depths if fits(kind.arm, depth)]
 
 
