@@ -114,10 +114,74 @@ def numerics() -> str:
     return f"{markdown(header, list(rows.values()))}\n\n{text}"
 
 
+def spread(found: dict[str, float], form: str = ".1f") -> str:
+    """Median and range over seeds."""
+    median, least, most = (format(found[name], form) for name in ("median", "least", "most"))
+    return median if least == most else f"{median} ({least} to {most})"
+
+
+def study() -> str:
+    """The lesson's experiments: errors by depth, rates at the start, and what was checked."""
+    from fused_resnet.study import decay, depth, gradients, shortcut
+
+    data = load("study.json")
+    reports = {name: report["figures"] for name, report in data["reports"].items() if "figures" in report}
+    columns = [(10, 8), (18,), (34,), (54, 56)]
+    rows = []
+    for name, arm in depth.ARMS.items():
+        found = reports["depth"][name]
+        cells = []
+        for column in columns:
+            here = [found[str(layers)] for layers in column if str(layers) in found]
+            diverged = ", diverges" if here and here[0]["diverged"] else ""
+            cells.append(spread(here[0]["training_error"]) + diverged if here else "")
+        rows.append([arm.label, *cells])
+    names = ["training error, %", *(f"{' or '.join(map(str, sorted(column)))} layers" for column in columns)]
+    parts = [markdown(names, rows)]
+    rows = []
+    for name, kind in gradients.KINDS.items():
+        found = reports["gradients"][name]
+        cells = []
+        for what in ("activations", "gradients"):
+            theory = found[what]["theory"]
+            cells += [spread(found[what]["factor"], ".3f"), "" if theory is None else f"{theory:.3f}"]
+        rows.append([kind.label, *cells, f"{found['first_over_last_gradient']['median']:.1e}"])
+    header = ["factor a layer, at the start", "activations", "theory", "gradients, backward", "theory", "gradient, first over last block"]
+    parts.append(markdown(header, rows))
+    rows = []
+    for name, kind in shortcut.KINDS.items():
+        found = reports["shortcut"]["kinds"][name]
+        errors = [spread(found[what]) for what in ("training_error", "test_error")]
+        rows.append([kind.label, f"{found['parameters']:,}", f"{found['multiply_adds'] / 1e6:.1f}", *errors])
+    parts.append(markdown(["128 channels meet 256", "parameters", "10^6 multiply-adds", "training error, %", "test error, %"], rows))
+    rows = []
+    for name, arm in decay.ARMS.items():
+        found = reports["decay"][name]
+        distances = [f"{found[what]['median']:.2g}" for what in ("distance_at_start", "distance_at_end")]
+        rows.append([arm.label, spread(found["norm_left_percent"], ".2f"), *distances, spread(found["training_error_after"])])
+    header = [f"{decay.STEPS} steps of decay", "norm left, %", "distance to the identity, start", "end", "training error after, %"]
+    parts.append(markdown(header, rows))
+    checks = [check for report in data["reports"].values() for check in report["checks"]]
+    parts.append("\n".join(f"- {'' if check['ok'] else '**does not hold** '}{check['claim']}: {check['measured']}." for check in checks))
+    chaotic = max(data["reports"]["agreement"]["pairs"], key=lambda pair: pair["difference"] if pair["arm"] == "residual" else 0)
+    parts.append(
+        f"The bias-only residual network of {chaotic['depth']} layers is the one that rounding moves most: its runs end with a median loss "
+        f"of {chaotic['mine']['median']:.2f} nats through the fused kernels, and {chaotic['other']['median']:.2f} through the reference."
+    )
+    seconds = sum(report["seconds"] for report in data["reports"].values() if "seconds" in report)
+    seeds = data["reports"]["depth"]["seeds"]
+    parts.append(
+        f"Medians of {seeds} seeds, their range in brackets; {len(data['runs'])} runs, {seconds / 60:.0f} minutes of one thread each in all, "
+        "two side by side on a machine that other work shared. "
+        f"{machine(data)}. `python -m fused_resnet study`, `bench/results/study.json`."
+    )
+    return "\n\n".join(parts)
+
+
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    for name, content in (("figures", figures()), ("numerics", numerics())):
+    for name, content in (("figures", figures()), ("numerics", numerics()), ("study", study())):
         pattern = re.compile(rf"(<!-- {name}:[^\n]*-->\n).*?(<!-- end of {name} -->)", re.DOTALL)
         text, count = pattern.subn(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)
         if count != 1:

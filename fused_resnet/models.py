@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .nn import BasicBlock, Bottleneck, NormLayer, PlainBlock, ZeroPadShortcut
+from .nn import BasicBlock, Bottleneck, NormLayer, PlainBlock, PlainBottleneck, ZeroPadShortcut
 
 __all__ = ["CifarResNet", "ResNet", "cifar_resnet", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
@@ -27,7 +27,7 @@ def _initialise(model: nn.Module, zero_init_residual: bool) -> None:
     if zero_init_residual:
         # Each block starts as its shortcut: the last scale is zero, or the last weight where there is no normalisation.
         for m in model.modules():
-            if isinstance(m, (BasicBlock, Bottleneck)) and not isinstance(m, PlainBlock):
+            if isinstance(m, (BasicBlock, Bottleneck)) and not isinstance(m, (PlainBlock, PlainBottleneck)):
                 conv, norm = (m.conv3, m.bn3) if isinstance(m, Bottleneck) else (m.conv2, m.bn2)
                 weight = getattr(norm, "weight", None)
                 nn.init.zeros_(conv.weight if weight is None else weight)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ._block import FusedBlock, State
 from .ops import conv_bias_add_relu
 
-__all__ = ["BasicBlock", "Bottleneck", "ConvBiasAddReLU2d", "PlainBlock", "ZeroPadShortcut"]
+__all__ = ["BasicBlock", "Bottleneck", "ConvBiasAddReLU2d", "PlainBlock", "PlainBottleneck", "ZeroPadShortcut"]
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -186,3 +186,14 @@ class Bottleneck(FusedBlock, nn.Module):
         out = self.bn3(self.conv3(out))
         out += x if self.downsample is None else self.downsample(x)
         return self.relu(out)  # type: ignore[no-any-return]
+
+
+class PlainBottleneck(Bottleneck):
+    """A ``Bottleneck`` without its shortcut: three layers of a plain network, for comparison."""
+
+    _needs_shortcut: ClassVar[bool] = False
+
+    def _plain_forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        return self.relu(self.bn3(self.conv3(out)))  # type: ignore[no-any-return]

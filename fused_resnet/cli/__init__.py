@@ -13,10 +13,10 @@ from types import ModuleType
 from typing import NoReturn
 
 from .. import __version__
-from . import bench, check, demo, env, train
+from . import bench, check, demo, env, study, train
 from ._common import Usage
 
-COMMANDS: dict[str, ModuleType] = {"demo": demo, "env": env, "check": check, "bench": bench, "train": train}
+COMMANDS: dict[str, ModuleType] = {"demo": demo, "env": env, "check": check, "bench": bench, "study": study, "train": train}
 
 
 class _Parser(argparse.ArgumentParser):
