@@ -327,7 +327,7 @@ def test_a_missing_data_package_names_the_extra(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == module else real(name, *rest))
     monkeypatch.setattr(_runner, "run", no_work)
     assert study("--data", data, out=tmp_path / "out") == 2
-    told = f'the data set {data} needs {package}: {package} is not installed: pip install "fused-resnet[study]"'
+    told = f'needs {package}, which is not installed: pip install "fused-resnet[study]"'
     assert told in capsys.readouterr().err
     assert not (tmp_path / "out" / "study.json").exists()
 

