@@ -13,21 +13,21 @@
 #include "cpu/convolution.h"
 #include "cpu/fingerprint.h"
 #include "cpu/passes.h"
+#include "python_shapes.h"
 
 namespace py = pybind11;
 namespace fr = fused_resnet;
 using fr::i64;
-using Pointer = std::uintptr_t;
-using Four = std::array<i64, 4>;
-using Two = std::array<i64, 2>;
+using fr::Four;
+using fr::Pointer;
+using fr::Two;
+using fr::in;
+using fr::out;
+using fr::strides;
 
 namespace {
 
 constexpr int kInterface = 2;  // fused_resnet/_extension.py holds the same number
-
-const void* in(Pointer p) { return reinterpret_cast<const void*>(p); }
-void* out(Pointer p) { return reinterpret_cast<void*>(p); }
-fr::Strides strides(const Four& s) { return fr::Strides{s[0], s[1], s[2], s[3]}; }
 
 fr::DType dtype(const std::string& name) {
   if (name == "float32") return fr::DType::float32;
@@ -56,28 +56,8 @@ std::unique_ptr<fr::Convolution> convolution(const std::string& type, const Four
                             const Two& stride, const Two& pad, const Two& dilation, const Four& input_strides,
                             const Four& output_strides, const std::optional<Four>& shortcut_strides, bool has_bias,
                             bool relu, int threads, const std::string& algorithm, bool strict) {
-  fr::ConvShape s;
-  s.n = input[0];
-  s.c = input[1];
-  s.h = input[2];
-  s.w = input[3];
-  s.k = weight[0];
-  s.r = weight[2];
-  s.s = weight[3];
-  s.p = output[2];
-  s.q = output[3];
-  s.stride_h = stride[0];
-  s.stride_w = stride[1];
-  s.pad_top = pad[0];
-  s.pad_left = pad[1];
-  s.dilation_h = dilation[0];
-  s.dilation_w = dilation[1];
-  s.x = strides(input_strides);
-  s.y = strides(output_strides);
-  s.has_shortcut = shortcut_strides.has_value();
-  if (shortcut_strides) s.shortcut = strides(*shortcut_strides);
-  s.has_bias = has_bias;
-  s.relu = relu;
+  const fr::ConvShape s = fr::conv_shape(input, weight, output, stride, pad, dilation, input_strides, output_strides,
+                                         shortcut_strides, has_bias, relu);
   return fr::Convolution::make(s, dtype(type), threads, request(algorithm, strict));
 }
 
@@ -133,22 +113,6 @@ const char* algorithm_name(const fr::Convolution& c) {
     case fr::Algorithm::winograd4: return "winograd4";
     default: return "direct";
   }
-}
-
-fr::PassShape pass_shape(const std::string& type, const Four& shape, const Four& result, const Four& first,
-                         const Four& second, bool relu, bool wide_input) {
-  fr::PassShape s;
-  s.n = shape[0];
-  s.k = shape[1];
-  s.p = shape[2];
-  s.q = shape[3];
-  s.result = strides(result);
-  s.first = strides(first);
-  s.second = strides(second);
-  s.dtype = dtype(type);
-  s.relu = relu;
-  s.wide_input = wide_input;
-  return s;
 }
 
 // GFLOP/s of one thread doing nothing but float32 FMAs in the instruction set in force: the best of runs over `seconds`.
@@ -242,7 +206,7 @@ PYBIND11_MODULE(_cpu, m) {
       [](const std::string& type, const Four& shape, const Four& y_strides, const Four& x_strides,
          const Four& shortcut_strides, bool relu, bool wide_input, Pointer x, Pointer bias, Pointer shortcut, Pointer y,
          int threads) {
-        const auto s = pass_shape(type, shape, y_strides, x_strides, shortcut_strides, relu, wide_input);
+        const auto s = fr::pass_shape(dtype(type), shape, y_strides, x_strides, shortcut_strides, relu, wide_input);
         py::gil_scoped_release release;
         fr::bias_add_relu(s, in(x), in(bias), in(shortcut), out(y), threads);
       },
@@ -253,7 +217,7 @@ PYBIND11_MODULE(_cpu, m) {
       "relu_backward",
       [](const std::string& type, const Four& shape, const Four& result_strides, const Four& grad_strides,
          const Four& output_strides, Pointer grad, Pointer output, Pointer result, Pointer bias_grad, int threads) {
-        const auto s = pass_shape(type, shape, result_strides, grad_strides, output_strides, true, false);
+        const auto s = fr::pass_shape(dtype(type), shape, result_strides, grad_strides, output_strides, true, false);
         py::gil_scoped_release release;
         fr::relu_backward(s, in(grad), in(output), out(result), out(bias_grad), threads);
       },

@@ -7,6 +7,7 @@
 #include <map>
 #include <optional>
 
+#include "../python_shapes.h"
 #include "convolution.h"
 #include "device.h"
 
@@ -14,18 +15,17 @@ namespace py = pybind11;
 namespace fr = fused_resnet;
 namespace cu = fused_resnet::cuda;
 using fr::i64;
-using Pointer = std::uintptr_t;
-using Four = std::array<i64, 4>;
-using Two = std::array<i64, 2>;
+using fr::Four;
+using fr::Pointer;
+using fr::Two;
+using fr::in;
+using fr::out;
+using fr::strides;
 using JoinedTuple = std::tuple<i64, Two, Four>;  // channels, stride, strides of the input
 
 namespace {
 
 constexpr int kInterface = 1;  // fused_resnet/_extension.py holds the same number
-
-const void* in(Pointer p) { return reinterpret_cast<const void*>(p); }
-void* out(Pointer p) { return reinterpret_cast<void*>(p); }
-fr::Strides strides(const Four& s) { return fr::Strides{s[0], s[1], s[2], s[3]}; }
 
 fr::DType dtype(const std::string& name) {
   for (const fr::DType d : {fr::DType::float32, fr::DType::float64, fr::DType::bfloat16, fr::DType::float16}) {
@@ -44,49 +44,13 @@ cu::Form form_of(const std::string& name) {
 fr::ConvShape shape(const Four& input, const Four& weight, const Four& output, const Two& stride, const Two& pad, const Two& dilation,
                     i64 groups, const Four& input_strides, const Four& output_strides, const std::optional<Four>& shortcut_strides,
                     bool has_bias, bool relu, const std::optional<JoinedTuple>& joined = std::nullopt) {
-  fr::ConvShape s;
-  s.n = input[0];
-  s.c = input[1];
-  s.h = input[2];
-  s.w = input[3];
-  s.k = weight[0];
-  s.r = weight[2];
-  s.s = weight[3];
-  s.p = output[2];
-  s.q = output[3];
-  s.stride_h = stride[0];
-  s.stride_w = stride[1];
-  s.pad_top = pad[0];
-  s.pad_left = pad[1];
-  s.dilation_h = dilation[0];
-  s.dilation_w = dilation[1];
+  fr::ConvShape s = fr::conv_shape(input, weight, output, stride, pad, dilation, input_strides, output_strides, shortcut_strides,
+                                   has_bias, relu);
   s.groups = groups;
-  s.x = strides(input_strides);
-  s.y = strides(output_strides);
-  s.has_shortcut = shortcut_strides.has_value();
-  if (shortcut_strides) s.shortcut = strides(*shortcut_strides);
-  s.has_bias = has_bias;
-  s.relu = relu;
   if (joined) {
     const auto& [channels, steps, layout] = *joined;
     s.joined = {channels, steps[0], steps[1], strides(layout)};
   }
-  return s;
-}
-
-fr::PassShape pass_shape(const std::string& type, const Four& size, const Four& result, const Four& first, const Four& second,
-                         bool relu, bool wide_input) {
-  fr::PassShape s;
-  s.n = size[0];
-  s.k = size[1];
-  s.p = size[2];
-  s.q = size[3];
-  s.result = strides(result);
-  s.first = strides(first);
-  s.second = strides(second);
-  s.dtype = dtype(type);
-  s.relu = relu;
-  s.wide_input = wide_input;
   return s;
 }
 
@@ -185,7 +149,7 @@ PYBIND11_MODULE(_cuda, m) {
       "bias_add_relu",
       [](const std::string& type, const Four& size, const Four& y_strides, const Four& x_strides, const Four& shortcut_strides,
          bool relu, bool wide_input, Pointer x, Pointer bias, Pointer shortcut, Pointer y, int device, Pointer stream) {
-        const auto s = pass_shape(type, size, y_strides, x_strides, shortcut_strides, relu, wide_input);
+        const auto s = fr::pass_shape(dtype(type), size, y_strides, x_strides, shortcut_strides, relu, wide_input);
         py::gil_scoped_release release;
         const cu::DeviceGuard guard(device);
         cu::bias_add_relu(s, in(x), in(bias), in(shortcut), out(y), out(stream));
@@ -196,14 +160,14 @@ PYBIND11_MODULE(_cuda, m) {
   m.def(
       "relu_backward_workspace",
       [](const std::string& type, const Four& size, const Four& result, const Four& grad, const Four& output) {
-        return cu::relu_backward_workspace(pass_shape(type, size, result, grad, output, true, false));
+        return cu::relu_backward_workspace(fr::pass_shape(dtype(type), size, result, grad, output, true, false));
       },
       py::arg("dtype"), py::arg("shape"), py::arg("result_strides"), py::arg("grad_strides"), py::arg("output_strides"));
   m.def(
       "relu_backward",
       [](const std::string& type, const Four& size, const Four& result_strides, const Four& grad_strides, const Four& output_strides,
          Pointer grad, Pointer output, Pointer result, Pointer bias_grad, Pointer workspace, int device, Pointer stream) {
-        const auto s = pass_shape(type, size, result_strides, grad_strides, output_strides, true, false);
+        const auto s = fr::pass_shape(dtype(type), size, result_strides, grad_strides, output_strides, true, false);
         py::gil_scoped_release release;
         const cu::DeviceGuard guard(device);
         cu::relu_backward(s, in(grad), in(output), out(result), out(bias_grad), out(workspace), out(stream));

@@ -10,14 +10,18 @@
 #include "../../csrc/cuda/block.h"
 #include "../../csrc/cuda/general_launch.cuh"
 #include "../../csrc/cuda/passes.cuh"
+#include "../../csrc/python_shapes.h"
 
 namespace py = pybind11;
 namespace fr = fused_resnet;
 namespace cuda = fused_resnet::cuda;
 using fr::i64;
-using Pointer = std::uintptr_t;
-using Four = std::array<i64, 4>;
-using Two = std::array<i64, 2>;
+using fr::Four;
+using fr::Pointer;
+using fr::Two;
+using fr::in;
+using fr::out;
+using fr::strides;
 
 // In host.cpp.
 #define FR_ELSEWHERE(T)                                                                                                    \
@@ -29,10 +33,6 @@ FR_ELSEWHERE(fr::bf16);
 FR_ELSEWHERE(fr::fp16);
 
 namespace {
-
-const void* in(Pointer p) { return reinterpret_cast<const void*>(p); }
-void* out(Pointer p) { return reinterpret_cast<void*>(p); }
-fr::Strides strides(const Four& s) { return fr::Strides{s[0], s[1], s[2], s[3]}; }
 
 fr::DType dtype(const std::string& name) {
   if (name == "float32") return fr::DType::float32;
@@ -60,19 +60,8 @@ Call make_call(const std::string& type, const Four& input, const Four& weight, c
   Call call;
   call.type = dtype(type);
   fr::ConvShape& s = call.shape;
-  s.n = input[0], s.c = input[1], s.h = input[2], s.w = input[3];
-  s.k = weight[0], s.r = weight[2], s.s = weight[3];
-  s.p = output[2], s.q = output[3];
-  s.stride_h = stride[0], s.stride_w = stride[1];
-  s.pad_top = pad[0], s.pad_left = pad[1];
-  s.dilation_h = dilation[0], s.dilation_w = dilation[1];
+  s = fr::conv_shape(input, weight, output, stride, pad, dilation, input_strides, output_strides, shortcut_strides, bias != 0, relu);
   s.groups = groups;
-  s.x = strides(input_strides);
-  s.y = strides(output_strides);
-  s.has_shortcut = shortcut_strides.has_value();
-  if (shortcut_strides) s.shortcut = strides(*shortcut_strides);
-  s.has_bias = bias != 0;
-  s.relu = relu;
   call.weight = strides(weight_strides);
   call.operands.x = in(x);
   call.operands.weight = in(w);
