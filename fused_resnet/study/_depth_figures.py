@@ -65,6 +65,7 @@ def _by_depth(runs: Runs, settings: Settings, path: Path, machine: str) -> None:
                     medians = [Spread.of(_errors(runs, name, depth)).median for depth in x]
                     label = _label(name).removeprefix("control: ")
                     axes.plot(x, medians, color=colour, linestyle=dash, linewidth=1.8, marker="o", markersize=5, label=label)
+            axes.xaxis.set_major_locator(_figures.whole_numbers())
             axes.set_ylim(-3, 100)
             axes.set_title(title, fontsize=9.5, loc="left")
             _figures.name_axes(axes, "number of layers", "")
