@@ -499,7 +499,7 @@ void winograd_cases() {
 // A packed weight serves inputs of every size, on any number of threads: its layout does not depend on them, whatever the caches.
 void layouts() {
   for (const KernelTable* table : available_tables()) {
-    for (int dtype = 0; dtype < kDTypes; ++dtype) {
+    for (int dtype = 0; dtype < kCpuDTypes; ++dtype) {
       const DTypeKernels& kernels = table->dtype[dtype];
       for (const i64 l1d : {16, 32, 48}) {
         for (const i64 l2 : {256, 512, 1024, 2048}) {
