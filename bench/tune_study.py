@@ -72,7 +72,8 @@ def main() -> int:
             rate = best([r for r in results if (r["arm"], r["depth"]) == (name, d)])
             other = other or rate != depth.RATES[name].get(d)
             print(f"{name:<20} {d:>3} {rate:g}{'' if rate == depth.RATES[name].get(d) else '  (not in depth.py)'}")
-    write_json(arguments.json, {"seeds": {name: SEEDS.get(name, OTHERS) for name in arms}, "machine": _machine.describe(paths=False), "runs": results})
+    seeds = {name: SEEDS.get(name, OTHERS) for name in arms}
+    write_json(arguments.json, {"seeds": seeds, "machine": _machine.describe(paths=False), "runs": results})
     return 1 if other else 0
 
 
