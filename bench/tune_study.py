@@ -1,9 +1,8 @@
-"""How the learning rates of `study depth` were chosen: every arm, depth and rate with seeds that no study uses, three for the two
-arms of the lesson's figures, whose runs differ most from seed to seed, and one for the others.
+"""How the learning rates of `study depth` were chosen: every arm, depth and rate with a seed that no study uses.
 
     python bench/tune_study.py --json bench/results/study_tuning.json [--jobs 2]
 
-Prints for each arm and depth the rate of the least training error, median over its seeds (of equals: of the least final loss), as
+Prints for each arm and depth the rate of the least training error (of equals: of the least final loss), as
 fused_resnet/study/depth.py has them, and ends with status 1 where that file has another.
 """
 
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -22,30 +20,23 @@ from fused_resnet import _machine
 from fused_resnet.cli._common import positive, progress, writable, write_json
 from fused_resnet.study import _data, depth
 
-SEEDS = {"plain": (100, 101, 102), "residual": (100, 101, 102)}
-OTHERS = (100,)
+SEED = 100
 GRID = {False: (0.003, 0.01, 0.03), True: (0.03, 0.1)}  # with batch norm: True
 DEPTHS = {2: (54, 34, 18, 10), 3: (56, 32, 20, 8)}
 
 
-def run(case: tuple[str, int, float, int]) -> dict[str, Any]:
+def run(case: tuple[str, int, float]) -> dict[str, Any]:
     torch.set_num_threads(1)
-    name, layers, rate, seed = case
-    found = depth.perform(_data.load("digits"), name, layers, seed, rate, _data.EPOCHS["digits"])
+    name, layers, rate = case
+    found = depth.perform(_data.load("digits"), name, layers, SEED, rate, _data.EPOCHS["digits"])
     loss = found["losses"][-1] if found["losses"] else None
     errors = {what: found[what] for what in ("training_error", "test_error")}
-    return {"arm": name, "depth": layers, "rate": rate, "seed": seed, "diverged": found["diverged"], "loss": loss, **errors}
+    return {"arm": name, "depth": layers, "rate": rate, "diverged": found["diverged"], "loss": loss, **errors}
 
 
 def best(runs: list[dict[str, Any]]) -> float:
-    """The rate of the least median training error; of equals, of the least median loss."""
-
-    def score(rate: float) -> tuple[float, float]:
-        mine = [r for r in runs if r["rate"] == rate]
-        losses = [float("inf") if r["loss"] is None else r["loss"] for r in mine]
-        return statistics.median(r["training_error"] for r in mine), statistics.median(losses)
-
-    return float(min(sorted({r["rate"] for r in runs}), key=score))
+    """The rate of the least training error; of equals, of the least loss."""
+    return float(min(runs, key=lambda r: (r["training_error"], float("inf") if r["loss"] is None else r["loss"]))["rate"])
 
 
 def main() -> int:
@@ -54,13 +45,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=positive, default=min(os.cpu_count() or 1, 2), help="processes (default: %(default)s)")
     arguments = parser.parse_args()
     arms = {name: kind.arm for name, kind in depth.ARMS.items()}
-    cases = [
-        (name, d, rate, seed)
-        for name, arm in arms.items()
-        for d in DEPTHS[arm.layers]
-        for rate in GRID[arm.norm]
-        for seed in SEEDS.get(name, OTHERS)
-    ]
+    cases = [(name, d, rate) for name, arm in arms.items() for d in DEPTHS[arm.layers] for rate in GRID[arm.norm]]
     results = []
     with progress(len(cases), "tuning") as advance, ProcessPoolExecutor(arguments.jobs) as pool:
         for result in pool.map(run, cases):
@@ -72,8 +57,7 @@ def main() -> int:
             rate = best([r for r in results if (r["arm"], r["depth"]) == (name, d)])
             other = other or rate != depth.RATES[name].get(d)
             print(f"{name:<20} {d:>3} {rate:g}{'' if rate == depth.RATES[name].get(d) else '  (not in depth.py)'}")
-    seeds = {name: SEEDS.get(name, OTHERS) for name in arms}
-    write_json(arguments.json, {"seeds": seeds, "machine": _machine.describe(paths=False), "runs": results})
+    write_json(arguments.json, {"seed": SEED, "machine": _machine.describe(paths=False), "runs": results})
     return 1 if other else 0
 
 
