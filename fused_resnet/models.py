@@ -25,9 +25,13 @@ def _initialise(model: nn.Module, zero_init_residual: bool) -> None:
             nn.init.ones_(m.weight)
             nn.init.zeros_(m.bias)
     if zero_init_residual:
-        # Each block starts as its shortcut: the last scale is zero, or the last weight where there is no normalisation.
+        # Each block starts as its shortcut: the last scale is zero, or the last weight where there is no normalisation. Not so the
+        # blocks whose shortcut adds channels of zeros: those channels would start at exactly 0, where the ReLU passes no gradient,
+        # and stay there.
         for m in model.modules():
             if isinstance(m, (BasicBlock, Bottleneck)) and not isinstance(m, (PlainBlock, PlainBottleneck)):
+                if isinstance(m.downsample, ZeroPadShortcut) and m.downsample.out_channels > m.downsample.in_channels:
+                    continue
                 conv, norm = (m.conv3, m.bn3) if isinstance(m, Bottleneck) else (m.conv2, m.bn2)
                 weight = getattr(norm, "weight", None)
                 nn.init.zeros_(conv.weight if weight is None else weight)
@@ -193,7 +197,8 @@ def cifar_resnet(
         plain: the same layers without shortcuts.
         norm_layer: None is batch norm; ``nn.Identity`` is no normalisation, with biases.
         width: channels of the first stage; the others have twice and four times as many.
-        zero_init_residual: every block starts as its shortcut, which trains deep networks without normalisation.
+        zero_init_residual: every block starts as its shortcut, which trains deep networks without normalisation; but for blocks
+            that widen by zero-padding (option A), whose new channels would never get a gradient.
 
     Raises:
         ValueError: for another depth or shortcut.

@@ -283,3 +283,21 @@ def test_zero_init_makes_every_block_its_shortcut() -> None:
 def test_cifar_refuses(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         models.cifar_resnet(**arguments)
+
+
+@pytest.mark.parametrize("norm_layer", [None, nn.Identity], ids=["batch norm", "biases only"])
+@pytest.mark.parametrize("shortcut", ["A", "B", "C"])
+def test_a_zero_start_leaves_no_channel_dead(shortcut: str, norm_layer: Any) -> None:
+    """Every channel of a last layer gets a gradient at the start, also the new ones behind a zero-padded shortcut (A). Behind a
+    projection (B, C) a channel may happen to be negative for all of a batch; there all blocks start as their shortcuts."""
+    model = models.cifar_resnet(14, shortcut, norm_layer=norm_layer, zero_init_residual=True)
+    model(torch.randn(16, 3, 32, 32)).square().sum().backward()
+    zero = 0
+    for block in model.modules():
+        if isinstance(block, fused_resnet.nn.BasicBlock):
+            last = block.conv2.weight if norm_layer is not None else block.bn2.weight
+            zero += int(not last.any())
+            gradient = last.grad.reshape(len(last), -1).abs().sum(1)
+            dead = int((gradient == 0).sum())
+            assert dead == 0 or (shortcut != "A" and dead < len(last) // 4), f"{dead} of {len(last)} channels get no gradient"
+    assert zero == {"A": 4, "B": 6, "C": 6}[shortcut]
