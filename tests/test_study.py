@@ -198,6 +198,11 @@ FOREIGN = {
     "list": ("[1, 2]", "is not of a study: another program's; it is left as it is"),
     "another": ('{"runs": {}}', "is not of a study"),
     "parts": ('{"format": "fused_resnet study", "settings": {}}', "lacks a part of what a study's file holds"),
+    "result": (
+        '{"format": "fused_resnet study", "settings": {}, "machine": {}, "reports": {}, '
+        '"runs": {"a": {"parameters": {}, "result": {}, "seconds": 1}}}',
+        "lacks a part",
+    ),
     "run": ('{"format": "fused_resnet study", "settings": {}, "machine": {}, "runs": {"a": 1}, "reports": {}}', "lacks a part"),
 }
 
@@ -277,11 +282,11 @@ def test_a_full_disk_leaves_what_was_there(
 
 def test_another_process_is_not_overwritten(tmp_path: Path) -> None:
     mine = _store.Store(tmp_path / "study.json", {"a": 1})
-    mine.add("x", {"parameters": {}, "result": {}})
+    mine.add("x", {"parameters": {}, "result": {"loss": 1.0}, "seconds": 1.0})
     other = _store.Store(tmp_path / "study.json", {"a": 1})
-    other.add("y", {"parameters": {}, "result": {}})
+    other.add("y", {"parameters": {}, "result": {"loss": 1.0}, "seconds": 1.0})
     with pytest.raises(_store.Changed, match="was written by another process while this study ran"):
-        mine.add("z", {"parameters": {}, "result": {}})
+        mine.add("z", {"parameters": {}, "result": {"loss": 1.0}, "seconds": 1.0})
     assert list(stored(tmp_path)["runs"]) == ["x", "y"]
 
 

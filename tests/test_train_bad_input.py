@@ -145,8 +145,10 @@ def test_foreign_checkpoint_is_refused_and_kept(tmp_path: Path, capsys: pytest.C
     file, target = tmp_path / "checkpoint.pt", tmp_path / "attacked"
     train(*SHORT, "--out", str(tmp_path), status=0, capsys=capsys)
     ours = torch.load(file, weights_only=True)
+    partial = [{key: value for key, value in ours.items() if key != "settings"}, {**ours, "state": 3}, {**ours, "state": {}}]
     del ours["state"]["network"]["fc.bias"]
     contents = (
+        *((part, "lacks a part of what a checkpoint holds") for part in partial),
         ({"conv1.weight": torch.zeros(3)}, "is not a checkpoint of `fused-resnet train`"),
         ([1, 2], "is not a checkpoint of `fused-resnet train`"),
         (Attack(target), "is not a checkpoint of `fused-resnet train`"),
@@ -377,3 +379,22 @@ def test_an_image_that_becomes_unreadable_ends_the_run(
     (images / "dog" / "03.png").write_bytes(content)
     train(*run, status=0, capsys=capsys)
     assert saved(tmp_path / "out")["step"] == 6
+
+
+def test_images_of_sixteen_bits_are_scaled_and_of_thirty_two_refused(tmp_path: Path) -> None:
+    """PIL's own conversion would make every value above 255 white."""
+    from PIL import Image
+
+    grey = (np.arange(64 * 64).reshape(64, 64) * 4).astype("uint8")
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    Image.fromarray(grey.astype("uint16") * 257).save(tmp_path / "16.png")
+    Image.fromarray(grey.astype("float32")).save(tmp_path / "32.tif")
+    assert torch.equal(folder.read(tmp_path / "16.png", 32), folder.read(tmp_path / "8.png", 32))
+    with pytest.raises(folder.Unreadable, match="32 bits a pixel"):
+        folder.read(tmp_path / "32.tif", 32)
+
+
+def test_a_network_that_left_all_bounds_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = train(*SMALL, "--lr", "1e9", "--steps", "2", "--out", str(tmp_path), status=1, capsys=capsys)
+    assert "not finite" in said
+    assert not (tmp_path / "checkpoint.pt").exists()

@@ -6,7 +6,7 @@
   shortcut   'same' convolutions; a learned projection or zero-padding where 128 channels meet 256
   gradients  sizes of activations and gradients before the first step, against theory
 
-Without names all of them run: some 15 minutes on two idle cores, two with --quick. DIR gets study.json, with every run's curve, and
+Without names all of them run: some 40 minutes on two cores, one or two with --quick. DIR gets study.json, with every run's curve, and
 a picture of each experiment. A study that was interrupted goes on from its study.json. To compare the kernels with the reference:
 
   FUSED_RESNET_BACKEND=reference fused-resnet study depth --out reference
@@ -77,7 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
             _run(store, [task for mine in tasks.values() for task in mine], settings, _jobs(arguments.jobs))
             return _end(store, tasks, settings, arguments, start)
     except (OSError, Changed, BrokenProcessPool) as error:
-        print(f"fused-resnet: the study stopped: {error}; what was finished is in {store.path}", file=sys.stderr)
+        why = getattr(error, "strerror", None) or error
+        print(f"fused-resnet: the study stopped: {why}; what was finished is in {store.path}", file=sys.stderr)
         return 1
 
 
@@ -151,7 +152,12 @@ def _compare(store: Store, tasks: dict[str, list[Task]], settings: Settings, fil
     ]
     print(f"\nFused and reference\n{table(header, rows)}")
     outside = [f"{p.arm} {p.depth}" for p in pairs if not p.ok]
-    measured = f"{len(pairs) - len(outside)} of {len(pairs)} networks" + (f", not {', '.join(outside)}" if outside else "")
+    decided = sum(p.decided for p in pairs)
+    measured = (
+        f"{len(pairs) - len(outside)} of {len(pairs)} networks"
+        + (f", not {', '.join(outside)}" if outside else "")
+        + ("" if decided == len(pairs) else f"; the seeds of {len(pairs) - decided} of them differ too much to decide it")
+    )
     check = Check("fused and reference train alike: medians differ by no more than the spread over seeds", measured, not outside)
     store.content["reports"]["agreement"] = {
         "pairs": [{**p._asdict(), "mine": p.mine._asdict(), "other": p.other._asdict(), "difference": p.difference} for p in pairs],

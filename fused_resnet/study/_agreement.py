@@ -14,6 +14,7 @@ from ._protocol import Runs, Spread
 from ._store import load
 
 ROUNDING = 1e-3  # nats: of runs that all end alike, be it at guessing's 2.303 or near zero, the spread is no measure
+UNDECIDED = 0.5  # nats
 GUESSING = 2.302585  # log(10): what a diverged run counts as
 
 
@@ -41,6 +42,11 @@ class Pair(NamedTuple):
     @property
     def ok(self) -> bool:
         return self.difference <= self.spread
+
+    @property
+    def decided(self) -> bool:
+        """Whether the comparison could fail: not where the seeds end as far apart as training and failing to train are."""
+        return self.spread <= UNDECIDED
 
 
 def check(keys: Collection[str], file: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,11 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not of a study: another program's; it is left as it is")
     parts = [content.get(name) for name in ("settings", "machine", "runs", "reports")]
     whole = all(isinstance(part, dict) for part in parts) and all(
-        isinstance(run, dict) and isinstance(run.get("parameters"), dict) and isinstance(run.get("result"), dict)
+        isinstance(run, dict)
+        and isinstance(run.get("parameters"), dict)
+        and isinstance(run.get("result"), dict)
+        and bool(run["result"])
+        and isinstance(run.get("seconds"), (int, float))
         for run in content["runs"].values()
     )
     if not whole:

@@ -133,8 +133,11 @@ def load(path: Path) -> dict[str, Any]:
         raise Wrong(f"{path} is cut off, damaged or no checkpoint ({error}); {kept}") from None
     try:
         found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError):
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError):
         found = None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise Wrong(f"{path} is not a checkpoint of `fused-resnet train`; {kept}")
+    state = found.get("state")
+    if not isinstance(found.get("settings"), dict) or not isinstance(state, dict) or not isinstance(state.get("skipped"), list):
+        raise Wrong(f"{path} lacks a part of what a checkpoint holds; {kept}")
     return found

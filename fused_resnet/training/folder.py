@@ -106,7 +106,12 @@ def read(path: Path, size: int) -> Tensor:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as file:
+            image: Image.Image = file
+            if file.mode.startswith("I;16"):  # PIL's own conversion makes everything above 255 white
+                image = Image.fromarray((numpy.asarray(file).astype("uint16") // 257).astype("uint8"))
+            elif file.mode in ("I", "F"):
+                raise ValueError(f"images of mode {image.mode} (32 bits a pixel) have no known range")
             fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise Unreadable(str(error).replace(f" {str(path)!r}", "") or type(error).__name__) from None

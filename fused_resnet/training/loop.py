@@ -165,6 +165,8 @@ class Training:
         self._collect_loss()
         since = self.step - (self.curve[-1].step if self.curve else 0)
         test_loss, accuracy = self.evaluate()
+        if self.step == self.steps and not math.isfinite(test_loss):
+            raise Failed(f"the test loss is not finite at the last step, {self.step}: a smaller --lr may help")
         finite = test_loss if math.isfinite(test_loss) else None
         self.curve.append(Point(self.step, self.step / self.batches.per_epoch, self.loss / since, finite, accuracy))
         self.loss = 0.0
