@@ -183,6 +183,7 @@ def training_captured(t: Tensor) -> None:
 
 
 def clear() -> None:
-    """Forget every derived value; each is made again when it is next needed."""
+    """Forget every derived value; each is made again when it is next needed. CUDA graphs that were captured with frozen parameters
+    must be captured again, not replayed: the memory that they read is given back."""
     _entries.clear()
     _for_graphs.clear()

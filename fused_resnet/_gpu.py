@@ -25,7 +25,8 @@ Plan = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _ALIGNMENT = 16  # bytes: of every operand of a tensor-core kernel
 _FEW = 4  # channels to which a stem's 1 to 3 are padded: csrc/cuda/config.h holds the same number
-# Multiply-adds up to which a call is all launches, and one kernel without tensor cores is faster than the library's several.
+# Multiply-adds up to which a call is taken to be all launches, so that one kernel without tensor cores beats the library's several.
+# Not measured yet, as little as what follows from it in ``reasons``: bench/gpu_report.py will tell.
 _SMALL = 1 << 24
 
 _MOST_PLANS = 4096  # beyond this many, start over
@@ -107,7 +108,7 @@ def reasons(
     if output_pixels * outputs * channels * height * width <= _SMALL or dtype == torch.float64:
         return []  # the kernel without tensor cores serves, if need be
     if dtype == torch.float32 and not tf32():
-        return ["float32 without TF32 (torch.backends.cudnn.allow_tf32): the library's convolution is faster than our general kernel"]
+        return ["float32 without TF32 (torch.backends.cudnn.allow_tf32): no tensor-core kernel can, and the library serves large ones"]
     vector = 16 // dtype.itemsize
     if (channels % vector and not _is_few(channels, dtype)) or outputs % vector:
         name = str(dtype).removeprefix("torch.")

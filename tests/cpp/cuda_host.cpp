@@ -120,15 +120,7 @@ std::tuple<Four, Four> locate(const Call& c, i64 number, i64 term) {
 
 fr::PassShape pass_shape(const std::string& type, const Four& shape, const Four& result, const Four& first, const Four& second,
                          bool relu, bool wide_input) {
-  fr::PassShape s;
-  s.n = shape[0], s.k = shape[1], s.p = shape[2], s.q = shape[3];
-  s.result = strides(result);
-  s.first = strides(first);
-  s.second = strides(second);
-  s.dtype = dtype(type);
-  s.relu = relu;
-  s.wide_input = wide_input;
-  return s;
+  return fr::pass_shape(dtype(type), shape, result, first, second, relu, wide_input);
 }
 
 }  // namespace
