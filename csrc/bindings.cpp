@@ -27,7 +27,7 @@ using fr::strides;
 
 namespace {
 
-constexpr int kInterface = 2;  // fused_resnet/_extension.py holds the same number
+constexpr int kInterface = 3;  // fused_resnet/_extension.py holds the same number
 
 fr::DType dtype(const std::string& name) {
   if (name == "float32") return fr::DType::float32;
@@ -158,7 +158,7 @@ PYBIND11_MODULE(_cpu, m) {
       .def(
           "run",
           [](const fr::Convolution& c, Pointer x, Pointer weight, Pointer bias, Pointer shortcut, Pointer y) {
-            c.run({in(x), in(weight), in(bias), in(shortcut), out(y)});
+            return c.run({in(x), in(weight), in(bias), in(shortcut), out(y)});
           },
           py::arg("input"), py::arg("packed_weight"), py::arg("bias"), py::arg("shortcut"), py::arg("output"),
           py::call_guard<py::gil_scoped_release>())
@@ -171,6 +171,7 @@ PYBIND11_MODULE(_cpu, m) {
           py::arg("weight"), py::arg("strides"), py::arg("packed_weight"), py::arg("joined_weight") = 0,
           py::arg("joined_strides") = Four{}, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("packed_bytes", &fr::Convolution::packed_bytes)
+      .def_property_readonly("packing", &fr::Convolution::packing)
       .def_property_readonly("workspace_bytes", &fr::Convolution::workspace_bytes)
       .def_property_readonly("isa", &fr::Convolution::isa)
       .def_property_readonly("algorithm", &algorithm_name)
@@ -191,7 +192,7 @@ PYBIND11_MODULE(_cpu, m) {
             for (const Pointer p : biases) o.bias.push_back(in(p));
             o.shortcut = in(shortcut);
             o.y = out(y);
-            b.run(o);
+            return b.run(o);
           },
           py::arg("input"), py::arg("packed_weights"), py::arg("biases"), py::arg("shortcut"), py::arg("output"),
           py::call_guard<py::gil_scoped_release>())
@@ -223,15 +224,18 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::arg("dtype"), py::arg("shape"), py::arg("result_strides"), py::arg("grad_strides"), py::arg("output_strides"),
       py::arg("grad"), py::arg("output"), py::arg("result"), py::arg("bias_grad"), py::arg("threads"));
-  m.def(
-      "fingerprint", [](Pointer data, i64 bytes, i64 most) { return fr::fingerprint(in(data), bytes, most); },
-      py::arg("data"), py::arg("bytes"), py::arg("most"));
   py::class_<fr::Guard>(m, "Guard")
-      .def(py::init([](const std::vector<std::pair<Pointer, i64>>& memory, i64 most) {
-             auto guard = std::make_unique<fr::Guard>(most);
-             for (const auto& [data, bytes] : memory) guard->add(in(data), bytes);
+      .def(py::init([](Pointer data, i64 bytes, i64 most) {
+             auto guard = std::make_unique<fr::Guard>();
+             guard->add(in(data), bytes, most);
              return guard;
            }),
-           py::arg("memory"), py::arg("most"))
+           py::arg("data"), py::arg("bytes"), py::arg("most"))
+      .def(py::init([](const std::vector<const fr::Guard*>& guards) {
+             auto guard = std::make_unique<fr::Guard>();
+             for (const fr::Guard* other : guards) guard->add(*other);
+             return guard;
+           }),
+           py::arg("guards"))
       .def("holds", &fr::Guard::holds);
 }

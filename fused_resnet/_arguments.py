@@ -20,6 +20,8 @@ DTYPES = {
 }
 _INTS = (int, torch.SymInt)
 _LONGEST = 2**62 - 1  # pixels of a padded side: beyond this 64-bit offsets cannot be formed
+# Below this an address is looked at: memory that was freed has none, so that a tensor's address is only its offset in the storage.
+SUSPICIOUS = 1 << 40
 
 
 class Padding(NamedTuple):
@@ -45,6 +47,8 @@ def pair(value: int | Sequence[int], name: str, least: int) -> Pair:
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
     if both[0] < least or both[1] < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    if both[0] > _LONGEST or both[1] > _LONGEST:
+        raise ValueError(f"{name} must be below 2**62, got {value}")
     return both[0], both[1]
 
 
@@ -116,6 +120,8 @@ def check_tensor(t: object, name: str, rank: int, like: Tensor | None = None) ->
     """One operand: a dense floating-point tensor of the given rank that shares dtype and device with ``like``."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    if t.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested one")
     if t.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {t.layout}")
     if t.dtype not in DTYPES.get(t.device.type, ()):
@@ -135,6 +141,33 @@ def check_tensor(t: object, name: str, rank: int, like: Tensor | None = None) ->
     if t.dim() != rank:
         axes = {4: "[N, C, H, W]", 1: "[K]"}[rank] if name != "weight" else "[K, C / groups, R, S]"
         raise ValueError(f"{name} must have {rank} dimensions {axes}, got {t.dim()}: {list(t.shape)}")
+
+
+def check_allocated(t: Tensor, name: str) -> None:
+    """Raises RuntimeError, as PyTorch's own operators do, for a tensor whose storage was freed (FSDP and offloading do that)."""
+    if t.numel() and t.untyped_storage().nbytes() == 0:
+        raise RuntimeError(f"{name} must have memory, got {t.numel()} elements in a storage that was freed")
+
+
+def check_operands(
+    input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, shortcut: Tensor | None = None
+) -> None:
+    """``check_allocated`` of each."""
+    for name, t in (("input", input), ("weight", weight), ("bias", bias), ("shortcut", shortcut)):
+        if t is not None:
+            check_allocated(t, name)
+
+
+def address(t: Tensor, name: str) -> int:
+    """The address of a tensor's first element, for a kernel.
+
+    Raises:
+        RuntimeError: if the tensor's storage was freed.
+    """
+    found = t.data_ptr()
+    if found < SUSPICIOUS:
+        check_allocated(t, name)
+    return found
 
 
 def check_bias(bias: Tensor | None, channels: int, like: Tensor) -> None:

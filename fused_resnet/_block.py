@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 from ._arguments import DTYPES
+from ._derived import Store
 from ._match import match
 from ._residual import Bound, Residual, bind, execute
 from ._stem import BoundStem, Stem, bind_stem, execute_stem, match_stem
@@ -59,7 +60,9 @@ class Snapshot:
         self.lengths = [*map(len, self.sized)]
         parents = [block, *(m for m in inner if m._modules)]
         self.trees = [(m._modules, dict(m._modules)) for m in parents]
-        self.plain = [(m.__dict__, get, get(m.__dict__)) for m in (block, *inner) for get in _plain_attributes(m, m is block)]
+        # Nothing here refers to the block itself, which would then live until the garbage collector comes.
+        self.own = [(get, get(block.__dict__)) for get in _plain_attributes(block, True)]
+        self.plain = [(m.__dict__, get, get(m.__dict__)) for m in inner for get in _plain_attributes(m, False)]
 
     def holds(self, block: nn.Module) -> bool:
         """Whether nothing has changed since."""
@@ -71,6 +74,9 @@ class Snapshot:
             if children != before:
                 return False
         try:
+            for get, value in self.own:
+                if get(block.__dict__) != value:
+                    return False
             for attributes, get, value in self.plain:
                 if get(attributes) != value:
                     return False
@@ -104,7 +110,7 @@ class FusedBlock:
         state = self._fused_resnet
         if torch.compiler.is_compiling():
             if _is_valid(self) and x.dim() == 4 and x.dtype in DTYPES.get(x.device.type, ()):
-                return _execute(_bind(self, state.description), x, True)
+                return _execute(_bind(self, state.description, None), x, True)
             return self._plain_forward(x)
         current = state.current
         if current is None or not current.holds(self):  # type: ignore[arg-type]
@@ -113,7 +119,7 @@ class FusedBlock:
             current = refresh(self, state)
         bound = current.bound
         if bound is not None:
-            ready = bound.plans.get("ready")
+            ready = bound.store.ready if type(bound) is Bound and bound.store is not None else None
             if ready is not None and type(x) is Tensor and not any(_GLOBAL_HOOKS):
                 y: Tensor | None = ready(x)
                 if y is not None:
@@ -121,6 +127,14 @@ class FusedBlock:
             if not _obstacle(x):
                 return _execute(bound, x, False)
         return self._plain_forward(x)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """What ``.to()``, ``.double()`` and their like call: the parameters will be others, so what is derived from them is given back."""
+        state = self.__dict__.get("_fused_resnet")
+        current = None if state is None else state.current
+        if current is not None and current.bound is not None:
+            current.bound.clear()
+        return super()._apply(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A converted block pickles as its original class, to be converted again, because its own class has no name."""
@@ -152,9 +166,9 @@ def look_at(block: Any) -> Residual | Stem:
     return match_stem(block, cls._plain_forward) if cls._fused_stem else match(block, cls._plain_forward, cls._needs_shortcut)
 
 
-def _bind(block: Any, description: Residual | Stem | None) -> Bound | BoundStem:
+def _bind(block: Any, description: Residual | Stem | None, store: Store | None) -> Bound | BoundStem:
     assert description is not None
-    return bind_stem(block, description) if isinstance(description, Stem) else bind(block, description)
+    return bind_stem(block, description, store) if isinstance(description, Stem) else bind(block, description, store)
 
 
 def _execute(bound: Bound | BoundStem, x: Tensor, compiling: bool) -> Tensor:
@@ -176,7 +190,7 @@ def refresh(block: Any, state: State) -> Snapshot:
     current = Snapshot(block)
     try:
         description = look_at(block)
-        current.bound = _bind(block, description)
+        current.bound = _bind(block, description, Store())
         state.description = description
     except Refused as error:
         current.reason = str(error)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ._arguments import is_channels_last
-from ._derived import derive
+from ._derived import Store, derive
 
 _LOW = (torch.bfloat16, torch.float16)
 Sources = tuple[Tensor, "Tensor | None", "Tensor | None", "Tensor | None", Tensor, Tensor]
@@ -26,10 +26,10 @@ def sources_of(conv: nn.Module, norm: nn.Module) -> Sources:
         return c.weight, c.bias, n.weight, n.bias, n.running_mean, n.running_var
 
 
-def folded(conv: nn.Module, norm: Any, compiling: bool) -> tuple[Tensor, Tensor]:
+def folded(conv: nn.Module, norm: Any, compiling: bool, store: Store | None) -> tuple[Tensor, Tensor]:
     """Weight [K, C / groups, R, S] and bias [K] of ``norm(conv(.))`` with running statistics.
 
-    Differentiable where a parameter wants its gradient; otherwise kept until a source changes.
+    Differentiable where a parameter wants its gradient; otherwise kept in ``store``, their block's, until a source changes.
     """
     if compiling:
         sources: Sources = (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)  # type: ignore[assignment]
@@ -40,7 +40,7 @@ def folded(conv: nn.Module, norm: Any, compiling: bool) -> tuple[Tensor, Tensor]
     ):
         return fold(*sources, norm.eps)
     eps = norm.eps
-    return derive(("folded", eps), sources, lambda *held: library_fold(*held, eps))  # type: ignore[call-arg, arg-type]
+    return derive((id(conv), "folded", eps), sources, lambda *held: library_fold(*held, eps), store)  # type: ignore[call-arg, arg-type]
 
 
 def _check_dtypes(weight: Tensor, mean: Tensor) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _extension, _numerics
-from ._arguments import Padding, Pair, check_convolution, output_format, pad, pair
+from ._arguments import Padding, Pair, check_convolution, check_operands, output_format, pad, pair
 from ._derived import derive
 
 Plan = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
@@ -187,6 +187,7 @@ def convolution(
     general = make("general").run if tensor_cores else run
 
     def call(input: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Tensor | None) -> Tensor:
+        check_operands(input, weight, bias, shortcut)
         output = torch.empty_strided(shape, output_strides, dtype=dtype, device=device)
         bias = None if bias is None else bias.contiguous()
         execute = run
@@ -229,14 +230,16 @@ def joined(
         *((t.shape, t.stride(), t.dtype) for t in (input, weight, other, projection[0])),
         *(None if b is None else (b.shape, b.dtype) for b in (layer[1], projection[1])),
         *(stride, padding, dilation, groups, projection_stride, relu),
-        *(state(input, *layer, other, *projection), _algorithm, _numerics.epoch),
+        *(state(input, *layer, other, *projection), _numerics.setting),
     )
     plan = _joined_plans.get(key, _UNKNOWN)
     if plan is _UNKNOWN:
+        changes = _numerics.changes
         plan = _joined_plan(input, layer, other, projection, stride, padding, dilation, groups, projection_stride, relu)
         if len(_joined_plans) >= _MOST_PLANS:
             _joined_plans.clear()
-        _joined_plans[key] = plan
+        if changes == _numerics.changes:
+            _joined_plans[key] = plan
     return None if plan is None else plan(input, layer, other, projection)
 
 
@@ -291,6 +294,8 @@ def _joined_plan(
     run = kernel.run
 
     def call(input: Tensor, layer: tuple[Tensor, Tensor | None], other: Tensor, projection: tuple[Tensor, Tensor | None]) -> Tensor | None:
+        check_operands(input, *layer)
+        check_operands(other, *projection)
         first, second, bias = krsc(layer[0]), krsc(projection[0]), _sum_of_biases(layer[1], projection[1])
         if not _aligned(input, other, first, second, bias):
             return None
@@ -314,7 +319,7 @@ def _sum_of_biases(first: Tensor | None, second: Tensor | None) -> Tensor | None
     if first is None or second is None:
         bias = second if first is None else first
         return None if bias is None else bias.contiguous()
-    return derive("sum of biases", (first, second), lambda a, b: (a.float() + b.float()).to(a.dtype))
+    return derive(("sum of biases",), (first, second), lambda a, b: (a.float() + b.float()).to(a.dtype))
 
 
 def _are_dense(input: Tensor, shortcut: Tensor | None, shape: Sequence[int], output_strides: Sequence[int]) -> bool:
@@ -346,7 +351,7 @@ def _turned(plan: Plan, shape: tuple[int, ...], output_strides: tuple[int, ...])
 
 def _with_padded_channels(plan: Plan) -> Plan:
     def call(input: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Tensor | None) -> Tensor:
-        return plan(_pad_channels(input), derive("padded channels", (weight,), _pad_channels), bias, shortcut)
+        return plan(_pad_channels(input), derive(("padded channels",), (weight,), _pad_channels), bias, shortcut)
 
     call.kernel = plan.kernel  # type: ignore[attr-defined]
     return call
@@ -367,7 +372,7 @@ def krsc(weight: Tensor) -> Tensor:
     def make(held: Tensor) -> Tensor:
         return torch.empty_strided(held.shape, wanted, dtype=held.dtype, device=held.device).copy_(held)
 
-    return derive("krsc", (weight,), make)
+    return derive(("krsc",), (weight,), make)
 
 
 def bias_add_relu(input: Tensor, bias: Tensor | None, shortcut: Tensor | None, relu: bool, output: Tensor) -> None:
@@ -415,7 +420,7 @@ def use_algorithm(name: str) -> None:
     """Compute with this kernel wherever it can: auto, general, or a tile's name (``tiles``). For tests and benchmarks."""
     global _algorithm
     _algorithm = name
-    _numerics.changed()
+    _numerics.record("algorithm on a GPU", name)
 
 
 def tiles() -> list[str]:
@@ -429,9 +434,9 @@ def use_twin(twin: ModuleType) -> Iterator[None]:
     """CPU tensors go through this file, to the module's twin for the host. For tests."""
     global _twin
     _twin = twin
-    _numerics.changed()
+    _numerics.record("twin", twin)
     try:
         yield
     finally:
         _twin = None
-        _numerics.changed()
+        _numerics.record("twin", None)

@@ -6,7 +6,7 @@ and kept: a repeated call costs one look-up.
 
 from __future__ import annotations
 
-import weakref
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from . import _gpu, _numerics
-from ._arguments import Padding, Pair, check_convolution, is_channels_last, output_format
-from ._derived import SOME, is_dense, snapshots
-from ._derived import find as derived
+from ._arguments import SUSPICIOUS, Padding, Pair, check_allocated, check_convolution, check_operands, is_channels_last, output_format
+from ._derived import find, unchanged
 from ._extension import cpu
 from ._select import cpu_reasons, reasons
 
 Plan = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
+Packer = Callable[[Tensor], "Tensor | None"]
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 _MOST_PLANS = 4096  # beyond this many shapes, start over: a plan is cheap to make again
@@ -79,16 +79,18 @@ def cached(
             None if shortcut is None else (shortcut.shape, shortcut.stride(), shortcut.dtype, shortcut.is_cpu),
             parameters,
             torch.get_num_threads() if input.is_cpu else _gpu.state(input, weight, bias, shortcut),
-            _numerics.epoch,
+            _numerics.setting,
         )
     except AttributeError:  # None, or no tensor at all: making the plan says so
         return make(input, weight, bias, shortcut, *parameters)
     plan = _plans.get(key, _UNKNOWN)
     if plan is _UNKNOWN:
+        changes = _numerics.changes
         plan = make(input, weight, bias, shortcut, *parameters)
         if len(_plans) >= _MOST_PLANS:
             _plans.clear()
-        _plans[key] = plan
+        if changes == _numerics.changes:
+            _plans[key] = plan
     return plan
 
 
@@ -172,27 +174,32 @@ def _plan(
     shortcut_strides = None if shortcut is None else shortcut.stride()
     make = _maker(shape, input, weight, bias is not None, shortcut_strides, stride, padding, dilation, relu, output_strides, threads)
     kernel = make(_algorithm)
-    run, pack = kernel.run, _packer(kernel)
-    fallback: list[Any] = []
+    weight_strides = weight.stride()
+    run, packed_weight = kernel.run, _packer(kernel, weight_strides)
+
+    @functools.cache
+    def direct() -> tuple[Any, Packer]:
+        """Direct convolution: right where Winograd's transforms of this weight or this input are not finite."""
+        kernel = make("direct")
+        return kernel.run, _packer(kernel, weight_strides)
 
     def call(input: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Tensor | None) -> Tensor:
-        execute, packed = run, pack(weight)
-        if packed is None:  # what Winograd derives from this weight is not finite: only direct convolution is right then
-            if not fallback:
-                direct = make("direct")
-                fallback.extend((direct.run, _packer(direct)))
-            execute, packed = fallback[0], fallback[1](weight)
-        output = torch.empty_strided(shape, output_strides, dtype=dtype)
+        x = input.data_ptr()
+        b = 0 if bias is None else bias.data_ptr()
+        s = 0 if shortcut is None else shortcut.data_ptr()
+        if x < SUSPICIOUS or (b < SUSPICIOUS and bias is not None) or (s < SUSPICIOUS and shortcut is not None):
+            check_operands(input, weight, bias, shortcut)
         if bias_strided:
             assert bias is not None
             bias = bias.contiguous()
-        execute(
-            input.data_ptr(),
-            packed.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            0 if shortcut is None else shortcut.data_ptr(),
-            output.data_ptr(),
-        )
+            b = bias.data_ptr()
+        packed = packed_weight(weight)
+        output = torch.empty_strided(shape, output_strides, dtype=dtype)
+        if packed is None or not run(x, packed.data_ptr(), b, s, output.data_ptr()):
+            run_direct, packed_directly = direct()
+            packed = packed_directly(weight)
+            assert packed is not None
+            run_direct(x, packed.data_ptr(), b, s, output.data_ptr())
         return output
 
     call.kernel = kernel  # type: ignore[attr-defined]  # what tests and `env` ask: instruction set, blocking, workspace
@@ -206,6 +213,7 @@ def _library_plan(
     small = shape[0] * shape[1] * shape[2] * shape[3] < _SMALL
 
     def call(input: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Tensor | None) -> Tensor:
+        check_operands(input, weight, bias, shortcut)
         output = torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
         if shortcut is None:
             return output.relu_() if relu else output
@@ -218,32 +226,18 @@ def _library_plan(
     return call
 
 
-def _packer(kernel: Any) -> Callable[[Tensor], Tensor | None]:
-    """The packed weight of a kernel, kept until the weight changes; None where it is of no use (see ``pack``)."""
-    tag, packed_bytes, pack = ("packed", kernel.isa, kernel.algorithm), kernel.packed_bytes, kernel.pack
-    last: list[Any] = [lambda: None, None, None, None, None]  # weight (weak), version, address, guard of its bytes, packed
+def _packer(kernel: Any, strides: tuple[int, ...]) -> Packer:
+    """The packed weight of a kernel, of a weight with these strides, kept until the weight changes; None where it is of no use (see ``pack``)."""
+    packed_bytes, pack = kernel.packed_bytes, kernel.pack
+    tag = (f"packed: {kernel.packing}, strides {strides}",)
+
+    def make(held: Tensor) -> Tensor | None:
+        buffer = torch.empty(packed_bytes, dtype=torch.uint8)
+        return buffer if pack(held.data_ptr(), strides, buffer.data_ptr()) else None
 
     def packed(weight: Tensor) -> Tensor | None:
-        ref, version, address, guard, value = last
-        if ref() is weight and weight._version == version and weight.data_ptr() == address and guard.holds():
-            return value  # type: ignore[no-any-return]
-        return find(weight)
-
-    def find(weight: Tensor) -> Tensor | None:
-        assert cpu is not None
-
-        def make(held: Tensor) -> Tensor | None:
-            buffer = torch.empty(packed_bytes, dtype=torch.uint8)
-            return buffer if pack(held.data_ptr(), held.stride(), buffer.data_ptr()) else None
-
-        seen = None
-        if not weight.is_inference() and is_dense(weight):  # else a change could not be seen
-            (held,) = snapshots((weight,))
-            assert held is not None
-            seen = cpu.Guard([(held.data_ptr(), held.nbytes)], SOME)
-        (state,), value = derived(tag, (weight,), make)
-        if seen is not None and state is not None:  # else it was replaced meanwhile
-            last[:] = weakref.ref(weight), *state, seen, value  # the plan's key has the layout
+        kept = unchanged(tag, weight)
+        value: Tensor | None = (find(tag, (weight,), make) if kept is None else kept).value
         return value
 
     return packed
@@ -255,7 +249,11 @@ def bias_add_relu(
     """relu(input + bias + shortcut) as ``dtype``; writes over ``input`` where that is ``owned`` (nobody else's) and fits.
 
     ``input`` may be float32 where ``dtype`` is narrower: it is then rounded once, here.
+
+    Raises:
+        RuntimeError: for an operand whose storage was freed.
     """
+    check_operands(input, bias=bias, shortcut=shortcut)
     channels_last = is_channels_last(input)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     in_place = owned and input.dtype == dtype and input.is_contiguous(memory_format=memory_format)
@@ -314,6 +312,8 @@ def _bias_add_relu_library(
 
 def relu_backward(grad: Tensor, output: Tensor, bias_grad: bool) -> tuple[Tensor, Tensor]:
     """grad where not (output <= 0), else 0, in output's memory format; and its sum over N, P, Q [K], or an empty tensor."""
+    check_allocated(grad, "grad")
+    check_allocated(output, "output")
     memory_format = torch.channels_last if is_channels_last(output) else torch.contiguous_format
     result = torch.empty(output.shape, dtype=output.dtype, device=output.device, memory_format=memory_format)
     sums = output.new_empty(output.shape[1] if bias_grad else 0)
@@ -344,16 +344,14 @@ def use_isa(name: str) -> None:
     """Compute with this instruction set from now on. For tests and benchmarks; users set FUSED_RESNET_ISA."""
     assert cpu is not None
     cpu.set_isa(name)
-    _plans.clear()
-    _numerics.changed()
+    _numerics.record("isa", name)
 
 
 def use_algorithm(name: str) -> None:
     """Compute with this algorithm wherever it can: auto, direct, winograd2 or winograd4. For tests and benchmarks."""
     global _algorithm
     _algorithm = name
-    _plans.clear()
-    _numerics.changed()
+    _numerics.record("algorithm", name)
 
 
 def algorithm() -> str:

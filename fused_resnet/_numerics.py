@@ -11,7 +11,7 @@ The README has measured errors. float64 is always computed directly.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 
 NUMERICS = ("fast", "strict")
@@ -25,7 +25,12 @@ def _from_environment() -> str:
 
 
 current = _from_environment()
-epoch = 0  # counts the changes of whatever a plan depends on besides its arguments
+
+# What a plan depends on besides its arguments, by name; ``setting`` is the number of such a combination, the same whenever it is back.
+_settings: dict[str, Hashable] = {"numerics": current}
+_numbers: dict[Hashable, int] = {}
+setting = 0
+changes = 0  # how often one was set: what is made meanwhile may be of either setting, and is not kept
 
 
 def set_numerics(name: str) -> None:
@@ -41,7 +46,7 @@ def set_numerics(name: str) -> None:
     if name not in NUMERICS:
         raise ValueError(f"numerics must be {' or '.join(repr(n) for n in NUMERICS)}, got {name!r}")
     current = name
-    changed()
+    record("numerics", name)
 
 
 @contextmanager
@@ -55,10 +60,15 @@ def using(name: str) -> Iterator[None]:
         set_numerics(before)
 
 
-def changed() -> None:
-    """Plans that were made before are not to be used again."""
-    global epoch
-    epoch += 1
+def record(name: str, value: Hashable) -> None:
+    """Something is set to ``value`` now that a plan depends on: plans that were made with another value are not used meanwhile."""
+    global setting, changes
+    changes += 1
+    _settings[name] = value
+    setting = _numbers.setdefault(tuple(sorted(_settings.items(), key=lambda item: item[0])), len(_numbers))
+
+
+record("numerics", current)
 
 
 def get_numerics() -> str:

@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import _kernels
-from ._arguments import Padding, Pair, check_convolution, check_pass, check_relu_backward, is_channels_last, output_format
+from ._arguments import Padding, Pair, check_convolution, check_operands, check_pass, check_relu_backward, is_channels_last, output_format
 from ._derived import derive, training_captured
 
 _library = torch.library.Library("fused_resnet", "DEF")
@@ -96,10 +96,11 @@ def general_path(
     relu: bool,
 ) -> Tensor:
     """The library's convolution, then our pass over its output, in place."""
+    check_operands(input, weight, bias, shortcut)
     dtype = input.dtype
     if dtype in (torch.bfloat16, torch.float16) and (bias is not None or shortcut is not None):
         # So that the sum is rounded once, at the end.
-        input, weight = input.float(), weight.float() if weight.is_cpu else derive("wide", (weight,), lambda held: held.float())
+        input, weight = input.float(), weight.float() if weight.is_cpu else derive(("wide",), (weight,), lambda held: held.float())
     output = _library_convolution(input, weight, None, stride, padding, dilation, groups)
     if not output.is_cpu:  # some of the library's convolutions for CUDA give other strides than its rule says
         output = output.contiguous(memory_format=output_format(input, weight, output.shape))
@@ -195,7 +196,9 @@ class ConvBiasAddReLU(torch.autograd.Function):
             conv, input, weight, bias, shortcut, stride, padding, dilation, groups, relu
         )
         ctx.geometry = stride, Padding(*padding), dilation, groups
-        ctx.save_for_backward(input, weight, output if relu else None)
+        # The convolution's gradients need its operands; without one of them, changing those in place is nobody's business.
+        saved = (input, weight) if ctx.needs_input_grad[0] or ctx.needs_input_grad[1] else (None, None)
+        ctx.save_for_backward(*saved, output if relu else None)
         return output
 
     @staticmethod

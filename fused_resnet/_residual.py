@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import _gpu, _whole
 from ._arguments import is_channels_last
+from ._derived import Store
 from ._extension import cpu
 from ._fold import folded, sources_of
 from .ops import bias_add_relu, conv_bias_add_relu, nobody_listens
@@ -68,6 +69,7 @@ class BoundLayer(NamedTuple):
     conv: nn.Conv2d
     norm: Any  # a BatchNorm2d or SyncBatchNorm, or None
     relu: bool
+    store: Store | None  # its block's; None while compiling, where nothing is kept
 
 
 class BoundCall(NamedTuple):
@@ -90,6 +92,12 @@ class Bound(NamedTuple):
     relu: bool
     kind: str | None  # of its shortcut, where it can be executed as a whole: see _whole.run
     plans: dict[Any, Any]
+    store: Store | None  # None while compiling
+
+    def clear(self) -> None:
+        """Give back what is derived from the block's parameters."""
+        if self.store is not None:
+            self.store.clear()
 
 
 def _find(module: nn.Module, path: str) -> Any:
@@ -98,17 +106,19 @@ def _find(module: nn.Module, path: str) -> Any:
     return module
 
 
-def bind_step(module: nn.Module, step: Step, functions: dict[str, Callable[..., Any]] = FUNCTIONS) -> BoundStep:
+def bind_step(
+    module: nn.Module, step: Step, store: Store | None, functions: dict[str, Callable[..., Any]] = FUNCTIONS
+) -> BoundStep:
     if isinstance(step, Layer):
         norm = None if step.norm is None else _find(module, step.norm)
-        return BoundLayer(_find(module, step.conv), norm, step.relu)
+        return BoundLayer(_find(module, step.conv), norm, step.relu, store)
     function = functions[step.target] if step.function else _find(module, step.target)
     return BoundCall(function, step.args, dict(step.kwargs))
 
 
-def bind(module: nn.Module, description: Residual) -> Bound:
-    """The description with ``module``'s submodules filled in."""
-    steps = tuple([bind_step(module, step) for step in description.main])
+def bind(module: nn.Module, description: Residual, store: Store | None) -> Bound:
+    """The description with ``module``'s submodules filled in, and where to keep what is derived from their parameters."""
+    steps = tuple([bind_step(module, step, store) for step in description.main])
     last = steps[-1]
     assert isinstance(last, BoundLayer)
     shortcut = description.shortcut
@@ -123,18 +133,14 @@ def bind(module: nn.Module, description: Residual) -> Bound:
     return Bound(
         steps[:-1],
         last,
-        None if shortcut is None else tuple([bind_step(module, step) for step in shortcut]),
+        None if shortcut is None else tuple([bind_step(module, step, store) for step in shortcut]),
         description.left == "main",
         description.inplace,
         description.relu,
         kind,
         {},
+        store,
     )
-
-
-def run(module: nn.Module, description: Residual, x: Tensor) -> Tensor:
-    """Execute ``description`` with ``module``'s submodules: x [N, C, H, W] -> [N, K, P, Q]."""
-    return execute(bind(module, description), x, torch.compiler.is_compiling())
 
 
 def execute(block: Bound, x: Tensor, compiling: bool) -> Tensor:
@@ -165,7 +171,7 @@ def _joined(block: Bound, h: Tensor, x: Tensor) -> Tensor | None:
     sources = [t for layer in (last, step) for t in _operand(layer, False).sources]
     if not nobody_listens(h, x, *sources) or h.dtype != x.dtype or h.dtype != last.conv.weight.dtype:
         return None
-    layers = [(layer.conv.weight, layer.conv.bias) if layer.norm is None else folded(layer.conv, layer.norm, False) for layer in (last, step)]
+    layers = [(layer.conv.weight, layer.conv.bias) if layer.norm is None else folded(layer.conv, layer.norm, False, layer.store) for layer in (last, step)]
     conv = last.conv
     return _gpu.joined(h, layers[0], x, layers[1], conv.stride, conv.padding, conv.dilation, conv.groups, step.conv.stride, block.relu)
 
@@ -202,13 +208,13 @@ def _execute_whole(block: Bound, x: Tensor) -> Tensor | None:
             return None  # its statistics must change once
         shortcut = run_steps(block.shortcut, x)
     assert block.kind is not None
-    found = _whole.run(block.plans, layers, x, shortcut, block.kind, block.left_is_main)
+    found = _whole.run(block.plans, block.store, layers, x, shortcut, block.kind, block.left_is_main)
     if found is None:
         return None
-    y, repeat = found
-    if ready is not None and ready.accept(repeat, shortcut):
-        block.plans["ready"] = ready
-    return y
+    if ready is not None and ready.accept(found, shortcut):
+        assert block.store is not None
+        block.store.ready = ready
+    return found.output
 
 
 _CONV_SETTINGS = operator.itemgetter("stride", "padding", "dilation", "groups")
@@ -216,7 +222,7 @@ _NORM_SETTINGS = operator.itemgetter("training", "eps")
 
 
 def _ready(block: Bound, x: Tensor) -> _whole.Ready | None:
-    """What will repeat this call; None for tensors that are kept in unusual places, or whose changes would not be seen."""
+    """What will repeat this call; None for tensors that are kept in unusual places."""
     places: list[tuple[dict[str, Any], str]] = []
     settings: list[tuple[dict[str, Any], Callable[[Any], Any]]] = []
     external = block.shortcut if block.kind == "external" else None
@@ -224,21 +230,20 @@ def _ready(block: Bound, x: Tensor) -> _whole.Ready | None:
     settings += [(s.norm.__dict__, _NORM_SETTINGS) for s in external or () if isinstance(s, BoundLayer) and s.norm is not None]
     for step in (*block.main, block.last, *(() if external is not None else block.shortcut or ())):
         assert isinstance(step, BoundLayer)
-        conv, norm, _ = step
+        conv, norm = step.conv, step.norm
         places += [(conv._parameters, "weight"), (conv._parameters, "bias")]
         settings.append((conv.__dict__, _CONV_SETTINGS))
         if norm is not None:
             places += [(norm._parameters, "weight"), (norm._parameters, "bias")]
             places += [(norm._buffers, "running_mean"), (norm._buffers, "running_var")]
             settings.append((norm.__dict__, _NORM_SETTINGS))
-    try:
-        return _whole.Ready(places, settings, x, None if external is None else functools.partial(run_steps, external))
-    except LookupError:
+    if any([name not in place for place, name in places]):
         return None
+    return _whole.Ready(places, settings, x, None if external is None else functools.partial(run_steps, external))
 
 
 def _operand(layer: BoundLayer, relu: bool) -> _whole.Operand:
-    conv, norm, _ = layer
+    conv, norm = layer.conv, layer.norm
     if norm is None:
         return _whole.Operand((conv.weight, conv.bias), None, conv.stride, conv.padding, conv.dilation, conv.groups, relu)
     sources = sources_of(conv, norm)
@@ -265,14 +270,14 @@ def _is_live(norm: Any) -> bool:
 
 def _layer(layer: BoundLayer, x: Tensor, shortcut: Tensor | None, relu: bool, compiling: bool) -> Tensor:
     """One layer; ``shortcut`` only where the normalisation is not live and the operator can add it."""
-    conv, norm, _ = layer
+    conv, norm = layer.conv, layer.norm
     if norm is None:
         weight, bias = conv.weight, conv.bias
     elif _is_live(norm):
         y: Tensor = norm(conv(x))
         return F.relu(y, inplace=True) if relu else y
     else:
-        weight, bias = folded(conv, norm, compiling)
+        weight, bias = folded(conv, norm, compiling, layer.store)
     return conv_bias_add_relu(x, weight, bias, shortcut, conv.stride, conv.padding, conv.dilation, conv.groups, relu)
 
 

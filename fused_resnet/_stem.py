@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ._derived import Store
 from ._match import Matcher, check_heard, plain_value
 from ._residual import Bound, BoundCall, BoundLayer, Call, Layer, Residual, Step, bind, bind_step, execute, run_steps
 from ._trace import Refused, only_input, trace
@@ -41,7 +42,10 @@ class Stem:
 class BoundStem(NamedTuple):
     layer: Bound  # a block of one layer
     rest: tuple[BoundLayer | BoundCall, ...]
-    plans: dict[Any, Any]
+
+    def clear(self) -> None:
+        """As ``Bound.clear``."""
+        self.layer.clear()
 
 
 def match_stem(module: nn.Module, forward: Callable[..., Any]) -> Stem:
@@ -96,15 +100,15 @@ def _call(matcher: Matcher, node: fx.Node) -> Call:
     raise Refused(f"after its stem it calls {matcher.say(node)}")
 
 
-def bind_stem(module: nn.Module, description: Stem) -> BoundStem:
-    """The description with ``module``'s children filled in."""
-    layer = bind(module, Residual((replace(description.layer, relu=False),), None, relu=description.layer.relu))
-    return BoundStem(layer, tuple([bind_step(module, step, FUNCTIONS) for step in description.rest]), {})
+def bind_stem(module: nn.Module, description: Stem, store: Store | None) -> BoundStem:
+    """The description with ``module``'s children filled in, and where to keep what is derived from their parameters."""
+    layer = bind(module, Residual((replace(description.layer, relu=False),), None, relu=description.layer.relu), store)
+    return BoundStem(layer, tuple([bind_step(module, step, store, FUNCTIONS) for step in description.rest]))
 
 
 def execute_stem(stem: BoundStem, x: Tensor, compiling: bool) -> Tensor:
     """Execute a bound stem and what follows it."""
-    ready = None if compiling else stem.layer.plans.get("ready")
+    ready = None if compiling or stem.layer.store is None else stem.layer.store.ready
     y = ready(x) if ready is not None and type(x) is Tensor else None
     x = execute(stem.layer, x, compiling) if y is None else y
     return run_steps(stem.rest, x, compiling)

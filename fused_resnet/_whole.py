@@ -6,20 +6,22 @@ errors.
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _kernels, _numerics
-from ._arguments import check_convolution, is_channels_last, output_format
-from ._derived import SOME, State, find, is_dense, snapshots, state_of
+from ._arguments import SUSPICIOUS, address, check_convolution, check_operands, is_channels_last, output_format
+from ._derived import Entry, Source, Store, find
 from ._extension import cpu
 from ._fold import library_fold
 from ._select import cpu_reasons
-from .ops import geometry, nobody_listens
+from .ops import geometry, is_quiet, nobody_listens
 
 _UNKNOWN: Any = object()
 _MOST_PLANS = 256  # of one block
@@ -63,14 +65,27 @@ class Packed(NamedTuple):
 
 
 Repeat = Callable[..., Tensor]  # of the input and, if there is an external shortcut, its address
-States = Iterable[tuple["Tensor | None", State]]  # which state of each source tensor was packed
-Packer = Callable[[Sequence[Operand]], tuple[Packed, States]]
+Packer = Callable[[Sequence["Operand"], "Store | None"], Entry]
+
+
+class Result(NamedTuple):
+    """A block's output, what repeats the call, and what was derived from parameters for it."""
+
+    output: Tensor
+    repeat: Repeat
+    entries: list[Entry]
 
 
 def run(
-    plans: dict[Any, Any], layers: Sequence[Operand], x: Tensor, shortcut: Tensor | None, kind: str, main_is_left: bool
-) -> tuple[Tensor, Repeat] | None:
-    """The block's output and what repeats the call, or None where it has to go layer by layer.
+    plans: dict[Any, Any],
+    store: Store | None,
+    layers: Sequence[Operand],
+    x: Tensor,
+    shortcut: Tensor | None,
+    kind: str,
+    main_is_left: bool,
+) -> Result | None:
+    """The block's output, or None where it has to go layer by layer.
 
     layers: the main path's, and the projection's behind them where ``kind`` is "projection". kind: "none", "identity",
     "external" (``shortcut`` is the tensor to add) or "projection".
@@ -85,17 +100,19 @@ def run(
         None if shortcut is None else (shortcut.shape, shortcut.stride(), shortcut.dtype),
         tuple([layer.key() for layer in layers]),
         torch.get_num_threads(),
-        _numerics.epoch,
+        _numerics.setting,
     )
     plan = plans.get(key, _UNKNOWN)
     if plan is _UNKNOWN:
+        changes = _numerics.changes
         plan = _plan(layers, x, shortcut, kind, main_is_left)
         if len(plans) >= _MOST_PLANS:
             plans.clear()
-        plans[key] = plan
+        if changes == _numerics.changes:
+            plans[key] = plan
     if plan is None:
         return None
-    found: tuple[Tensor, Repeat] = plan(layers, x, shortcut)
+    found: Result = plan(store, layers, x, shortcut)
     return found
 
 
@@ -121,7 +138,7 @@ def _describe(layer: Operand, h: Tensor) -> tuple[tuple[Any, ...], Tensor] | Non
 
 def _plan(
     layers: Sequence[Operand], x: Tensor, shortcut: Tensor | None, kind: str, main_is_left: bool
-) -> Callable[..., tuple[Tensor, Repeat]] | None:
+) -> Callable[..., Result] | None:
     assert cpu is not None
     described: list[Any] = []
     h = _like(x)
@@ -158,26 +175,29 @@ def _plan(
         return block, [_packer(block, i, main) for i in range(block.convolutions)]
 
     block, packers = make(_kernels.algorithm())
-    direct: list[Any] = []
+    direct = functools.cache(lambda: make("direct"))
     shape, strides, dtype = h.shape, h.stride(), x.dtype
 
-    def call(layers: Sequence[Operand], x: Tensor, shortcut: Tensor | None) -> tuple[Tensor, Repeat]:
-        run, found = block.run, [pack(layers) for pack in packers]
-        if any([p.buffer is None for p, _ in found]):  # only direct convolution is right with these weights
-            if not direct:
-                direct.extend(make("direct"))
-            run, found = direct[0].run, [pack(layers) for pack in direct[1]]
-        packed = [p for p, _ in found]
-        weights, biases = [p.weight for p in packed], [p.bias for p in packed]
+    def call(store: Store | None, layers: Sequence[Operand], x: Tensor, shortcut: Tensor | None) -> Result:
+        entries = [pack(layers, store) for pack in packers]
+        packed = [entry.value for entry in entries]
+        of_use = all([p.buffer is not None for p in packed])  # else only direct convolution is right with these weights
+        run, weights, biases = block.run, [p.weight for p in packed], [p.bias for p in packed]
+
+        own = None if store is None else weakref.ref(store)  # which will hold what repeats the call
 
         def repeat(x: Tensor, shortcut: int = 0) -> Tensor:
+            at = x.data_ptr()
+            if at < SUSPICIOUS:
+                check_operands(x)
             output = torch.empty_strided(shape, strides, dtype=dtype)
-            run(x.data_ptr(), weights, biases, shortcut, output.data_ptr())
+            if not of_use or not run(at, weights, biases, shortcut, output.data_ptr()):
+                directly, packers = direct()
+                now = [pack(layers, None if own is None else own()).value for pack in packers]
+                directly.run(at, [p.weight for p in now], [p.bias for p in now], shortcut, output.data_ptr())
             return output
 
-        repeat.keeps = packed  # type: ignore[attr-defined]  # alive: the addresses are theirs
-        repeat.states = {id(t): state for _, states in found for t, state in states if t is not None}  # type: ignore[attr-defined]
-        return repeat(x, 0 if shortcut is None else shortcut.data_ptr()), repeat
+        return Result(repeat(x, 0 if shortcut is None else address(shortcut, "shortcut")), repeat, entries)
 
     call.block = block  # type: ignore[attr-defined]  # what tests ask
     return call
@@ -186,10 +206,10 @@ def _plan(
 def _packer(block: Any, index: int, main: int) -> Packer:
     """The packed weight and the bias of one of the block's convolutions, kept until a source changes."""
     kernel = block.convolution(index)
-    size, pack, tag = kernel.packed_bytes, kernel.pack, (kernel.isa, kernel.algorithm)
+    size, pack, packing = kernel.packed_bytes, kernel.pack, kernel.packing
     joined = block.joined and index == main - 1
 
-    def packed(layers: Sequence[Operand]) -> tuple[Packed, States]:
+    def packed(layers: Sequence[Operand], store: Store | None) -> Entry:
         layer = layers[index]
         sources, eps = layer.sources, layer.eps
         other = layers[main] if joined else None
@@ -208,10 +228,13 @@ def _packer(block: Any, index: int, main: int) -> Packer:
                 return Packed(0, 0, None, None)
             return Packed(buffer.data_ptr(), 0 if bias is None else bias.data_ptr(), buffer, bias)
 
-        states, value = find(("whole", *tag, joined, eps, other and other.eps), sources, make)
-        return value, zip(sources, states, strict=True)
+        return find((index, "whole", packing, joined, eps, other and other.eps), sources, make, store)
 
     return packed
+
+
+_version = operator.attrgetter("_version")
+_data_ptr, _numel, _is_contiguous = Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous
 
 
 class Ready:
@@ -224,46 +247,54 @@ class Ready:
         x: Tensor,
         shortcut: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """To be made before the call that it is to repeat, so that a write meanwhile is seen; ``accept`` is for after it.
+        """To be made before the call that it is to repeat, so that a change meanwhile is seen; ``accept`` is for after it.
 
         places: where the modules keep the source tensors. settings: what reads the numbers that steer the modules.
         shortcut: what makes the tensor to add from the input, where that is neither the input nor one of the layers' work.
         """
-        assert cpu is not None
         self.places = places
         self.tensors = [d[name] for d, name in places]
-        self.there = [t for t in self.tensors if t is not None]
-        if any([t.is_inference() or not is_dense(t) for t in self.there]):
-            raise LookupError("a change of an inference tensor, or of one with holes, would not be seen")
-        self.held = [t for t in snapshots(self.there) if t is not None]  # the memory that the guard reads stays
-        self.state = self._state(self.held)
         self.settings = [(d, get, get(d)) for d, get in settings]
         self.shape, self.strides, self.dtype = x.shape, x.stride(), x.dtype
-        self.environment = torch.get_num_threads(), _numerics.epoch
-        self.guard = cpu.Guard([(t.data_ptr(), t.nbytes) for t in self.held], SOME)
-        self.repeat: Repeat | None = None
+        self.environment = torch.get_num_threads(), _numerics.setting
         self.shortcut = shortcut
         self.added: Any = None  # the shortcut's layout
 
-    @staticmethod
-    def _state(there: Sequence[Tensor]) -> Any:
-        return [t._version for t in there], [t.data_ptr() for t in there], [t.stride() for t in there if t.dim() > 1]
+    def accept(self, result: Result, shortcut: Tensor | None) -> bool:
+        """Whether the call can be repeated: a change of every tensor that it depends on would be seen.
 
-    def accept(self, repeat: Repeat, shortcut: Tensor | None) -> bool:
-        """Whether ``repeat`` computes with the tensors as they were: another thread may have replaced one meanwhile, and put it
-        back."""
-        states = repeat.states  # type: ignore[attr-defined]
-        if any([states.get(id(t)) != state_of(held) for t, held in zip(self.there, self.held, strict=True)]):
+        What the tensors are compared with is what the values were derived from, not what the tensors are now: another thread may have
+        replaced one meanwhile, and put it back.
+        """
+        assert cpu is not None
+        sources: dict[int, Source] = {}
+        for entry in result.entries:
+            if not entry.watched:
+                return False
+            sources.update({id(source.strong): source for source in entry.sources if source is not None})
+        self.there = [t for t in self.tensors if t is not None]
+        seen = [sources.get(id(t)) for t in self.there]
+        states = [source.state for source in seen if source is not None]
+        if len(states) < len(seen) or any([state[0] < 0 for state in states]):
             return False
+        self.versions, self.addresses = [state[0] for state in states], [state[1] for state in states]
+        # Vectors are many, and there is less to compare.
+        self.vectors = [t for t in self.there if t.dim() == 1]
+        self.lengths = [state[2][0] for state in states if len(state[2]) == 1]
+        self.others = [t for t in self.there if t.dim() != 1]
+        self.layouts = [state[2:] for state in states if len(state[2]) != 1]
+        self.guard = cpu.Guard([source.guard for source in seen if source is not None])
+        self.sources = seen  # they hold the memory that the guard reads
         self.added = None if shortcut is None else (shortcut.shape, shortcut.stride(), shortcut.dtype)
-        self.repeat = repeat
+        self.repeat = result.repeat
         return True
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        """The output for ``x``, or None if something has changed."""
-        if x.shape != self.shape or x.stride() != self.strides or x.dtype is not self.dtype or not x.is_cpu:
+        """The output for ``x``, a plain tensor outside of torch.compile; or None if something has changed."""
+        if x.layout is not torch.strided or not x.is_cpu or x.shape != self.shape or x.stride() != self.strides or x.dtype is not self.dtype:
             return None
-        if (torch.get_num_threads(), _numerics.epoch) != self.environment or not nobody_listens(x):
+        grad = torch.is_grad_enabled()
+        if (torch.get_num_threads(), _numerics.setting) != self.environment or not is_quiet() or (grad and x.requires_grad):
             return None
         try:
             for d, get, value in self.settings:
@@ -272,16 +303,20 @@ class Ready:
             tensors = [d[name] for d, name in self.places]
         except KeyError:
             return None
-        if not all(map(operator.is_, tensors, self.tensors)) or self._state(self.there) != self.state:
+        there = self.there
+        if not all(map(operator.is_, tensors, self.tensors)) or [*map(_version, there)] != self.versions:
             return None
-        if torch.is_grad_enabled() and any([t.requires_grad for t in self.there]):
+        if [*map(_data_ptr, there)] != self.addresses or [(t.shape, t.stride(), t.dtype) for t in self.others] != self.layouts:
             return None
-        repeat = self.repeat
-        if repeat is None or not self.guard.holds():
+        if [*map(_numel, self.vectors)] != self.lengths or not all(map(_is_contiguous, self.vectors)):
+            return None
+        if grad and any([t.requires_grad for t in there]):
+            return None
+        if not self.guard.holds():
             return None
         if self.shortcut is None:
-            return repeat(x)
+            return self.repeat(x)
         shortcut = self.shortcut(x)
         if (shortcut.shape, shortcut.stride(), shortcut.dtype) != self.added or not nobody_listens(shortcut):
             return None
-        return repeat(x, shortcut.data_ptr())
+        return self.repeat(x, address(shortcut, "shortcut"))

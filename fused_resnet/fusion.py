@@ -15,6 +15,7 @@ from torch import nn
 
 from . import _extension, _gpu
 from ._block import FusedBlock, Snapshot, State, forward_like, look_at
+from ._derived import Store
 from ._match import match
 from ._residual import Call, Layer, Residual, bind
 from ._stem import Stem, bind_stem, match_stem
@@ -193,7 +194,7 @@ def _convert_stem(module: nn.Module) -> bool:
         return False
     state = State(description)
     state.current = Snapshot(module)
-    state.current.bound = bind_stem(module, description)
+    state.current.bound = bind_stem(module, description, Store())
     module.__dict__["_fused_resnet"] = state
     return True
 
@@ -209,7 +210,7 @@ def _try(name: str, module: nn.Module, accept: Callable[[str, nn.Module], bool])
             raise Refused("left out by filter_fn", is_block=True)
         state = State(description)
         state.current = Snapshot(module)
-        state.current.bound = bind(module, description)
+        state.current.bound = bind(module, description, Store())
         try:
             module.__class__ = fused_class(cls)
         except TypeError as error:

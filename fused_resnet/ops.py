@@ -85,12 +85,11 @@ def geometry(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: A
     return stride, pad(padding, weight, stride, dilation), dilation
 
 
-def nobody_listens(*tensors: Any) -> bool:
-    """Whether a call with these tensors (None: no tensor) may go straight to the kernel: plain CPU or CUDA tensors, no gradient
-    wanted, no autocast, no tracing, no mode, no profiler. The dispatcher and the way back into Python take longer than a small convolution."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
+def is_quiet() -> bool:
+    """Whether nothing outside of its tensors keeps a call from going straight to the kernel: no autocast, no
+    tracing, no mode, no profiler. (torch.compile traces this function's caller: that is to be asked before.)"""
+    return not (
+        torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch.is_autocast_enabled("cpu")
         or torch.is_autocast_enabled("cuda")
@@ -98,7 +97,13 @@ def nobody_listens(*tensors: Any) -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-    ):
+    )
+
+
+def nobody_listens(*tensors: Any) -> bool:
+    """Whether a call with these tensors (None: no tensor) may go straight to the kernel: it ``is_quiet``, and these are plain CPU or CUDA
+    tensors that want no gradient. The dispatcher and the way back into Python take longer than a small convolution."""
+    if torch.compiler.is_compiling() or not is_quiet():
         return False
     grad = torch.is_grad_enabled()
     for t in tensors:

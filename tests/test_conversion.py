@@ -617,8 +617,8 @@ def test_planted_faults(monkeypatch: pytest.MonkeyPatch, fault: Callable[..., Te
 _whole_run = _whole.run
 
 
-def _whole_without_bias(plans: Any, layers: Any, *rest: Any) -> Any:
-    return _whole_run(plans, [layer._replace(sources=_without_bias(layer)) for layer in layers], *rest)
+def _whole_without_bias(plans: Any, store: Any, layers: Any, *rest: Any) -> Any:
+    return _whole_run(plans, store, [layer._replace(sources=_without_bias(layer)) for layer in layers], *rest)
 
 
 def _without_bias(layer: _whole.Operand) -> tuple[Tensor | None, ...]:
@@ -629,12 +629,12 @@ def _without_bias(layer: _whole.Operand) -> tuple[Tensor | None, ...]:
     return weight, None, gamma, None, torch.zeros_like(mean), variance  # type: ignore[arg-type]
 
 
-def _whole_without_shortcut(plans: Any, layers: Any, x: Tensor, shortcut: Any, kind: str, *rest: Any) -> Any:
-    return _whole_run(plans, layers[:-1] if kind == "projection" else layers, x, None, "none", *rest)
+def _whole_without_shortcut(plans: Any, store: Any, layers: Any, x: Tensor, shortcut: Any, kind: str, *rest: Any) -> Any:
+    return _whole_run(plans, store, layers[:-1] if kind == "projection" else layers, x, None, "none", *rest)
 
 
-def _whole_without_relu(plans: Any, layers: Any, *rest: Any) -> Any:
-    return _whole_run(plans, [layer._replace(relu=False) for layer in layers], *rest)
+def _whole_without_relu(plans: Any, store: Any, layers: Any, *rest: Any) -> Any:
+    return _whole_run(plans, store, [layer._replace(relu=False) for layer in layers], *rest)
 
 
 @pytest.mark.parametrize("fault", [None, _whole_without_bias, _whole_without_shortcut, _whole_without_relu])

@@ -40,14 +40,14 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     tags: list[object] = []
     real = _derived.find
 
-    def find(tag: object, sources: tuple[Tensor | None, ...], make: Callable[..., Any]) -> Any:
+    def find(tag: tuple[Any, ...], sources: tuple[Tensor | None, ...], make: Callable[..., Any], *store: Any) -> Any:
         def counted(*held: Tensor | None) -> Any:
             tags.append(tag)
             return make(*held)
 
-        return real(tag, sources, counted)
+        return real(tag, sources, counted, *store)
 
-    monkeypatch.setattr(_kernels, "derived", find)
+    monkeypatch.setattr(_kernels, "find", find)
     _kernels._plans.clear()
     return tags
 
@@ -305,6 +305,6 @@ def test_a_failed_packing_is_not_kept(no_entries: None) -> None:
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        _derived.derive("packed", (weight,), fails)
-    assert _derived.derive("packed", (weight,), lambda held: 5) == 5
+        _derived.derive(("packed",), (weight,), fails)
+    assert _derived.derive(("packed",), (weight,), lambda held: 5) == 5
     check(weight)

@@ -87,8 +87,8 @@ def pair(x: Tensor) -> tuple[Any, Any]:
         for _ in range(3):
             assert_same(converted, original, x)
     blocks = [*converted.layer1, *converted.layer2]
-    repeated = [block._fused_resnet.current.bound.plans.get("ready") for block in blocks]
-    repeated.append(converted._fused_resnet.current.bound.layer.plans.get("ready"))
+    repeated = [block._fused_resnet.current.bound.store.ready for block in blocks]
+    repeated.append(converted._fused_resnet.current.bound.layer.store.ready)
     assert None not in repeated, "a call that is not repeated"
     return original, converted
 

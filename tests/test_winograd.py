@@ -215,156 +215,6 @@ def test_error_of_whole_blocks(case: BlockCase, kernels: ModuleType) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Special values
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def tiles_with(bad: Tensor, algorithm: str) -> Tensor:
-    """Where an output's tile, of its image, holds an element of ``bad``: in any channel, for all read the same input."""
-    m = TILES[algorithm, 1][0]
-    p, q = bad.shape[2:]
-    any_channel = bad.any(1, keepdim=True).double()
-    pooled = torch.nn.functional.max_pool2d(any_channel, m, m, ceil_mode=True)
-    return (pooled.repeat_interleave(m, 2).repeat_interleave(m, 3)[:, :, :p, :q] > 0).expand_as(bad)
-
-
-@pytest.mark.parametrize("special", ["nan", "inf", "-inf"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("algorithm", WINOGRAD, indirect=True)
-def test_special_input(one_thread: None, isa: str, algorithm: str, dtype: torch.dtype, special: str) -> None:
-    """What direct convolution makes NaN is NaN; what it makes infinite is not finite; and no finite element outside of the
-    tiles in which it has such elements changes. One value in one image of two, at every kind of place, forward in both formats."""
-    generator = torch.Generator().manual_seed(0)
-    for stride, relu in product((1, 2), (False, True)):
-        if (algorithm, stride) not in TILES:
-            continue
-        for channels, place in product((3, 17), ((0, 0), (0, 5), (3, 4), (4, 4), (6, 9), (10, 12), (7, 12))):
-            case = ConvCase(channels, 19, (11, 13), (3, 3), (stride, stride), (1, 1), shortcut=True, relu=relu, batch=2)
-            plain = testing.integer_operands(case, dtype, generator)
-            spoilt = plain._replace(input=plain.input.clone())
-            spoilt.input[1, channels // 2, place[0], place[1]] = float(special)
-            # Without the ReLU, which makes minus infinity 0.
-            reached = ~eager(spoilt, **{**case.parameters, "relu": False}).isfinite()
-            expected = eager(spoilt, **case.parameters)
-            assert reached.any()
-            for memory_format in FORMATS:
-                ours = kernel_function(*laid_out(spoilt, memory_format), **case.parameters)
-                without = kernel_function(*laid_out(plain, memory_format), **case.parameters)
-                assert ours[expected.isnan()].isnan().all(), "a NaN is lost"
-                assert not ours[expected.isinf()].isfinite().any(), "an infinity is lost"
-                outside = ~tiles_with(reached, algorithm)
-                assert outside[0].all()
-                assert outside[1].any()
-                assert torch.equal(ours[outside], without[outside]), "it leaves its tiles"
-                if special == "nan":
-                    # And inside of them it is NaN or what it was: never a number that is wrong.
-                    assert torch.equal(ours[~ours.isnan()], without[~ours.isnan()])
-
-
-@pytest.mark.parametrize("special", ["nan", "inf", "-inf"])
-@pytest.mark.parametrize("operand", ["bias", "shortcut"])
-@pytest.mark.parametrize("algorithm", WINOGRAD, indirect=True)
-def test_special_bias_and_shortcut(isa: str, algorithm: str, operand: str, special: str, generator: torch.Generator) -> None:
-    """They are added after the transforms: only their own outputs change."""
-    for memory_format, relu in product(FORMATS, (False, True)):
-        case = ConvCase(7, 19, (6, 7), (3, 3), padding=(1, 1), shortcut=True, relu=relu, batch=2)
-        plain = laid_out(testing.integer_operands(case, torch.float32, generator), memory_format)
-        spoilt = plain._replace(**{operand: getattr(plain, operand).clone()})
-        where = (11,) if operand == "bias" else (1, 11, 3, 5)
-        getattr(spoilt, operand)[where] = float(special)
-        reached = torch.zeros(case.output_shape, dtype=torch.bool)
-        reached[:, 11] = operand == "bias"
-        reached[1, 11, 3, 5] = True
-        ours, without = (kernel_function(*o, **case.parameters) for o in (spoilt, plain))
-        number = torch.tensor(float(special))
-        wanted = torch.relu(number) if relu else number
-        assert torch.equal(ours[reached].nan_to_num(nan=77.0), wanted.nan_to_num(nan=77.0).expand(int(reached.sum())))
-        assert torch.equal(ours[~reached], without[~reached])
-
-
-# Weights with these have a transform that is not finite: sums of them overflow, if they are not infinite themselves.
-HUGE: dict[str, Callable[[Tensor], Any]] = {
-    "nan": lambda w: w[3, 1, 1, 1].fill_(float("nan")),
-    "inf": lambda w: w[3, 1, 0, 2].fill_(float("inf")),
-    "-inf in the last": lambda w: w[-1, -1, -1, -1].fill_(-float("inf")),
-    "nan in the first": lambda w: w[0, 0, 0, 0].fill_(float("nan")),
-    "largest, whole kernel": lambda w: w[3, 1].fill_(torch.finfo(w.dtype).max),
-    "all not finite": lambda w: w.fill_(float("nan")),
-}
-
-
-@pytest.mark.parametrize("weight", HUGE)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("algorithm", WINOGRAD, indirect=True)
-def test_weights_without_a_finite_transform(
-    isa: str, algorithm: str, dtype: torch.dtype, weight: str, generator: torch.Generator
-) -> None:
-    """Exactly what direct convolution gives; and afterwards, with the old weight, what Winograd gave."""
-    case = ConvCase(5, 19, (6, 7), (3, 3), shortcut=True, batch=2)
-    for memory_format in FORMATS:
-        operands = laid_out(testing.integer_operands(case, dtype, generator), memory_format)
-        plan = plan_of(operands, **case.parameters)
-        assert plan.kernel.algorithm == algorithm  # type: ignore[attr-defined]
-        before = plan(*operands)
-        kept = operands.weight.clone()
-        HUGE[weight](operands.weight)
-        ours = [plan(*operands) for _ in range(2)]
-        _kernels.use_algorithm("direct")
-        direct = kernel_function(*operands, **case.parameters)
-        _kernels.use_algorithm(algorithm)
-        assert not direct.isfinite().all()
-        for y in ours:
-            result = testing.compare_exact(y, direct)
-            assert result, result.reason
-        operands.weight.copy_(kept)
-        assert torch.equal(plan(*operands), before)
-
-
-@pytest.mark.parametrize("weight", HUGE)
-def test_blocks_with_weights_without_a_finite_transform(weight: str, kernels: ModuleType) -> None:
-    """A block as one call: the same, for each of its convolutions."""
-    x = torch.randn(2, 16, 9, 9)
-    for which in ("conv1", "conv2"):
-        block = fnn.BasicBlock(16, 16, norm_layer=nn.Identity).eval()
-        conv = getattr(block, which)
-        with torch.no_grad():
-            before = block(x), block(x)
-            kept = conv.weight.clone()
-            HUGE[weight](conv.weight)
-            ours = [block(x) for _ in range(3)]
-            _kernels.use_algorithm("direct")
-            direct = block(x)
-            _kernels.use_algorithm("auto")
-            assert not direct.isfinite().all()
-            assert all(testing.compare_exact(y, direct) for y in ours)
-            conv.weight.copy_(kept)
-            assert all(torch.equal(block(x), y) for y in before)
-
-
-@pytest.mark.parametrize("algorithm", WINOGRAD, indirect=True)
-def test_denormal_weights(isa: str, algorithm: str, generator: torch.Generator) -> None:
-    """A transformed weight below the smallest normal number may be taken as 0: with u such numbers at each position that is an
-    error of sum over c of |A'| tiny (|B'| |d| |B|) |A|. Beside normal weights it disappears in the usual bound."""
-    a, _, b = transforms(algorithm)
-    worst = float((a.abs() @ b.abs().sum(1)).max()) ** 2
-    case = ConvCase(7, 19, (6, 7), (3, 3), padding=(1, 1), bias=False, relu=False)
-    operands = testing.float_operands(case, torch.float32, generator)
-    tiny = torch.finfo(torch.float32).tiny
-    for scale in (tiny, tiny / 8, tiny * torch.finfo(torch.float32).eps):
-        denormal = operands._replace(weight=operands.weight / operands.weight.abs().max() * scale)
-        error = (kernel_function(*denormal, **case.parameters).double() - eager(Operands(*(  # type: ignore[arg-type]
-            None if t is None else t.double() for t in denormal)), **case.parameters)).abs().max().item()  # fmt: skip
-        assert error <= 2 * worst * case.channels * tiny * denormal.input.abs().max().item()
-    mixed = operands._replace(weight=operands.weight.clone())
-    mixed.weight[:, ::2] *= tiny
-    truth, peer = testing.truth_and_peer(mixed, **case.parameters)
-    result = testing.compare_tensors(
-        kernel_function(*mixed, **case.parameters), truth, peer, element_scale(mixed, algorithm, isa, **case.parameters)
-    )
-    assert result, result.reason
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Which algorithm, and numerics
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -668,31 +518,30 @@ def test_a_weight_that_is_replaced_and_put_back(
     old = conv.weight.data  # type: ignore[union-attr]
     other = -old  # type: ignore[operator]
     x = torch.randn(1, 32, 14, 14)
-    find, make_value = _derived.find, _derived._make
+    find = _derived.find
 
-    def replaced_before(tag: Any, sources: Any, make: Any) -> Any:
+    def replaced_before(tag: Any, sources: Any, make: Any, *store: Any) -> Any:
         conv.weight.data = other  # type: ignore[union-attr]
         try:
-            return find(tag, sources, make)
+            return find(tag, sources, make, *store)
         finally:
             conv.weight.data = old  # type: ignore[union-attr]
 
-    def replaced_within(make: Any, held: Any) -> Any:
-        conv.weight.data = other  # type: ignore[union-attr]
-        try:
-            return make_value(make, held)
-        finally:
-            conv.weight.data = old  # type: ignore[union-attr]
+    def replaced_within(tag: Any, sources: Any, make: Any, *store: Any) -> Any:
+        def while_replaced(*held: Any) -> Any:
+            conv.weight.data = other  # type: ignore[union-attr]
+            try:
+                return make(*held)
+            finally:
+                conv.weight.data = old  # type: ignore[union-attr]
+
+        return find(tag, sources, while_replaced, *store)
 
     with torch.no_grad():
         expected = copy.deepcopy(module)(x)
         with monkeypatch.context() as patched:
-            if moment == "while it packs":
-                patched.setattr(_derived, "_make", replaced_within)
-            elif whole:
-                patched.setattr(_whole, "find", replaced_before)
-            else:
-                patched.setattr(_kernels, "derived", replaced_before)
+            replaced = replaced_within if moment == "while it packs" else replaced_before
+            patched.setattr(_whole if whole else _kernels, "find", replaced)
             y = module(x)
         assert torch.equal(y, expected) == (moment == "while it packs"), "the weight was not replaced at that moment"
         for _ in range(3):
@@ -873,5 +722,5 @@ def test_derived_values_of_each_algorithm_are_kept_apart(kernels: ModuleType, ge
         _kernels.use_algorithm(algorithm)
         y = fused_resnet.conv_bias_add_relu(*operands, **case.parameters)
         assert torch.allclose(y, expected, rtol=0, atol=0 if algorithm != "winograd4" else 1e-3)
-    ((_, kept),) = _derived._entries.values()
-    assert len(kept) == 3
+    (kept,) = _derived._entries.values()
+    assert len(kept.entries) == 3

@@ -162,10 +162,11 @@ i64 Block::workspace_bytes() const {
   return most;
 }
 
-void Block::run(const BlockOperands& operands) const {
-  if (shape_.n == 0) return;
+bool Block::run(const BlockOperands& operands) const {
+  if (shape_.n == 0) return true;
   Workspace workspace(workspace_bytes());
   char* const data = workspace.data();
+  bool finite = true;
   const Group& first = groups_.front();
   if (!depth_first_) {
     char* const shared = data + first.slot.back();
@@ -174,12 +175,12 @@ void Block::run(const BlockOperands& operands) const {
         const Convolution& conv = *stage.convolution;
         const Operands o = operands_of(stage, first, operands, 0, data);
         for (int phase = 0; phase < conv.phases(); ++phase) {
-          for (i64 i = 0; i < conv.tasks(phase); ++i) conv.run_task(phase, i, o, shared, shared + first.shared);
+          for (i64 i = 0; i < conv.tasks(phase); ++i) finite &= conv.run_task(phase, i, o, shared, shared + first.shared);
         }
       }
-      return;
+      return finite;
     }
-#pragma omp parallel num_threads(threads_)
+#pragma omp parallel num_threads(threads_) reduction(&& : finite)
     {
       char* const mine = shared + first.shared + omp_get_thread_num() * first.thread;
       for (const Stage& stage : first.stages) {
@@ -188,15 +189,15 @@ void Block::run(const BlockOperands& operands) const {
         for (int phase = 0; phase < conv.phases(); ++phase) {
           const i64 tasks = conv.tasks(phase);
 #pragma omp for schedule(dynamic, 1)
-          for (i64 i = 0; i < tasks; ++i) conv.run_task(phase, i, o, shared, mine);
+          for (i64 i = 0; i < tasks; ++i) finite = conv.run_task(phase, i, o, shared, mine) && finite;
         }
       }
     }
-    return;
+    return finite;
   }
   const i64 groups = (shape_.n + first.images - 1) / first.images;
   const i64 each = workspace_bytes() / threads_;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads_) if (threads_ > 1)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads_) if (threads_ > 1) reduction(&& : finite)
   for (i64 index = 0; index < groups; ++index) {
     const i64 image = index * first.images;
     const Group& group = shape_.n - image < first.images ? groups_.back() : first;
@@ -206,10 +207,11 @@ void Block::run(const BlockOperands& operands) const {
       const Convolution& conv = *stage.convolution;
       const Operands o = operands_of(stage, group, operands, image, between);
       for (int phase = 0; phase < conv.phases(); ++phase) {
-        for (i64 i = 0; i < conv.tasks(phase); ++i) conv.run_task(phase, i, o, shared, shared + group.shared);
+        for (i64 i = 0; i < conv.tasks(phase); ++i) finite = conv.run_task(phase, i, o, shared, shared + group.shared) && finite;
       }
     }
   }
+  return finite;
 }
 
 std::string Block::describe() const {

@@ -40,7 +40,8 @@ class Block {
   // Throws as Convolution::make.
   Block(const BlockShape& shape, DType dtype, int threads, const Request& request);
 
-  void run(const BlockOperands& operands) const;  // throws std::bad_alloc before any work
+  // As Convolution::run; false: to be computed by a block of direct convolutions.
+  bool run(const BlockOperands& operands) const;
 
   // Main path in order, then the projection; for packing and for what they say. Null: joined.
   const Convolution* convolution(std::size_t i) const { return groups_.front().stages[stage_of_[i]].convolution.get(); }

@@ -32,25 +32,34 @@ bool Convolution::pack(const WeightView& weight, const WeightView& joined, void*
   return write_packed(weight, joined, out);
 }
 
-void Convolution::run(const Operands& operands) const {
-  if (shape_.empty()) return;
+std::string Convolution::packing_of(const std::string& algorithm, const Panels& cut) const {
+  const auto n = [](i64 value) { return std::to_string(value); };
+  return algorithm + ", " + isa_ + ", weight " + n(shape_.k) + "x" + n(shape_.c) + "x" + n(shape_.r) + "x" + n(shape_.s) + ", from " +
+         n(kernels_->storage_bytes) + " to " + n(kernels_->accumulator_bytes) + " bytes, groups of " + n(kernels_->group) +
+         ", vectors of " + n(cut.vector) + ", panels of " + n(cut.channels);
+}
+
+bool Convolution::run(const Operands& operands) const {
+  if (shape_.empty()) return true;
   Workspace workspace(workspace_bytes());
   char* const shared = workspace.data();
+  bool finite = true;
   if (threads_ == 1) {
     for (int phase = 0; phase < phases(); ++phase) {
-      for (i64 i = 0; i < tasks(phase); ++i) run_task(phase, i, operands, shared, shared + shared_bytes());
+      for (i64 i = 0; i < tasks(phase); ++i) finite &= run_task(phase, i, operands, shared, shared + shared_bytes());
     }
-    return;
+    return finite;
   }
-#pragma omp parallel num_threads(threads_)
+#pragma omp parallel num_threads(threads_) reduction(&& : finite)
   {
     char* const mine = shared + shared_bytes() + omp_get_thread_num() * thread_bytes();
     for (int phase = 0; phase < phases(); ++phase) {
       const i64 count = tasks(phase);
 #pragma omp for schedule(dynamic, 1)
-      for (i64 i = 0; i < count; ++i) run_task(phase, i, operands, shared, mine);
+      for (i64 i = 0; i < count; ++i) finite = run_task(phase, i, operands, shared, mine) && finite;
     }
   }
+  return finite;
 }
 
 }  // namespace fused_resnet

@@ -33,20 +33,23 @@ class Convolution {
   Convolution(const Convolution&) = delete;
   Convolution& operator=(const Convolution&) = delete;
 
-  // Throws std::bad_alloc, before any work, where there is no memory for the workspace.
-  void run(const Operands& operands) const;
+  // Throws std::bad_alloc, before any work, where there is no memory for the workspace. False: a value on the way was not finite, so
+  // that the output is not to be used: direct convolution may give a finite one, and what the definition says in any case.
+  bool run(const Operands& operands) const;
 
   // Writes the packed weight, packed_bytes() bytes. False: it is of no use, because a value that this algorithm derives from
   // the weight is not finite; only direct convolution gives then what the definition says. `joined`: of a joined convolution.
   bool pack(const WeightView& weight, const WeightView& joined, void* out) const;
   virtual i64 packed_bytes() const = 0;
+  // Everything that the packed weight depends on besides the weight's values: two convolutions whose texts are equal read the same bytes.
+  virtual std::string packing() const = 0;
   virtual std::string describe() const = 0;
 
   // For whoever runs several convolutions in one parallel region. `shared`: shared_bytes() for all threads together, `mine`:
-  // thread_bytes() for each; both 64-byte aligned. Between two phases all threads must meet.
+  // thread_bytes() for each; both 64-byte aligned. Between two phases all threads must meet. run_task: false as of run.
   virtual int phases() const = 0;
   virtual i64 tasks(int phase) const = 0;
-  virtual void run_task(int phase, i64 index, const Operands& operands, char* shared, char* mine) const = 0;
+  virtual bool run_task(int phase, i64 index, const Operands& operands, char* shared, char* mine) const = 0;
   virtual i64 shared_bytes() const { return 0; }
   virtual i64 thread_bytes() const = 0;
 
@@ -62,6 +65,9 @@ class Convolution {
   const void* element(const void* data, i64 offset) const {
     return static_cast<const char*>(data) + offset * kernels_->storage_bytes;
   }
+
+  // The part of packing() that all algorithms share.
+  std::string packing_of(const std::string& algorithm, const Panels& cut) const;
 
   virtual bool write_packed(const WeightView& weight, const WeightView& joined, void* out) const = 0;
 

@@ -73,6 +73,10 @@ i64 DirectConvolution::packed_bytes() const {
   return checked_product(checked_product(vectors * kernels_->vector, reduction), kernels_->accumulator_bytes);
 }
 
+std::string DirectConvolution::packing() const {
+  return packing_of("direct", blocking_.cut) + ", joined " + std::to_string(shape_.joined.c);
+}
+
 bool DirectConvolution::write_packed(const WeightView& weight, const WeightView& joined, void* out) const {
   const i64 panels = blocking_.cut.count();
   const i64 reduction = blocking_.channels * shape_.r * shape_.s + blocking_.joined;
@@ -176,7 +180,7 @@ void DirectConvolution::pack_joined(const Task& t, const void* x, char* out) con
   }
 }
 
-void DirectConvolution::run_task(int, i64 index, const Operands& operands, char*, char* workspace) const {
+bool DirectConvolution::run_task(int, i64 index, const Operands& operands, char*, char* workspace) const {
   const Task t = task(index);
   const ConvShape& s = shape_;
   const Blocking& b = blocking_;
@@ -241,6 +245,7 @@ void DirectConvolution::run_task(int, i64 index, const Operands& operands, char*
   args.tiles_outside = b.tiles_outside;
   args.input_run = !b.packed && s.r == 1 && s.s == 1 && a_col == b.channels;
   kernels_->block(args);
+  return true;
 }
 
 }  // namespace fused_resnet

@@ -12,11 +12,12 @@ class DirectConvolution final : public Convolution {
   DirectConvolution(const ConvShape& shape, DType dtype, int threads, const Choice& choice);
 
   i64 packed_bytes() const override;
+  std::string packing() const override;
   std::string describe() const override { return blocking_.describe(); }
 
   int phases() const override { return 1; }
   i64 tasks(int) const override { return shape_.empty() ? 0 : blocking_.tasks(); }
-  void run_task(int phase, i64 index, const Operands& operands, char* shared, char* mine) const override;
+  bool run_task(int phase, i64 index, const Operands& operands, char* shared, char* mine) const override;
   i64 thread_bytes() const override { return workspace_; }
 
  private:

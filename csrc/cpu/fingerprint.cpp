@@ -38,7 +38,7 @@ std::uint64_t fingerprint(const void* data, i64 bytes, i64 most) {
 
 bool Guard::holds() const {
   for (const Memory& m : memory_) {
-    if (fingerprint(m.data, m.bytes, most_) != m.expected) return false;
+    if (fingerprint(m.data, m.bytes, m.most) != m.expected) return false;
   }
   return true;
 }

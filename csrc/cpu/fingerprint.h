@@ -13,17 +13,16 @@ std::uint64_t fingerprint(const void* data, i64 bytes, i64 most);
 // The fingerprints of several pieces of memory.
 class Guard {
  public:
-  explicit Guard(i64 most) : most_(most) {}
-  void add(const void* data, i64 bytes) { memory_.push_back({data, bytes, fingerprint(data, bytes, most_)}); }
+  void add(const void* data, i64 bytes, i64 most) { memory_.push_back({data, bytes, most, fingerprint(data, bytes, most)}); }
+  void add(const Guard& other) { memory_.insert(memory_.end(), other.memory_.begin(), other.memory_.end()); }  // with what was expected then
   bool holds() const;  // reads the memory: it must still be there
 
  private:
   struct Memory {
     const void* data;
-    i64 bytes;
+    i64 bytes, most;
     std::uint64_t expected;
   };
-  i64 most_;
   std::vector<Memory> memory_;
 };
 

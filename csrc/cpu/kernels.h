@@ -158,7 +158,7 @@ struct WinogradKernels {
   bool (*weight)(const WinogradWeightArgs&);  // false: a transformed weight is not finite
   void (*input)(const WinogradInputArgs&);    // rows in the storage dtype, channels side by side
   void (*input_packed)(const WinogradInputArgs&);  // rows in the accumulator's type
-  void (*output)(const WinogradOutputArgs&);
+  bool (*output)(const WinogradOutputArgs&);  // false: a sum is not finite, on the way or in the end
 };
 
 struct DTypeKernels {

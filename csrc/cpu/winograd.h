@@ -355,9 +355,11 @@ void winograd_multiply(const WinogradMultiplyArgs& a) {
   }
 }
 
-// Y = A' M A of one tile and one vector of channels: `product` at a tile, positions `stride` apart.
+// Y = A' M A of one tile and one vector of channels: `product` at a tile, positions `stride` apart. `odd` becomes NaN, and stays so,
+// where a value of Y is not finite. Whatever is not finite in a transformed input or a product reaches a value of Y: each is a term of one,
+// and an infinity or a NaN never sums to a finite number.
 template <class V, class F>
-FR_INLINE void inverse(const typename V::type* product, i64 stride, typename V::reg (&y)[F::m][F::m]) {
+FR_INLINE void inverse(const typename V::type* product, i64 stride, typename V::reg (&y)[F::m][F::m], typename V::reg& odd) {
   using reg = typename V::reg;
   constexpr int A = F::alpha;
   reg half[F::m][A];
@@ -371,15 +373,30 @@ FR_INLINE void inverse(const typename V::type* product, i64 stride, typename V::
     for (int i = 0; i < F::m; ++i) half[i][l] = t[i];
   }
   FR_UNROLL
-  for (int i = 0; i < F::m; ++i) F::output(half[i], y[i]);
+  for (int i = 0; i < F::m; ++i) {
+    F::output(half[i], y[i]);
+    FR_UNROLL
+    for (int l = 0; l < F::m; ++l) odd = V::fma(y[i][l], V::zero(), odd);
+  }
+}
+
+// Whether `odd` of ``inverse`` is still zero everywhere.
+template <class V>
+bool all_finite(typename V::reg odd) {
+  alignas(64) typename V::type lanes[V::width];
+  V::store(lanes, odd);
+  int odd_lanes = 0;
+  for (int i = 0; i < V::width; ++i) odd_lanes |= lanes[i] != 0;  // a NaN is not 0
+  return odd_lanes == 0;
 }
 
 // Step 3 for channels side by side in memory: inverse transform, bias, shortcut, ReLU, store.
 template <class V, class S, class F>
-void winograd_output_channels(const WinogradOutputArgs& a) {
+bool winograd_output_channels(const WinogradOutputArgs& a) {
   using T = typename V::type;
   using reg = typename V::reg;
   constexpr int W = V::width, m = F::m;
+  reg odd = V::zero();
   for (i64 v = 0; v < a.width; v += W) {
     const i64 channel = a.channel + v, count = smaller(a.k - channel, W);
     if (count <= 0) break;
@@ -387,7 +404,7 @@ void winograd_output_channels(const WinogradOutputArgs& a) {
     const T* product = static_cast<const T*>(a.product) + v;
     for (i64 tile = 0; tile < a.tiles; ++tile, product += a.width) {
       reg y[m][m];
-      inverse<V, F>(product, a.position_stride, y);
+      inverse<V, F>(product, a.position_stride, y, odd);
       const i64 columns = smaller(a.columns - tile * m, m);
       S* out = static_cast<S*>(a.y) + tile * m * a.y_stride.w + channel;
       const S* shortcut = a.shortcut ? static_cast<const S*>(a.shortcut) + tile * m * a.shortcut_stride.w + channel : nullptr;
@@ -419,23 +436,25 @@ void winograd_output_channels(const WinogradOutputArgs& a) {
       }
     }
   }
+  return all_finite<V>(odd);
 }
 
 // Step 3 for any strides: the strip's pixels are turned, so that one register holds the pixels of one channel.
 template <class V, class S, class F>
-void winograd_output_pixels(const WinogradOutputArgs& a) {
+bool winograd_output_pixels(const WinogradOutputArgs& a) {
   using T = typename V::type;
   using reg = typename V::reg;
   constexpr int W = V::width, m = F::m;
   T* const lines = static_cast<T*>(a.scratch);  // [m][columns rounded up to W][W]
   const i64 pitch = (a.tiles * m + W - 1) / W * W * W;
+  reg odd = V::zero();
   for (i64 v = 0; v < a.width; v += W) {
     const i64 channel = a.channel + v, count = smaller(a.k - channel, W);
     if (count <= 0) break;
     const T* product = static_cast<const T*>(a.product) + v;
     for (i64 tile = 0; tile < a.tiles; ++tile, product += a.width) {
       reg y[m][m];
-      inverse<V, F>(product, a.position_stride, y);
+      inverse<V, F>(product, a.position_stride, y, odd);
       FR_UNROLL
       for (int i = 0; i < m; ++i) {
         FR_UNROLL
@@ -473,15 +492,15 @@ void winograd_output_pixels(const WinogradOutputArgs& a) {
       }
     }
   }
+  return all_finite<V>(odd);
 }
 
 template <class V, class S, class F>
-void winograd_output(const WinogradOutputArgs& a) {
+bool winograd_output(const WinogradOutputArgs& a) {
   if (a.y_stride.c == 1 && (!a.shortcut || a.shortcut_stride.c == 1)) {
-    winograd_output_channels<V, S, F>(a);
-  } else {
-    winograd_output_pixels<V, S, F>(a);
+    return winograd_output_channels<V, S, F>(a);
   }
+  return winograd_output_pixels<V, S, F>(a);
 }
 
 template <class V, class S, class D, class F>

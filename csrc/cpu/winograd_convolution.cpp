@@ -60,6 +60,11 @@ i64 WinogradConvolution::packed_bytes() const {
   return checked_product(count, kernels_->accumulator_bytes);
 }
 
+std::string WinogradConvolution::packing() const {
+  const std::string transform = "Winograd " + std::to_string(blocking_.m) + " of " + std::to_string(blocking_.alpha);
+  return packing_of(transform + " step " + std::to_string(blocking_.step), blocking_.cut);
+}
+
 bool WinogradConvolution::write_packed(const WeightView& weight, const WeightView&, void* out) const {
   std::atomic<bool> finite{true};
   const i64 per_channel = blocking_.positions() * elements() * kernels_->accumulator_bytes;
@@ -136,8 +141,8 @@ void WinogradConvolution::transform(i64 begin, i64 end, i64 index, const void* x
   }
 }
 
-// From the products of tiles [begin, end) and one panel to the output.
-void WinogradConvolution::finish(i64 begin, i64 end, i64 panel, const Operands& operands, const char* product,
+// From the products of tiles [begin, end) and one panel to the output. False: see Convolution::run.
+bool WinogradConvolution::finish(i64 begin, i64 end, i64 panel, const Operands& operands, const char* product,
                                  char* scratch) const {
   const ConvShape& s = shape_;
   const i64 m = blocking_.m, bytes = kernels_->accumulator_bytes;
@@ -151,6 +156,7 @@ void WinogradConvolution::finish(i64 begin, i64 end, i64 panel, const Operands& 
   a.y_stride = s.y;
   a.relu = s.relu;
   a.scratch = scratch;
+  bool finite = true;
   for (i64 tile = begin; tile < end;) {
     const Strip t = strip(tile, end);
     const i64 p = t.row * m, q = t.col * m;
@@ -162,9 +168,10 @@ void WinogradConvolution::finish(i64 begin, i64 end, i64 panel, const Operands& 
     if (s.has_shortcut) {
       a.shortcut = element(operands.shortcut, t.image * s.shortcut.n + p * s.shortcut.h + q * s.shortcut.w);
     }
-    winograd_->output(a);
+    if (!winograd_->output(a)) finite = false;
     tile += t.tiles;
   }
+  return finite;
 }
 
 // What the epilogue of this panel will touch, and a share of the input of the tiles from `next` on.
@@ -208,7 +215,7 @@ i64 WinogradConvolution::tasks(int phase) const {
   return blocking_.shared && phase == 0 ? vectors() * shape_.n * blocking_.rows : blocking_.tasks();
 }
 
-void WinogradConvolution::run_task(int phase, i64 index, const Operands& operands, char* shared, char* mine) const {
+bool WinogradConvolution::run_task(int phase, i64 index, const Operands& operands, char* shared, char* mine) const {
   const WinogradBlocking& b = blocking_;
   const i64 bytes = kernels_->accumulator_bytes, vector = kernels_->vector;
   const i64 product_bytes = align64(b.positions() * b.tiles * b.cut.channels * bytes);
@@ -219,7 +226,7 @@ void WinogradConvolution::run_task(int phase, i64 index, const Operands& operand
     // One row of tiles, one vector of channels.
     const i64 begin = index / vectors() * b.cols;
     transform(begin, begin + b.cols, index % vectors(), operands.x, shared, 0, all_tiles(), scratch);
-    return;
+    return true;
   }
   const i64 part = index / b.panel_parts, panel_begin = index % b.panel_parts * b.panels;
   const i64 panel_end = std::min(panels(), panel_begin + b.panels);
@@ -235,6 +242,7 @@ void WinogradConvolution::run_task(int phase, i64 index, const Operands& operand
   }
   AheadRun* const runs = reinterpret_cast<AheadRun*>(mine + thread_bytes() - ahead_bytes());
   const i64 next = b.shared ? all_tiles() : (part + threads_) * b.tiles;
+  bool finite = true;
   for (i64 panel = panel_begin; panel < panel_end; ++panel) {
     WinogradMultiplyArgs a;
     a.ahead = runs;
@@ -253,8 +261,9 @@ void WinogradConvolution::run_task(int phase, i64 index, const Operands& operand
     a.channels = elements();
     a.positions = int(b.positions());
     kernels_->winograd_multiply(a);
-    finish(begin, end, panel, operands, product, scratch);
+    if (!finish(begin, end, panel, operands, product, scratch)) finite = false;
   }
+  return finite;
 }
 
 }  // namespace fused_resnet

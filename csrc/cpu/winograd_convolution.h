@@ -10,11 +10,12 @@ class WinogradConvolution final : public Convolution {
   WinogradConvolution(const ConvShape& shape, DType dtype, int threads, const Choice& choice);
 
   i64 packed_bytes() const override;
+  std::string packing() const override;
   std::string describe() const override { return blocking_.describe(); }
 
   int phases() const override { return blocking_.shared ? 2 : 1; }
   i64 tasks(int phase) const override;
-  void run_task(int phase, i64 index, const Operands& operands, char* shared, char* mine) const override;
+  bool run_task(int phase, i64 index, const Operands& operands, char* shared, char* mine) const override;
   i64 shared_bytes() const override { return blocking_.shared ? transformed_bytes(all_tiles()) : 0; }
   i64 thread_bytes() const override;
 
@@ -37,7 +38,7 @@ class WinogradConvolution final : public Convolution {
   i64 strip_columns() const;             // the most that a strip reads
 
   void transform(i64 begin, i64 end, i64 index, const void* x, char* out, i64 first, i64 tiles, char* scratch) const;
-  void finish(i64 begin, i64 end, i64 panel, const Operands& operands, const char* product, char* scratch) const;
+  bool finish(i64 begin, i64 end, i64 panel, const Operands& operands, const char* product, char* scratch) const;
 
   i64 look_ahead(i64 begin, i64 end, i64 next, i64 panel, const Operands& operands, AheadRun* runs) const;  // how many
 

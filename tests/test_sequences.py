@@ -1,0 +1,420 @@
+"""What is kept between calls: sequences of calls that share a weight, a block or a process. Single calls find no stale cache.
+
+What is trusted: the reference, or an unconverted twin, called with the same tensors; on small integers their results are exact in every
+order of summation. Random sequences are in test_stateful.py; this file has those that once went wrong, and their neighbours.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import weakref
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from _calls import DTYPES, FORMATS, name, plan_of, run_python
+from torch import Tensor, nn
+
+import fused_resnet
+import fused_resnet.nn as fnn
+from fused_resnet import _derived, _kernels, _plain, reference, testing
+from fused_resnet.cases import ConvCase
+
+
+def integers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def block_of_integers(channels: int, stride: int = 1, dtype: torch.dtype = torch.float32) -> fnn.BasicBlock:
+    """Without normalisation, and few enough ones that every sum is exact."""
+    block = fnn.BasicBlock(channels, channels, stride, norm_layer=nn.Identity)
+    if stride > 1:
+        block.downsample = fnn.ZeroPadShortcut(channels, channels, stride)
+    with torch.no_grad():
+        for seed, parameter in enumerate(block.parameters()):
+            parameter.copy_(integers(*parameter.shape, seed=seed) * (torch.rand_like(parameter) < 4 / channels))
+    return block.to(dtype).eval()
+
+
+@pytest.fixture
+def no_garbage_collector() -> Iterator[None]:
+    """What is given back must be given back at once, not when the collector comes."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One weight, many uses
+# ---------------------------------------------------------------------------------------------------------------------
+
+# (size, stride, algorithm asked for): every packed layout that one weight can have.
+USES = ((7, 1, "winograd2"), (14, 2, "winograd2"), (7, 1, "direct"), (14, 1, "auto"), (15, 2, "auto"), (4, 1, "winograd2"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("channels", [(16, 16), (40, 72), (512, 64)], ids=str)
+def test_one_weight_at_several_strides_and_sizes(isa: str, channels: tuple[int, int], dtype: torch.dtype) -> None:
+    """In every order of two, there and back: what the one use packs must not be taken for what the other reads."""
+    fused_resnet.set_numerics("strict")  # whatever is chosen is exact on integers
+    inputs, outputs = channels
+    expected = {}
+    weight = integers(outputs, inputs, 3, 3, dtype=dtype) * (integers(outputs, inputs, 3, 3, seed=1) > 0)
+    for first, second in itertools.permutations(USES, 2):
+        used = weight.clone()
+        for use in (first, second, first):
+            size, stride, algorithm = use
+            x = integers(1, inputs, size, size, dtype=dtype, seed=2).contiguous(memory_format=torch.channels_last)
+            if use not in expected:
+                expected[use] = reference.conv_bias_add_relu(x, weight, stride=stride, padding=1)
+            _kernels.use_algorithm(algorithm)
+            y = fused_resnet.conv_bias_add_relu(x, used, stride=stride, padding=1)
+            assert torch.equal(y, expected[use]), (first, second, use)
+
+
+@pytest.mark.parametrize("numerics", ["fast", "strict"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+def test_two_blocks_that_share_a_weight(kernels: ModuleType, dtype: torch.dtype, numerics: str) -> None:
+    fused_resnet.set_numerics(numerics)
+    first, second = block_of_integers(64, 1, dtype), block_of_integers(64, 2, dtype)
+    second.conv1.weight = first.conv2.weight
+    twins = copy.deepcopy((first, second))
+    x = integers(1, 64, 14, 14, dtype=dtype)
+    with torch.no_grad():
+        for _ in range(3):
+            for block, twin in zip((first, second), twins, strict=True):
+                expected = twin._plain_forward(x)
+                assert testing.norm_error(block(x), expected.double()) <= (1e-6 if dtype == torch.float32 else 2e-2)
+            first.conv2.weight.mul_(-1)
+            twins[0].conv2.weight.mul_(-1)
+            twins[1].conv1.weight.copy_(twins[0].conv2.weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_kernels_that_share_a_packing_read_the_same_bytes(isa: str, dtype: torch.dtype) -> None:
+    """The kernel's own text is the key: equal texts must mean equal bytes, over strides, sizes, batches, layouts and numerics."""
+    weight = torch.randn(72, 40, 3, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found: dict[str, bytes] = {}
+    shared = 0
+    for algorithm, numerics in itertools.product(("auto", "direct", "winograd2", "winograd4"), ("fast", "strict")):
+        _kernels.use_algorithm(algorithm)
+        fused_resnet.set_numerics(numerics)
+        for stride, size, batch, memory_format in itertools.product((1, 2, 3), (5, 14, 56), (1, 16), FORMATS):
+            case = ConvCase(40, 72, (size, size), (3, 3), (stride, stride), (1, 1), batch=batch)
+            x = torch.zeros(case.input_shape, dtype=dtype).contiguous(memory_format=memory_format)
+            operands = testing.integer_operands(case, dtype, torch.Generator().manual_seed(0))._replace(input=x, weight=weight)
+            kernel = plan_of(operands, **case.parameters).kernel  # type: ignore[attr-defined]
+            buffer = torch.full((kernel.packed_bytes,), 0xA5, dtype=torch.uint8)
+            assert kernel.pack(weight.data_ptr(), weight.stride(), buffer.data_ptr())
+            packed = buffer.numpy().tobytes()
+            shared += kernel.packing in found
+            assert found.setdefault(kernel.packing, packed) == packed, kernel.packing
+    assert len(found) == len(set(found.values())) >= (1 if dtype == torch.float64 else 3)
+    assert shared > 50
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# clear_derived, pruning
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def unseen(weight: Tensor) -> None:
+    """A write that nothing but clear_derived can make known: one element, between two that are compared."""
+    assert weight.nbytes > _derived.SOME
+    weight.data.view(-1)[weight.numel() // 2 + 100] += 1000
+
+
+class OneLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = fnn.ConvBiasAddReLU2d(64, 64, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)  # type: ignore[no-any-return]
+
+
+MODULES: dict[str, Callable[[], tuple[nn.Module, Callable[[Any], Tensor]]]] = {
+    "operator": lambda: (OneLayer(), lambda m: m.conv.weight),
+    "block": lambda: (fnn.BasicBlock(64, 64), lambda m: m.conv2.weight),
+    "block, layer by layer": lambda: (fnn.Bottleneck(256, 64, groups=2), lambda m: m.conv3.weight),
+    "stem": lambda: (_plain.ResNet(_plain.BasicBlock, [1, 1, 1, 1], classes=3), lambda m: m.layer2[0].conv1.weight),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("what", MODULES)
+def test_clear_derived_makes_everything_anew(kernels: ModuleType, what: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    module, weight_of = MODULES[what]()
+    module.eval()
+    if what == "stem":
+        fused_resnet.fuse_(module)
+    channels = {"block, layer by layer": 256, "stem": 3}.get(what, 64)
+    x = torch.randn(1, channels, 32, 32)
+    with torch.no_grad():
+        for _ in range(2):
+            before = [module(x) for _ in range(3)][-1]
+            unseen(weight_of(module))
+            fused_resnet.clear_derived()
+            expected = copy.deepcopy(module)(x)
+            assert not torch.equal(expected, before)
+            for _ in range(3):
+                assert torch.equal(module(x), expected), "something that was derived before is still used"
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_pruned_in_place(kernels: ModuleType, repeats: int) -> None:
+    """``.data = .data[:32]`` keeps address, version and strides; only the shape tells."""
+    x = torch.randn(1, 64, 14, 14)
+    for norm in (nn.Identity, nn.BatchNorm2d):
+        block = fnn.BasicBlock(64, 64, norm_layer=norm).eval()
+        layer = OneLayer().eval()
+        with torch.no_grad():
+            for _ in range(repeats):
+                block(x), layer(x)
+            # The channels in the middle: outputs of the first convolution, inputs of the second.
+            for tensor in (*block.conv1.parameters(), *block.bn1.parameters()):
+                tensor.data = tensor.data[:32]
+            if norm is nn.BatchNorm2d:
+                for key in ("running_mean", "running_var"):
+                    buffer = getattr(block.bn1, key)
+                    buffer.data = buffer.data[:32]
+            block.conv2.weight.data = block.conv2.weight.data[:, :32]
+            for parameter in layer.parameters():
+                parameter.data = parameter.data[:32]
+            expected = block._plain_forward(x), reference.conv_bias_add_relu(x, layer.conv.weight, layer.conv.bias, padding=1)
+            for _ in range(3):
+                assert testing.norm_error(block(x), expected[0].double()) <= 1e-5
+                assert layer(x).shape == expected[1].shape
+                assert testing.norm_error(layer(x), expected[1].double()) <= 1e-5
+
+
+@pytest.mark.parametrize("which", ["bn1.weight", "bn2.running_var", "conv1.bias"])
+def test_a_vector_that_is_cut_is_an_error_as_in_pytorch(kernels: ModuleType, which: str) -> None:
+    block = fnn.BasicBlock(16, 16, norm_layer=nn.Identity if "conv" in which else nn.BatchNorm2d).eval()
+    x = torch.randn(1, 16, 8, 8)
+    path, key = which.split(".")
+    with torch.no_grad():
+        for _ in range(3):
+            block(x)
+        tensor = getattr(block.get_submodule(path), key)
+        whole = tensor.data
+        tensor.data = whole[:8]
+        with pytest.raises((RuntimeError, ValueError)):
+            block._plain_forward(x)
+        for _ in range(2):
+            with pytest.raises((RuntimeError, ValueError)):
+                block(x)
+        tensor.data = whole
+        assert testing.norm_error(block(x), block._plain_forward(x).double()) <= 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory is given back
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def kept_by(block: Any) -> list[weakref.ref[Any]]:
+    """Weak references to all packed weights of a block, and to the storages of its parameters."""
+    entries = block._fused_resnet.current.bound.store.entries.values()
+    packed = [weakref.ref(entry.value.buffer) for entry in entries if getattr(entry.value, "buffer", None) is not None]
+    assert packed
+    return packed + [weakref.ref(p.untyped_storage()) for p in block.parameters()]
+
+
+def alive(references: list[weakref.ref[Any]]) -> int:
+    return sum(reference() is not None for reference in references)
+
+
+def called(block: nn.Module) -> nn.Module:
+    """After calls of two sizes, which differ in algorithms and packings, some of them repeated."""
+    with torch.no_grad():
+        for x in (torch.randn(1, 64, 14, 14), torch.randn(8, 64, 28, 28)):
+            for _ in range(2):
+                block(x)
+    return block
+
+
+def test_a_deleted_block_gives_everything_back(kernels: ModuleType, no_garbage_collector: None) -> None:
+    block = called(fnn.BasicBlock(64, 64).eval())
+    kept = kept_by(block)
+    assert alive(kept) == len(kept)
+    del block
+    assert alive(kept) == 0
+
+
+CONVERSIONS: dict[str, Callable[[nn.Module], Any]] = {
+    "double": lambda m: m.double(),
+    "bfloat16": lambda m: m.to(torch.bfloat16),
+    "unfuse_": fused_resnet.unfuse_,
+    "clear_derived": lambda m: fused_resnet.clear_derived(),
+}
+
+
+@pytest.mark.parametrize("how", CONVERSIONS)
+def test_packed_weights_are_given_back(kernels: ModuleType, no_garbage_collector: None, how: str) -> None:
+    """... at once, without another call."""
+    block: Any = nn.Sequential(_plain.BasicBlock(64, 64)).eval()
+    fused_resnet.fuse_(block)
+    called(block)
+    packed = [r for r in kept_by(block[0]) if isinstance(r(), Tensor)]
+    CONVERSIONS[how](block)
+    assert alive(packed) == 0
+
+
+def test_an_operators_weight_gives_everything_back(kernels: ModuleType, no_garbage_collector: None) -> None:
+    """A Parameter has no weak reference; what is beside its storage goes with that."""
+    x = torch.randn(1, 64, 14, 14)
+    for make in (lambda t: nn.Parameter(t), lambda t: t):
+        weight = make(torch.randn(64, 64, 3, 3))
+        before = len(_derived._entries)
+        with torch.no_grad():
+            fused_resnet.conv_bias_add_relu(x, weight, padding=1)
+        assert len(_derived._entries) == before + 1
+        (entry,) = _derived._entries[id(weight.untyped_storage())].entries.values()
+        packed = weakref.ref(entry.value)
+        del entry
+        assert packed() is not None
+        del weight
+        assert packed() is None
+        assert len(_derived._entries) == before
+
+
+def test_aliases_of_one_storage_do_not_pile_up(kernels: ModuleType) -> None:
+    """A Parameter or tensor made anew from the same memory for each call; its own version counter says nothing about the others' writes."""
+    weight, x = torch.randn(8, 8, 3, 3), torch.randn(1, 8, 6, 6)
+    with torch.no_grad():
+        for i in range(50):
+            alias = nn.Parameter(weight.data) if i % 2 else weight.data
+            y = fused_resnet.conv_bias_add_relu(x, alias)
+            assert testing.norm_error(y, reference.conv_bias_add_relu(x, weight).double()) <= 1e-5
+            weight[3, 3, 1, 1] += 1
+    assert len(_derived._entries[id(weight.untyped_storage())].entries) == 1
+
+
+def test_switching_numerics_to_and_fro_keeps_plans(kernels: ModuleType) -> None:
+    """Plans of a setting that is back are used again, and the packed weights of both settings stay the only ones."""
+    _kernels._plans.clear()
+    weight, x = nn.Parameter(torch.randn(64, 64, 3, 3)), torch.randn(1, 64, 28, 28)
+    block = fnn.BasicBlock(64, 64).eval()
+    with torch.no_grad():
+        for i in range(20):
+            fused_resnet.set_numerics("strict" if i % 2 else "fast")
+            fused_resnet.conv_bias_add_relu(x, weight, padding=1)
+            block(x)
+    assert len(_kernels._plans) == 2
+    bound = block._fused_resnet.current.bound  # type: ignore[union-attr]
+    assert bound is not None
+    assert len(bound.plans) == 2
+    assert len(bound.store.entries) <= 4
+    assert len(_derived._entries[id(weight.untyped_storage())].entries) <= 2
+
+
+GROWTH = """
+import resource, torch
+import fused_resnet
+from fused_resnet import _plain
+torch.set_num_threads(1)
+x = torch.randn(1, 128, 14, 14)
+def once():
+    model = torch.nn.Sequential(_plain.BasicBlock(128, 128), _plain.BasicBlock(128, 128)).eval()
+    fused_resnet.fuse_(model)
+    with torch.no_grad():
+        for _ in range(2):
+            model(x)
+        fused_resnet.conv_bias_add_relu(x, model[0].conv1.weight, padding=1)
+    packed = [e.value.buffer.nbytes for b in model for e in b._fused_resnet.current.bound.store.entries.values()]
+    return sum(packed)
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+for _ in range(20):
+    packed = once()
+before = peak()
+for _ in range(180):
+    once()
+print(packed, peak() - before)
+"""
+
+
+def test_no_growth_over_200_models(kernels: ModuleType) -> None:
+    """Made, converted, called, dropped: the last 180 take no more memory than the first 20, but for four models' worth of allocator's luck."""
+    done = run_python(GROWTH)
+    assert done.returncode == 0, done.stderr
+    packed, growth = map(int, done.stdout.split())
+    assert packed > 2**20
+    assert growth < 4 * packed, f"{growth / packed:.1f} times the packed weights of one model"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# swap_tensors; memory that another thread replaces
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def swapping() -> Iterator[None]:
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+@pytest.mark.parametrize("what", MODULES)
+def test_conversions_that_swap_parameters(kernels: ModuleType, swapping: None, what: str) -> None:
+    """``.double()`` and ``load_state_dict`` exchange a module's tensors in place, and refuse those with weak references."""
+    module, _ = MODULES[what]()
+    module.eval()
+    if what == "stem":
+        fused_resnet.fuse_(module)
+    channels = {"block, layer by layer": 256, "stem": 3}.get(what, 64)
+    x = torch.randn(1, channels, 32, 32)
+    other = {k: torch.rand_like(v) if v.is_floating_point() else v for k, v in module.state_dict().items()}
+    with torch.no_grad():
+        for convert in (lambda: module.double(), lambda: module.float(), lambda: module.load_state_dict(other), lambda: module.bfloat16()):
+            for _ in range(3):
+                module(x)
+            convert()
+            x = x.to(next(module.parameters()).dtype)
+            expected = copy.deepcopy(module)(x)
+            assert torch.equal(module(x), expected)
+
+
+class Replacing:
+    """In the place of a guard: before it reads, another thread assigns to ``.data``; the memory that is read must still be somebody's."""
+
+    def __init__(self, guard: Any, weight: Tensor) -> None:
+        self.guard, self.weight, self.calls = guard, weight, 0
+        self.storage = weakref.ref(weight.untyped_storage())
+
+    def holds(self) -> bool:
+        self.calls += 1
+        self.weight.data = torch.zeros_like(self.weight)
+        assert self.storage() is not None, "the guard would read memory that was given back"
+        return bool(self.guard.holds())
+
+
+def test_the_guard_reads_memory_that_is_held(kernels: ModuleType, no_garbage_collector: None) -> None:
+    x = torch.randn(1, 64, 14, 14)
+    with torch.no_grad():
+        for weight in (nn.Parameter(torch.randn(64, 64, 3, 3)), torch.randn(64, 64, 3, 3)):
+            fused_resnet.conv_bias_add_relu(x, weight, padding=1)
+            (entry,) = _derived._entries[id(weight.untyped_storage())].entries.values()
+            source = entry.sources[0]
+            assert source is not None
+            source.guard = spy = Replacing(source.guard, weight)
+            del entry, source
+            fused_resnet.conv_bias_add_relu(x, weight, padding=1)
+            assert spy.calls == 1
+            assert not fused_resnet.conv_bias_add_relu(x, weight, padding=1).any()
+        block = called(fnn.BasicBlock(64, 64).eval())
+        ready = block._fused_resnet.current.bound.store.ready  # type: ignore[union-attr]
+        x = torch.randn(8, 64, 28, 28)
+        ready.guard = spy = Replacing(ready.guard, block.conv1.weight)  # type: ignore[arg-type]
+        del ready
+        block(x)
+        assert spy.calls == 1
+        assert testing.norm_error(block(x), block._plain_forward(x).double()) <= 1e-5  # type: ignore[operator]
