@@ -123,15 +123,20 @@ def trace(
     """
     tracer = _Tracer()
     name = only_input(forward)
+    twins: dict[int, nn.Module] = {}
     try:
         x = tracer.create_proxy("placeholder", name, (), {})
-        output = forward(_twin(module, "", training, tracer, {}, leaf), x)
+        output = forward(_twin(module, "", training, tracer, twins, leaf), x)
         tracer.create_node("output", "output", (tracer.create_arg(output),), {})
     except Refused:
         raise
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise Refused(f"its forward cannot be traced: {first}", is_block=True) from None
+    finally:
+        # A twin and its forward refer to each other: the parameters would live until the garbage collector comes.
+        for twin in twins.values():
+            twin.__dict__.clear()
     return tracer.graph
 
 

@@ -42,8 +42,7 @@ class Operand(NamedTuple):
     def key(self) -> tuple[Any, ...]:
         weight = self.sources[0]
         assert weight is not None
-        bias = self.sources[1] is not None
-        return weight.shape, weight.stride(), weight.dtype, bias, *self[1:]
+        return weight.stride(), weight.dtype, *[None if t is None else t.shape for t in self.sources], *self[1:]
 
 
 def _folded(sources: Sequence[Tensor | None], eps: float | None) -> tuple[Tensor, Tensor | None]:

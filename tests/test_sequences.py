@@ -77,12 +77,12 @@ def test_one_weight_at_several_strides_and_sizes(isa: str, channels: tuple[int, 
             assert torch.equal(y, expected[use]), (first, second, use)
 
 
-@pytest.mark.parametrize("numerics", ["fast", "strict"])
+@pytest.mark.parametrize("algorithm", ["auto", "winograd2", "winograd4"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
-def test_two_blocks_that_share_a_weight(kernels: ModuleType, dtype: torch.dtype, numerics: str) -> None:
-    fused_resnet.set_numerics(numerics)
+def test_two_blocks_that_share_a_layer(kernels: ModuleType, algorithm: str, dtype: torch.dtype) -> None:
+    """Weight and bias; with stride 1 in the one block and 2 in the other."""
     first, second = block_of_integers(64, 1, dtype), block_of_integers(64, 2, dtype)
-    second.conv1.weight = first.conv2.weight
+    second.conv1.weight, second.conv1.bias = first.conv2.weight, first.conv2.bias
     twins = copy.deepcopy((first, second))
     x = integers(1, 64, 14, 14, dtype=dtype)
     with torch.no_grad():
