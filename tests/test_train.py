@@ -182,9 +182,14 @@ def test_the_end_is_kept_and_a_run_of_constant_rate_can_be_made_longer(tmp_path:
     assert [point["step"] for point in curve(tmp_path)] == [10, 14, 16]
 
 
-@pytest.mark.parametrize("options", [(), ("--norm", "none", "--lr", "0.2"), ("--amp", "bf16")], ids=["batch", "none", "bf16"])
+@pytest.mark.parametrize("options", [(), ("--norm", "none"), ("--amp", "bf16")], ids=["batch", "none", "bf16"])
 def test_networks_learn_the_digits(options: tuple[str, ...], tmp_path: Path) -> None:
-    """95 of 100 test digits right, as the demo asks; guessing gives 10."""
+    """95 of 100 test digits right, as the demo asks; guessing gives 10.
+
+    At the default rate, which is far from where training diverges: four times as much does so without batch norm, for some seeds.
+    The worst of six seeds with each instruction set and with the reference, 30 runs, has 98.9 (batch), 96.7 (none) and 98.6
+    (bf16) right, and none and batch vary by 0.4 and 0.1 between seeds; the loss falls to 0.02 of its first epoch's at most.
+    """
     run = ("train", "--model", "cifar8", "--threads", "1", "--device", "cpu", "--batch", "32", "--epochs", "6")
     assert cli.main([*run, *options, "--out", str(tmp_path)]) == 0
     points = curve(tmp_path)
