@@ -1,16 +1,20 @@
 """Plants known faults in the sources and sees that the tests go red. Run by hand: ``python tests/faults.py [NAME ...]``.
 
-Not part of the suite: each fault compiles the kernels again. It needs a C++ compiler and takes about a minute a fault.
+Not part of the suite: most faults compile kernels again. It needs a C++ compiler and takes about an hour on two cores.
 
 A copy of the repository is made in a temporary folder and built there as ``setup.py`` builds it, so that the module lies
-beside the copy's own Python files and is the one that is found. Without a fault the tests must be green there (the first
-line of the table), or red would mean nothing. Each fault is a change of text that must be found, so a fault whose text is gone
-is an error and not a pass. Exit status 0: every fault was seen.
+beside the copy's own Python files and is the one that is found. Without a fault the tests must be green there, or red would
+mean nothing. Each fault is a change of text that must be found, so a fault whose text is gone is an error and not a pass.
+
+Every result is kept in bench/results/faults.json as it comes. Started again, the script goes on with what is missing there, was an
+error, or belongs to a fault that has changed; with everything, if the sources, the tests or the machine have. ``--fresh`` runs
+everything. Exit status 0: every fault was seen; 1: one was not, or could not be planted, built or judged.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shutil
 import subprocess
@@ -23,92 +27,161 @@ import _faults_cpu
 import _faults_cuda
 import _faults_python
 from _fault import Fault
+from _kept import RESULTS, ROOT, Report, digest, machine
 
-ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("csrc", "fused_resnet", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 FAULTS: tuple[Fault, ...] = (*_faults_cpu.FAULTS, *_faults_python.FAULTS, *_faults_cuda.FAULTS)
+BUILT = "build/faults"
+GREEN = "without a fault"
+PLANTED = "faults"
 
 
-def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """In the copy, with the copy first on the path and nothing of this checkout on it."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("FUSED_RESNET_")}
-    environment |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+class Broken(Exception):
+    """Why a fault could not be planted, built or judged."""
 
 
-def _copy(folder: Path) -> None:
-    for part in PARTS:
-        source = ROOT / part
-        if source.is_dir():
-            shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-        elif source.exists():
-            shutil.copy2(source, folder / part)
+class Copy:
+    """A copy of the repository that is built once and put back after each fault: files, objects and their times, so that ninja
+    compiles what the next fault touches and nothing else."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.clean = folder / "work", folder / "clean"
+        for part in PARTS:
+            source = ROOT / part
+            if source.is_dir():
+                shutil.copytree(source, self.folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+            elif source.exists():
+                shutil.copy2(source, self.folder / part)
+        self.build()
+        shutil.copytree(self.folder, self.clean)
+
+    def run(self, command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
+        """In the copy, with the copy first on the path and nothing of this checkout on it."""
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("FUSED_RESNET_")}
+        environment |= {"PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1", **more}
+        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
+
+    def build(self) -> None:
+        """The module for the CPU; the tests compile what they need of CUDA's sources."""
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--build-temp", BUILT]
+        done = self.run(command, FUSED_RESNET_CUDA="0")
+        if done.returncode:
+            raise Broken(f"the copy does not build: {(done.stdout + done.stderr)[-2000:]}")
+        code = "from fused_resnet._extension import cpu; print(cpu.__file__)"
+        found = self.run([sys.executable, "-c", code]).stdout.strip()
+        if not found.startswith(str(self.folder)):
+            raise Broken("the tests would use another module than the copy's")
+
+    def red(self, test: str) -> bool:
+        """Whether this test fails: a failed assertion, not a collection that broke."""
+        done = self.run([sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", test])
+        if done.returncode not in (0, 1):
+            raise Broken(f"pytest {test} did not run (exit status {done.returncode}): {(done.stdout + done.stderr)[-2000:]}")
+        return done.returncode == 1
+
+    def plant(self, fault: Fault) -> None:
+        texts = {name: (self.folder / name).read_text() if (self.folder / name).exists() else "" for name in fault.files}
+        for name, text in texts.items():
+            if fault.old not in text:
+                raise Broken(f"its text is no longer in {name}: {fault.old!r}")
+        for name, text in texts.items():
+            (self.folder / name).write_text(text.replace(fault.old, fault.new))
+        if any(not name.endswith(".py") for name in fault.files):
+            self.build()
+
+    def restore(self, fault: Fault) -> None:
+        for name in fault.files:
+            if (self.clean / name).exists():
+                shutil.copy2(self.clean / name, self.folder / name)
+        if any(not name.endswith(".py") for name in fault.files):
+            shutil.rmtree(self.folder / "build")
+            shutil.copytree(self.clean / "build", self.folder / "build")
+            for module in (self.clean / "fused_resnet").glob("*.so"):
+                shutil.copy2(module, self.folder / "fused_resnet" / module.name)
 
 
-def _build(folder: Path) -> None:
-    done = _run([sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--build-temp", "build/faults"], folder)
-    if done.returncode:
-        raise SystemExit(f"the copy does not build:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-    code = "from fused_resnet._extension import cpu; print(cpu.__file__)"
-    found = _run([sys.executable, "-c", code], folder).stdout.strip()
-    if not found.startswith(str(folder)):
-        raise SystemExit(f"the tests would use {found!r} instead of the module built in {folder}")
+def _key(fault: Fault) -> str:
+    return hashlib.sha256(repr(fault).encode()).hexdigest()[:16]
 
 
-def _red(test: str, folder: Path) -> bool:
-    """Whether this test fails: a failed assertion, not a collection that broke."""
-    done = _run([sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", test], folder)
-    if done.returncode not in (0, 1):
-        raise SystemExit(f"pytest {test} did not run (exit status {done.returncode}):\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-    return done.returncode == 1
+def _try(fault: Fault, copy: Copy, green: dict[str, dict[str, object]]) -> tuple[str, str]:
+    """The verdict on a fault, seen, missed or error, and a sentence."""
+    reds = [test for test in fault.tests if green[test]["verdict"] != "green"]
+    if reds:
+        return "error", f"not green without a fault: {', '.join(reds)}"
+    try:
+        copy.plant(fault)
+        unseen = [test for test in fault.tests if not copy.red(test)]
+    except Broken as why:
+        return "error", str(why)
+    finally:
+        copy.restore(fault)
+    return ("missed", f"not seen by {', '.join(unseen)}") if unseen else ("seen", "red")
 
 
-def _plant(fault: Fault, folder: Path) -> dict[Path, str]:
-    """Changes the copy; returns the files as they were."""
-    before = {}
-    for name in fault.files:
-        path = folder / name
-        before[path] = path.read_text()
-        if fault.old not in before[path]:
-            raise SystemExit(f"fault {fault.name!r}: its text is no longer in {name}: {fault.old!r}")
-        path.write_text(before[path].replace(fault.old, fault.new))
-    return before
+def _line(name: str, words: str, seconds: float) -> None:
+    print(f"{name:<75} {words.splitlines()[0]} ({seconds:.0f} s)", flush=True)
+
+
+def _check_green(tests: list[str], copy: Copy, report: Report) -> None:
+    """Each of these tests without a fault, unless it is known to be green."""
+    for test in tests:
+        if report.section(GREEN).get(test, {}).get("verdict") == "green":
+            continue
+        start = time.perf_counter()
+        try:
+            verdict, words = ("red", "") if copy.red(test) else ("green", "")
+        except Broken as why:
+            verdict, words = "error", str(why)
+        seconds = time.perf_counter() - start
+        report.keep(GREEN, test, {"verdict": verdict, "words": words, "seconds": round(seconds, 1)})
+        _line(f"no fault: {test}", words or verdict, seconds)
+
+
+def _done(fault: Fault, report: Report) -> bool:
+    kept = report.section(PLANTED).get(fault.name, {})
+    return kept.get("key") == _key(fault) and kept["verdict"] in ("seen", "missed")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="*", help="faults whose name contains this; all by default")
-    parser.add_argument("--list", action="store_true", help="print the names and end")
+    parser.add_argument("--list", action="store_true", help="print the names, with what is known of them, and end")
+    parser.add_argument("--fresh", action="store_true", help="take over no result")
+    parser.add_argument("--report", type=Path, default=RESULTS / "faults.json", help="where results are kept (default: bench/results)")
     options = parser.parse_args(arguments)
     faults = [f for f in FAULTS if not options.name or any(word in f.name for word in options.name)]
+    report = Report(options.report, {"machine": machine(), "sources": digest(PARTS)}, options.fresh)
+    kept = report.section(PLANTED)
+    for name in set(kept) - {fault.name for fault in FAULTS}:
+        del kept[name]
     if options.list or not faults:
-        print("\n".join(f.name for f in FAULTS))
+        print("\n".join(f"{f.name:<75} {kept[f.name]['verdict'] if _done(f, report) else ''}".rstrip() for f in FAULTS))
         return 0 if options.list else 2
-    missed = 0
-    with tempfile.TemporaryDirectory(prefix="faults-") as name:
-        folder = Path(name).resolve()
-        _copy(folder)
-        _build(folder)
-        green = sorted({test for fault in faults for test in fault.tests})
-        for test in green:
-            if _red(test, folder):
-                print(f"{test} is red without any fault", flush=True)
-                return 1
-        print(f"{'no fault':<75} green ({len(green)} tests)", flush=True)
-        for fault in faults:
-            start = time.perf_counter()
-            before = _plant(fault, folder)
+    missing = [fault for fault in faults if not _done(fault, report)]
+    print(report.note or f"{len(faults) - len(missing)} of {len(faults)} faults are in {options.report.name}", flush=True)
+    if missing:
+        with tempfile.TemporaryDirectory(prefix="faults-") as folder:
             try:
-                _build(folder)
-                unseen = [test for test in fault.tests if not _red(test, folder)]
-            finally:
-                for path, text in before.items():
-                    path.write_text(text)
-            missed += bool(unseen)
-            verdict = "red" if not unseen else "NOT SEEN by " + ", ".join(unseen)
-            print(f"{fault.name:<75} {verdict} ({time.perf_counter() - start:.0f} s)", flush=True)
-    print(f"{len(faults) - missed} of {len(faults)} faults seen")
-    return 1 if missed else 0
+                copy = Copy(Path(folder).resolve())
+            except Broken as why:
+                print(why)
+                return 1
+            _check_green(sorted({test for fault in missing for test in fault.tests}), copy, report)
+            for fault in missing:
+                start = time.perf_counter()
+                verdict, words = _try(fault, copy, report.section(GREEN))
+                seconds = time.perf_counter() - start
+                words = words.replace(str(copy.folder), "")
+                result = {"verdict": verdict, "words": words, "seconds": round(seconds, 1), "tests": fault.tests, "key": _key(fault)}
+                report.keep(PLANTED, fault.name, result)
+                _line(fault.name, words, seconds)
+    seen = [fault for fault in faults if kept[fault.name]["verdict"] == "seen"]
+    for fault in faults:
+        if fault not in seen:
+            print(f"{kept[fault.name]['verdict'].upper()}  {fault.name}: {kept[fault.name]['words']}")
+    print(f"{len(seen)} of {len(faults)} faults seen")
+    return 0 if len(seen) == len(faults) else 1
 
 
 if __name__ == "__main__":
