@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from _calls import ROOT
+from _calls import PATIENCE, ROOT
 from torch import nn
 
 from fused_resnet import _extension, cli
@@ -132,9 +132,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert process.returncode == 0, shown
     assert len(curves(out)) == 6
     return out
-
-
-PATIENCE = 600  # seconds for what takes two or three: longer is a hang, and no slow machine
 
 
 def until(done: Callable[[], bool], process: subprocess.Popen[str]) -> None:
