@@ -56,7 +56,8 @@ def configurations(isas: list[str]) -> dict[str, dict[str, str]]:
     """Environment variables by name; what is not named is not set."""
     return {
         **{f"isa {isa}": {"FUSED_RESNET_ISA": isa} for isa in isas},
-        **{f"threads {count}": {"OMP_NUM_THREADS": str(count)} for count in THREADS},
+        # MKL, as torch asks it at its start, would allow no more threads than there are cores.
+        **{f"threads {count}": {"OMP_NUM_THREADS": str(count), "MKL_DYNAMIC": "FALSE"} for count in THREADS},
         "load": {},
     }
 
@@ -117,7 +118,8 @@ def wrong(name: str, changes: dict[str, str], had: dict[str, Any]) -> str:
 
 def run(name: str, changes: dict[str, str], arguments: list[str], busy: int) -> dict[str, Any] | str:
     """What a configuration found, or why it gave no result."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("FUSED_RESNET_") and key != "OMP_NUM_THREADS"}
+    others = ("FUSED_RESNET_", "OMP_", "MKL_")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(others)}
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, load(busy):
         file = Path(folder) / "found.json"
