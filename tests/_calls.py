@@ -113,6 +113,10 @@ def allocated(call: Callable[[], object]) -> list[int]:
     return [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
 
 
+# Seconds for another process that takes a few: longer is a hang, and no slow or busy machine.
+PATIENCE = 600
+
+
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A new interpreter with this repository on its path. It must end by itself: a signal fails the test."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -123,7 +127,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
         text=True,
         check=False,
         cwd=ROOT,
-        timeout=120,
+        timeout=PATIENCE,
         env={**clean, "PYTHONPATH": path, **environment},
     )
     assert done.returncode >= 0, f"ended by signal {-done.returncode}: {done.stderr[-2000:]}"

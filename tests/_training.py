@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from _calls import ROOT
+from _calls import PATIENCE, ROOT
 from torch import Tensor
 
 from fused_resnet.training import Settings
@@ -27,6 +28,39 @@ def settings(**changes: Any) -> Settings:
         "momentum": 0.9, "weight_decay": 1e-4, "schedule": "cosine", "amp": "off", "memory_format": "channels_last", "seed": 0,
     }  # fmt: skip
     return Settings(**{**values, **changes})
+
+
+# Python's own hook for sites, put on the path of a run: its process stops itself once, right after its first checkpoint.
+HOLD = """
+import os, signal
+replace, mark = os.replace, os.environ["HOLD"]
+def hold(source, target, **keywords):
+    replace(source, target, **keywords)
+    if os.path.basename(target) == "checkpoint.pt" and not os.path.exists(mark):
+        with open(mark + ".unfinished", "w") as file:
+            file.write(str(os.getpid()))
+        replace(mark + ".unfinished", mark)
+        os.kill(os.getpid(), signal.SIGSTOP)
+os.replace = hold
+"""
+
+
+def held(folder: Path) -> dict[str, str]:
+    """Environment variables with which a run waits at its first checkpoint for a signal, however fast or slow the machine is; the
+    file ``folder / "mark"`` then holds the number of the process."""
+    (folder / "site").mkdir()
+    (folder / "site" / "sitecustomize.py").write_text(HOLD)
+    path = os.pathsep.join(filter(None, (str(folder / "site"), str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {"PYTHONPATH": path, "HOLD": str(folder / "mark")}
+
+
+def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
+    """Until a run has written this file."""
+    end = time.monotonic() + PATIENCE
+    while not file.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"{file.name} did not come"
+        time.sleep(0.02)
 
 
 def launch(*options: str, processes: int = 0, restarts: int = 0, limit: Any = None, **changes: str) -> subprocess.Popen[str]:
@@ -46,7 +80,7 @@ def launch(*options: str, processes: int = 0, restarts: int = 0, limit: Any = No
 
 def finish(process: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
     """Its stdout and stderr when it has ended as it should."""
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == status, out + err
     return out, err
 

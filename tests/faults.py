@@ -1,446 +1,187 @@
 """Plants known faults in the sources and sees that the tests go red. Run by hand: ``python tests/faults.py [NAME ...]``.
 
-Not part of the suite: each fault compiles the kernels again. It needs a C++ compiler and takes about a minute a fault.
+Not part of the suite: most faults compile kernels again. It needs a C++ compiler and takes about an hour on two cores.
 
 A copy of the repository is made in a temporary folder and built there as ``setup.py`` builds it, so that the module lies
-beside the copy's own Python files and is the one that is found. Without a fault the tests must be green there (the first
-line of the table), or red would mean nothing. Each fault is a change of text that must be found, so a fault whose text is gone
-is an error and not a pass. Exit status 0: every fault was seen.
+beside the copy's own Python files and is the one that is found. Without a fault the tests must be green there, or red would
+mean nothing. Each fault is a change of text that must be found, so a fault whose text is gone is an error and not a pass.
+
+Every result is kept in bench/results/faults.json as it comes. Started again, the script goes on with what is missing there, was an
+error, or belongs to a fault that has changed; with everything, if the sources, the tests or the machine have. ``--fresh`` runs
+everything. Exit status 0: every fault was seen; 1: one was not, or could not be planted, built or judged.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import _faults_cpu
+import _faults_cuda
+import _faults_python
+from _fault import Fault
+from _kept import RESULTS, ROOT, Report, digest, machine
+
 PARTS = ("csrc", "fused_resnet", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+FAULTS: tuple[Fault, ...] = (*_faults_cpu.FAULTS, *_faults_python.FAULTS, *_faults_cuda.FAULTS)
+BUILT = "build/faults"
+GREEN = "without a fault"
+PLANTED = "faults"
 
 
-@dataclass(frozen=True)
-class Fault:
-    """Text to be replaced, in every place where it stands in these files, and the tests (files, or nodes of them) of which
-    each must go red."""
-
-    name: str
-    files: tuple[str, ...]
-    old: str
-    new: str
-    tests: tuple[str, ...]
+class Broken(Exception):
+    """Why a fault could not be planted, built or judged."""
 
 
-VECTORS = ("csrc/cpu/vec_avx2.h", "csrc/cpu/vec_avx512.h")
-EXACT = "tests/test_exact.py::test_awkward_convolutions"
+class Copy:
+    """A copy of the repository that is built once and put back after each fault: files, objects and their times, so that ninja
+    compiles what the next fault touches and nothing else."""
 
-FAULTS = (
-    Fault(
-        "F(2x2, 3x3): a sign of the input transform",
-        ("csrc/cpu/winograd.h",),
-        "t[2] = V::sub(d[2], d[1]);",
-        "t[2] = V::sub(d[1], d[2]);",
-        (EXACT,),
-    ),
-    Fault(
-        "F(2x2, 3x3) with stride 2: a sign of the weight's transform",
-        ("csrc/cpu/winograd.h",),
-        "u[1] = g0 + g2;",
-        "u[1] = g0 - g2;",
-        (EXACT,),
-    ),
-    Fault(
-        "Winograd: padding shifted by one, rows",
-        ("csrc/cpu/winograd_convolution.cpp",),
-        "const i64 h0 = t.row * step - s.pad_top,",
-        "const i64 h0 = t.row * step - s.pad_top + 1,",
-        (EXACT,),
-    ),
-    Fault(
-        "projection left out of the joined product's weight",
-        ("csrc/cpu/direct_convolution.cpp",),
-        "a.weight = joined.data;",
-        "a.weight = weight.data;",
-        ("tests/test_conversion.py",),
-    ),
-    Fault(
-        "bias dropped, channels_last",
-        ("csrc/cpu/direct.h",),
-        "if (a.bias) bias = Full ?",
-        "if (false) bias = Full ?",
-        (EXACT,),
-    ),
-    Fault(
-        "bias dropped, contiguous",
-        ("csrc/cpu/direct.h",),
-        "if (a.bias) value = V::add(value, V::set1(widen(static_cast<const S*>(a.bias)[k + j])));",
-        "",
-        (EXACT,),
-    ),
-    Fault(
-        "shortcut dropped",
-        ("csrc/cpu/direct.h",),
-        "value = V::add(value, Full ? V::load_all(shortcut) : V::load_n(shortcut, count));",
-        "(void)shortcut;",
-        (EXACT,),
-    ),
-    Fault(
-        "mask < instead of <=, SIMD",
-        VECTORS,
-        "(y, zero(), _CMP_NLE_UQ)",
-        "(y, zero(), _CMP_NLT_UQ)",
-        ("tests/test_exact.py::test_relu_backward", "tests/test_gradients.py::test_exact_integer_gradients"),
-    ),
-    Fault(
-        "mask < instead of <=, scalar",
-        ("csrc/epilogue.h",),
-        "return output <= T(0) ? T(0) : grad;",
-        "return output < T(0) ? T(0) : grad;",
-        ("tests/test_exact.py::test_relu_backward", "tests/test_gradients.py::test_exact_integer_gradients"),
-    ),
-    Fault(
-        "relu loses NaN, SIMD (the operands of max swapped)",
-        VECTORS,
-        "_max_ps(zero(), v)",
-        "_max_ps(v, zero())",
-        ("tests/test_special_values.py::test_relu_of_nan_is_nan", "tests/test_special_values.py::test_convolution"),
-    ),
-    Fault(
-        "relu loses NaN, scalar",
-        ("csrc/epilogue.h",),
-        "return value <= T(0) ? T(0) : value;",
-        "return value > T(0) ? value : T(0);",
-        ("tests/test_special_values.py::test_relu_of_nan_is_nan", "tests/test_special_values.py::test_convolution"),
-    ),
-    Fault(
-        "mask loses the gradient at NaN",
-        VECTORS,
-        "(y, zero(), _CMP_NLE_UQ)",
-        "(y, zero(), _CMP_GT_OQ)",
-        ("tests/test_special_values.py::test_gradients_through_nan_outputs",),
-    ),
-    Fault(
-        "relu cuts at 1 instead of 0, scalar",
-        ("csrc/epilogue.h",),
-        "return value <= T(0) ? T(0) : value;",
-        "return value <= T(1) ? T(0) : value;",
-        (EXACT,),
-    ),
-    Fault(
-        "padding shifted by one, rows",
-        ("csrc/cpu/direct_convolution.cpp",),
-        "const i64 h0 = t.row * s.stride_h - s.pad_top,",
-        "const i64 h0 = t.row * s.stride_h - s.pad_top + (s.pad_top > 0),",
-        (EXACT, "tests/test_envelope.py::test_awkward_convolutions"),
-    ),
-    Fault(
-        "padding shifted by one, columns",
-        ("csrc/cpu/direct_convolution.cpp",),
-        "w0 = t.col * s.stride_w - s.pad_left;",
-        "w0 = t.col * s.stride_w - s.pad_left + (s.pad_left > 0);",
-        (EXACT,),
-    ),
-    Fault(
-        "right padding not cleared",
-        ("csrc/cpu/direct_convolution.cpp",),
-        "std::memset(row + right * b.pitch * bytes, 0, std::size_t((width - right) * b.pitch * bytes));",
-        "",
-        (EXACT,),
-    ),
-    Fault(
-        "last tap skipped",
-        ("csrc/cpu/direct.h",),
-        "for (i64 tap = 0; tap < t.chunk->count; ++tap) {",
-        "for (i64 tap = 0; tap < t.chunk->count - (t.last && t.chunk->count > 1); ++tap) {",
-        (EXACT,),
-    ),
-    Fault(
-        "tail mask one too short, AVX-512",
-        ("csrc/cpu/vec_avx512.h",),
-        "__mmask16((1u << n) - 1u)",
-        "__mmask16(((1u << n) - 1u) >> 1)",
-        (EXACT, "tests/test_exact.py::test_bias_add_relu"),
-    ),
-    Fault(
-        "tail mask one too short, AVX2",
-        ("csrc/cpu/vec_avx2.h",),
-        "_mm256_cmpgt_epi32(_mm256_set1_epi32(n >= width ? width : int(n)),",
-        "_mm256_cmpgt_epi32(_mm256_set1_epi32(n >= width ? width : int(n) - 1),",
-        (EXACT, "tests/test_exact.py::test_bias_add_relu"),
-    ),
-    Fault(
-        "panel tail one channel short",
-        ("csrc/cpu/packing.h",),
-        "const i64 rows_here = smaller(a.k - a.k_begin - j, W);",
-        "const i64 rows_here = smaller(a.k - a.k_begin - j - 1, W);",
-        (EXACT,),
-    ),
-    Fault(
-        "last panel not computed when it is half full",
-        ("csrc/cpu/direct_convolution.cpp",),
-        "t.panels_end = std::min(panels, t.panel + b.panels);",
-        "t.panels_end = std::min(std::max<i64>(shape_.k / b.cut.channels, 1), t.panel + b.panels);",
-        (EXACT,),
-    ),
-    Fault(
-        "bias gradient summed twice",
-        ("csrc/cpu/passes.cpp",),
-        "totals[std::size_t(k)] += double(value);",
-        "totals[std::size_t(k)] += 2 * double(value);",
-        ("tests/test_exact.py::test_relu_backward", "tests/test_gradients.py::test_exact_integer_gradients"),
-    ),
-    Fault(
-        "bias gradient summed twice, float64",
-        ("csrc/cpu/passes.cpp",),
-        "totals[std::size_t(k)] += value;",
-        "totals[std::size_t(k)] += 2 * value;",
-        ("tests/test_exact.py::test_relu_backward", "tests/test_gradients.py::test_gradcheck"),
-    ),
-    Fault(
-        "bfloat16 truncated instead of rounded, SIMD",
-        VECTORS,
-        "set1_epi32(0x7fff)",
-        "set1_epi32(0)",
-        ("tests/test_envelope.py::test_awkward_convolutions", "tests/test_envelope.py::test_bias_add_relu"),
-    ),
-    Fault(
-        "bfloat16 truncated instead of rounded, scalar",
-        ("csrc/epilogue.h",),
-        "bits + 0x7fffu + ((bits >> 16) & 1u)",
-        "bits",
-        ("tests/test_envelope.py::test_awkward_convolutions", "tests/test_envelope.py::test_bias_add_relu"),
-    ),
-    Fault(
-        "output's strides taken for the shortcut's",
-        ("csrc/cpu/direct_convolution.cpp",),
-        "t.col * s.shortcut.w;",
-        "t.col * s.y.w;",
-        ("tests/test_layouts.py::test_each_operand",),
-    ),
-    Fault(
-        "relu_backward reads the output with the gradient's step",
-        ("csrc/cpu/passes.cpp",),
-        "a.output_step = rows.channels ? s.second.c : s.second.w;",
-        "a.output_step = a.grad_step;",
-        ("tests/test_layouts.py::test_each_operand_of_relu_backward",),
-    ),
-    Fault(
-        "the sum depends on the number of threads",
-        ("csrc/cpu/passes.cpp",),
-        "std::max<i64>(64, (rows.count + kMostPieces - 1) / kMostPieces)",
-        "std::max<i64>(64, (rows.count + threads - 1) / threads)",
-        ("tests/test_determinism.py::test_passes",),
-    ),
-    Fault(
-        "fingerprint misses the last word",
-        ("csrc/cpu/fingerprint.cpp",),
-        "(words - 1) * i / (kSamples - 1)",
-        "(words - 1) * i / kSamples",
-        ("tests/test_derived.py::test_writes_through_data_of_a_large_weight",),
-    ),
-    Fault(
-        "the hot path is never taken",
-        ("fused_resnet/_select.py",),
-        "    return why\n",
-        '    return why or ["a fault"]\n',
-        ("tests/test_isa.py::test_the_plan_is_of_this_instruction_set",),
-    ),
-    Fault(
-        "a changed weight is not packed again",
-        ("fused_resnet/_derived.py",),
-        "return bool((held is not None or stamp[2]() is t) and identity == stamp[0] and _fingerprint(t, identity) == stamp[1])",
-        "return bool(held is not None or stamp[2]() is t)",
-        ("tests/test_derived.py::test_remade_after", "tests/test_derived.py::test_training_loop"),
-    ),
-    Fault(
-        "bias of a projection lost that is joined to a layer without one",
-        ("csrc/cpu/block.cpp",),
-        "s.has_bias = s.has_bias || shape_.projection.has_bias;",
-        "",
-        ("tests/test_stem.py::test_a_projection_without_a_norm_comes_and_goes",),
-    ),
-    Fault(
-        "a packed weight laid out for one size of the input",
-        ("csrc/cpu/algorithm.cpp",),
-        "fits(b.cut) < few) b.cut",
-        "fits(b.cut) < std::min(few, all)) b.cut",
-        ("tests/test_winograd.py::test_one_weight_for_inputs_of_every_size",),
-    ),
-    Fault(
-        "training: a continued run begins its epoch again",
-        ("fused_resnet/training/data.py",),
-        "islice(iter(self.share), self.done, self.per_epoch)",
-        "islice(iter(self.share), self.per_epoch - self.done)",
-        (
-            "tests/test_train.py::test_batches_are_the_same_for_any_number_of_processes",
-            "tests/test_train.py::test_continues_bit_for_bit_from_any_step",
-        ),
-    ),
-    Fault(
-        "training: momenta lost when a run continues",
-        ("fused_resnet/training/loop.py",),
-        'self.optimizer.load_state_dict(state["optimizer"])',
-        "pass",
-        ("tests/test_train.py::test_continues_bit_for_bit_from_any_step",),
-    ),
-    Fault(
-        "training: gradients not averaged over the processes",
-        ("fused_resnet/training/loop.py",),
-        "if world.size > 1 else self.network",
-        "if world.size > 2 else self.network",
-        ("tests/test_train.py::test_two_processes_do_what_one_does",),
-    ),
-    Fault(
-        "training: a checkpoint written over the one before",
-        ("fused_resnet/training/checkpoint.py",),
-        'path.with_name(path.name + ".unfinished")',
-        "path",
-        ("tests/test_train_bad_input.py::test_a_crash_in_mid_write_leaves_the_old_file",),
-    ),
-    Fault(
-        "training: a checkpoint that may run code",
-        ("fused_resnet/training/checkpoint.py",),
-        "weights_only=True",
-        "weights_only=False",
-        ("tests/test_train_bad_input.py::test_foreign_checkpoint_is_refused_and_kept",),
-    ),
-    Fault(
-        "training: checksums not compared",
-        ("fused_resnet/training/checkpoint.py",),
-        "damaged = archive.testzip()",
-        "damaged = None",
-        ("tests/test_train_bad_input.py::test_broken_checkpoint_is_refused_and_kept",),
-    ),
-    Fault(
-        "CUDA, general: a pixel below the map counts as inside",
-        ("csrc/cuda/general.cuh",),
-        "return i >= 0 && i < size;",
-        "return i >= 0 && i <= size;",
-        ("tests/test_cuda_twin.py::test_awkward_convolutions", "tests/test_cuda_host.py"),
-    ),
-    Fault(
-        "CUDA, general: the joined convolution reads its first pixels",
-        ("csrc/cuda/general.cuh",),
-        "pixel.joined = image * j_n + row * joined_stride_h * j_h",
-        "pixel.joined = image * j_n + row * j_h",
-        ("tests/test_cuda_twin.py::test_blocks_of_bfloat16_run_on_tensor_cores",),
-    ),
-    Fault(
-        "CUDA: a weight in another order than the tensor cores read",
-        ("fused_resnet/_gpu.py",),
-        "wanted = (r * s * c, 1, s * c, c)",
-        "wanted = (r * s * c, 1, c, r * c)",
-        ("tests/test_cuda_twin.py::test_tensor_core_kernels_get_what_they_read",),
-    ),
-    Fault(
-        "CUDA: a misaligned view given to the tensor cores",
-        ("fused_resnet/_gpu.py",),
-        "return not any([t is not None and t.data_ptr() % _ALIGNMENT for t in tensors])",
-        "return True",
-        ("tests/test_cuda_twin.py::test_tensor_core_kernels_get_what_they_read",),
-    ),
-    Fault(
-        "CUDA: only the first bias of a joined projection",
-        ("fused_resnet/_gpu.py",),
-        "lambda a, b: (a.float() + b.float()).to(a.dtype)",
-        "lambda a, b: a.clone()",
-        ("tests/test_cuda_twin.py::test_blocks_of_bfloat16_run_on_tensor_cores",),
-    ),
-    Fault(
-        "CUDA: any 1x1 convolution read as a matrix",
-        ("csrc/cuda/config.cpp",),
-        "s.stride_h == 1 && s.stride_w == 1 && s.pad_top == 0 && s.pad_left == 0 && s.p == s.h && s.q == s.w;",
-        "true;",
-        ("tests/test_cuda_config.py",),
-    ),
-)
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.clean = folder / "work", folder / "clean"
+        for part in PARTS:
+            source = ROOT / part
+            if source.is_dir():
+                shutil.copytree(source, self.folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+            elif source.exists():
+                shutil.copy2(source, self.folder / part)
+        self.build()
+        shutil.copytree(self.folder, self.clean)
+
+    def run(self, command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
+        """In the copy, with the copy first on the path and nothing of this checkout on it."""
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("FUSED_RESNET_")}
+        environment |= {"PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1", **more}
+        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
+
+    def build(self) -> None:
+        """The module for the CPU; the tests compile what they need of CUDA's sources."""
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--build-temp", BUILT]
+        done = self.run(command, FUSED_RESNET_CUDA="0")
+        if done.returncode:
+            raise Broken(f"the copy does not build: {(done.stdout + done.stderr)[-2000:]}")
+        code = "from fused_resnet._extension import cpu; print(cpu.__file__)"
+        found = self.run([sys.executable, "-c", code]).stdout.strip()
+        if not found.startswith(str(self.folder)):
+            raise Broken("the tests would use another module than the copy's")
+
+    def red(self, test: str) -> bool:
+        """Whether this test fails: a failed assertion, not a collection that broke."""
+        done = self.run([sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", test])
+        if done.returncode not in (0, 1):
+            raise Broken(f"pytest {test} did not run (exit status {done.returncode}): {(done.stdout + done.stderr)[-2000:]}")
+        return done.returncode == 1
+
+    def plant(self, fault: Fault) -> None:
+        texts = {name: (self.folder / name).read_text() if (self.folder / name).exists() else "" for name in fault.files}
+        for name, text in texts.items():
+            if fault.old not in text:
+                raise Broken(f"its text is no longer in {name}: {fault.old!r}")
+        for name, text in texts.items():
+            (self.folder / name).write_text(text.replace(fault.old, fault.new))
+        if any(not name.endswith(".py") for name in fault.files):
+            self.build()
+
+    def restore(self, fault: Fault) -> None:
+        for name in fault.files:
+            if (self.clean / name).exists():
+                shutil.copy2(self.clean / name, self.folder / name)
+        if any(not name.endswith(".py") for name in fault.files):
+            shutil.rmtree(self.folder / "build")
+            shutil.copytree(self.clean / "build", self.folder / "build")
+            for module in (self.clean / "fused_resnet").glob("*.so"):
+                shutil.copy2(module, self.folder / "fused_resnet" / module.name)
 
 
-def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """In the copy, with the copy first on the path and nothing of this checkout on it."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("FUSED_RESNET_")}
-    environment |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+def _key(fault: Fault) -> str:
+    return hashlib.sha256(repr(fault).encode()).hexdigest()[:16]
 
 
-def _copy(folder: Path) -> None:
-    for part in PARTS:
-        source = ROOT / part
-        if source.is_dir():
-            shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-        elif source.exists():
-            shutil.copy2(source, folder / part)
+def _try(fault: Fault, copy: Copy, green: dict[str, dict[str, object]]) -> tuple[str, str]:
+    """The verdict on a fault, seen, missed or error, and a sentence."""
+    reds = [test for test in fault.tests if green[test]["verdict"] != "green"]
+    if reds:
+        return "error", f"not green without a fault: {', '.join(reds)}"
+    try:
+        copy.plant(fault)
+        unseen = [test for test in fault.tests if not copy.red(test)]
+    except Broken as why:
+        return "error", str(why)
+    finally:
+        copy.restore(fault)
+    return ("missed", f"not seen by {', '.join(unseen)}") if unseen else ("seen", "red")
 
 
-def _build(folder: Path) -> None:
-    done = _run([sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--build-temp", "build/faults"], folder)
-    if done.returncode:
-        raise SystemExit(f"the copy does not build:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-    code = "from fused_resnet._extension import cpu; print(cpu.__file__)"
-    found = _run([sys.executable, "-c", code], folder).stdout.strip()
-    if not found.startswith(str(folder)):
-        raise SystemExit(f"the tests would use {found!r} instead of the module built in {folder}")
+def _line(name: str, words: str, seconds: float) -> None:
+    print(f"{name:<75} {words.splitlines()[0]} ({seconds:.0f} s)", flush=True)
 
 
-def _red(test: str, folder: Path) -> bool:
-    """Whether this test fails: a failed assertion, not a collection that broke."""
-    done = _run([sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", test], folder)
-    if done.returncode not in (0, 1):
-        raise SystemExit(f"pytest {test} did not run (exit status {done.returncode}):\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-    return done.returncode == 1
+def _check_green(tests: list[str], copy: Copy, report: Report) -> None:
+    """Each of these tests without a fault, unless it is known to be green."""
+    for test in tests:
+        if report.section(GREEN).get(test, {}).get("verdict") == "green":
+            continue
+        start = time.perf_counter()
+        try:
+            verdict, words = ("red", "") if copy.red(test) else ("green", "")
+        except Broken as why:
+            verdict, words = "error", str(why)
+        seconds = time.perf_counter() - start
+        report.keep(GREEN, test, {"verdict": verdict, "words": words, "seconds": round(seconds, 1)})
+        _line(f"no fault: {test}", words or verdict, seconds)
 
 
-def _plant(fault: Fault, folder: Path) -> dict[Path, str]:
-    """Changes the copy; returns the files as they were."""
-    before = {}
-    for name in fault.files:
-        path = folder / name
-        before[path] = path.read_text()
-        if fault.old not in before[path]:
-            raise SystemExit(f"fault {fault.name!r}: its text is no longer in {name}: {fault.old!r}")
-        path.write_text(before[path].replace(fault.old, fault.new))
-    return before
+def _done(fault: Fault, report: Report) -> bool:
+    kept = report.section(PLANTED).get(fault.name, {})
+    return kept.get("key") == _key(fault) and kept["verdict"] in ("seen", "missed")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="*", help="faults whose name contains this; all by default")
-    parser.add_argument("--list", action="store_true", help="print the names and end")
+    parser.add_argument("--list", action="store_true", help="print the names, with what is known of them, and end")
+    parser.add_argument("--fresh", action="store_true", help="take over no result")
+    parser.add_argument("--report", type=Path, default=RESULTS / "faults.json", help="where results are kept (default: bench/results)")
     options = parser.parse_args(arguments)
     faults = [f for f in FAULTS if not options.name or any(word in f.name for word in options.name)]
+    report = Report(options.report, {"machine": machine(), "sources": digest(PARTS)}, options.fresh)
+    kept = report.section(PLANTED)
+    for name in set(kept) - {fault.name for fault in FAULTS}:
+        del kept[name]
     if options.list or not faults:
-        print("\n".join(f.name for f in FAULTS))
+        print("\n".join(f"{f.name:<75} {kept[f.name]['verdict'] if _done(f, report) else ''}".rstrip() for f in FAULTS))
         return 0 if options.list else 2
-    missed = 0
-    with tempfile.TemporaryDirectory(prefix="faults-") as name:
-        folder = Path(name).resolve()
-        _copy(folder)
-        _build(folder)
-        green = sorted({test for fault in faults for test in fault.tests})
-        for test in green:
-            if _red(test, folder):
-                print(f"{test} is red without any fault", flush=True)
-                return 1
-        print(f"{'no fault':<75} green ({len(green)} tests)", flush=True)
-        for fault in faults:
-            start = time.perf_counter()
-            before = _plant(fault, folder)
+    missing = [fault for fault in faults if not _done(fault, report)]
+    print(report.note or f"{len(faults) - len(missing)} of {len(faults)} faults are in {options.report.name}", flush=True)
+    if missing:
+        with tempfile.TemporaryDirectory(prefix="faults-") as folder:
             try:
-                _build(folder)
-                unseen = [test for test in fault.tests if not _red(test, folder)]
-            finally:
-                for path, text in before.items():
-                    path.write_text(text)
-            missed += bool(unseen)
-            verdict = "red" if not unseen else "NOT SEEN by " + ", ".join(unseen)
-            print(f"{fault.name:<75} {verdict} ({time.perf_counter() - start:.0f} s)", flush=True)
-    print(f"{len(faults) - missed} of {len(faults)} faults seen")
-    return 1 if missed else 0
+                copy = Copy(Path(folder).resolve())
+            except Broken as why:
+                print(why)
+                return 1
+            _check_green(sorted({test for fault in missing for test in fault.tests}), copy, report)
+            for fault in missing:
+                start = time.perf_counter()
+                verdict, words = _try(fault, copy, report.section(GREEN))
+                seconds = time.perf_counter() - start
+                words = words.replace(str(copy.folder), "")
+                result = {"verdict": verdict, "words": words, "seconds": round(seconds, 1), "tests": fault.tests, "key": _key(fault)}
+                report.keep(PLANTED, fault.name, result)
+                _line(fault.name, words, seconds)
+    seen = [fault for fault in faults if kept[fault.name]["verdict"] == "seen"]
+    for fault in faults:
+        if fault not in seen:
+            print(f"{kept[fault.name]['verdict'].upper()}  {fault.name}: {kept[fault.name]['words']}")
+    print(f"{len(seen)} of {len(faults)} faults seen")
+    return 0 if len(seen) == len(faults) else 1
 
 
 if __name__ == "__main__":

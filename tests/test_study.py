@@ -11,13 +11,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from _calls import ROOT
+from _calls import PATIENCE, ROOT
 from torch import nn
 
 from fused_resnet import _extension, cli
@@ -90,10 +91,17 @@ def test_every_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert f"{len(found['runs'])} of {len(found['runs'])} runs are in" in capsys.readouterr().out
 
 
-# The network of the tests that run in processes of their own: two arms of six layers, a second or so for each run.
+# The network of the tests that run in processes of their own: two arms of six layers, a second or so for each run. Where HOLD is
+# set, the runs of the last seed never end: such a study waits, on a machine of any speed, until a signal ends it.
 PROGRAM = """
-import sys
+import os, sys, time
 from fused_resnet.study import depth
+perform = depth.perform
+def hold(data, **parameters):
+    while "HOLD" in os.environ and parameters["seed"] == 2:
+        time.sleep(1)
+    return perform(data, **parameters)
+depth.perform = hold
 depth.ARMS = {name: depth.ARMS[name] for name in ("residual", "plain_norm")}
 depth.QUICK_EPOCHS = {"digits": 4}
 from fused_resnet.cli import main
@@ -126,18 +134,25 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def until(done: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not done():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize(("end", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)], ids=["ctrl-c", "kill"])
 def test_an_interrupted_study_goes_on(end: signal.Signals, status: int, whole: Path, tmp_path: Path) -> None:
     """What was finished is there and whole; the rest is computed, in another number of processes, to the same curves."""
     out = tmp_path / "out"
-    process = program(out, "--seeds", "3", "--jobs", "2")
-    limit = time.monotonic() + 120
-    while not (out / "study.json").exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < limit
-        time.sleep(0.01)
-    process.send_signal(end)
-    _, errors = process.communicate(timeout=60)
+    process = program(out, "--seeds", "3", "--jobs", "2", HOLD="1")
+    try:
+        until((out / "study.json").exists, process)
+        process.send_signal(end)
+        _, errors = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
     assert process.returncode == status
     assert errors == ("fused-resnet: interrupted\n" if end == signal.SIGINT else "")
     before = curves(out)

@@ -6,14 +6,13 @@ import itertools
 import json
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from _training import SMALL, assert_same_bits, curve, finish, launch, saved, settings, tensors
+from _training import SMALL, assert_same_bits, curve, finish, held, launch, saved, settings, tensors, wait_for
 from torch.utils.data import TensorDataset
 
 from fused_resnet import cli
@@ -120,30 +119,20 @@ def test_continues_bit_for_bit_from_any_step(changes: dict[str, Any], tmp_path: 
         assert_same_bits(run(second).state(), whole)
 
 
-def wait_for(file: Path, process: Any) -> None:
-    """Until a run has written its first checkpoint."""
-    end = time.monotonic() + 100
-    while not file.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "no checkpoint came"
-        time.sleep(0.02)
-
-
 LONG = (*SMALL, "--steps", "100", "--checkpoint-every", "5")
 
 
 def test_killed_run_continues_with_nothing_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """SIGKILL in mid-run, the same command again: the same curve, the same bits. While it runs no other gets at its folder."""
     out, whole = tmp_path / "out", tmp_path / "whole"
-    process = launch(*LONG, "--out", str(out))
-    wait_for(out / "checkpoint.pt", process)
+    process = launch(*LONG, "--out", str(out), **held(tmp_path))
+    wait_for(tmp_path / "mark", process)
     assert cli.main([*LONG, "--out", str(out)]) == 2
     assert f"--out {out}: another run is writing there" in capsys.readouterr().err
     process.kill()
     finish(process, -signal.SIGKILL)
     step = saved(out)["step"]
-    assert 0 < step < 100
-    assert step % 5 == 0
+    assert step == 5
     assert cli.main([*LONG, "--out", str(out), "--json", str(tmp_path / "report.json")]) == 0
     assert f"continues at step {step} of 100" in capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())
@@ -157,12 +146,15 @@ def test_torchrun_restarts_after_a_killed_process(tmp_path: Path) -> None:
     """One of two workers is killed: torchrun ends the other and starts both again, which continue at the checkpoint."""
     whole = launch(*LONG, "--out", str(tmp_path / "whole"), processes=2)
     finish(whole)
-    process = launch(*LONG, "--out", str(tmp_path / "out"), processes=2, restarts=1)
-    wait_for(tmp_path / "out" / "checkpoint.pt", process)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process = launch(*LONG, "--out", str(tmp_path / "out"), processes=2, restarts=1, **held(tmp_path))
+    wait_for(tmp_path / "mark", process)
+    first = int((tmp_path / "mark").read_text())
+    workers = [int(word) for word in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     assert len(workers) == 2
-    os.kill(int(workers[1]), signal.SIGKILL)
+    assert first in workers
+    os.kill(sum(workers) - first, signal.SIGKILL)
     step = saved(tmp_path / "out")["step"]
+    os.kill(first, signal.SIGCONT)
     out, err = finish(process)
     assert "Traceback" not in err
     continued = int(out.split("continues at step ")[1].split()[0])
@@ -182,9 +174,14 @@ def test_the_end_is_kept_and_a_run_of_constant_rate_can_be_made_longer(tmp_path:
     assert [point["step"] for point in curve(tmp_path)] == [10, 14, 16]
 
 
-@pytest.mark.parametrize("options", [(), ("--norm", "none", "--lr", "0.2"), ("--amp", "bf16")], ids=["batch", "none", "bf16"])
+@pytest.mark.parametrize("options", [(), ("--norm", "none"), ("--amp", "bf16")], ids=["batch", "none", "bf16"])
 def test_networks_learn_the_digits(options: tuple[str, ...], tmp_path: Path) -> None:
-    """95 of 100 test digits right, as the demo asks; guessing gives 10."""
+    """95 of 100 test digits right, as the demo asks; guessing gives 10.
+
+    At the default rate, which is far from where training diverges: four times as much does so without batch norm, for some seeds.
+    The worst of six seeds with each instruction set and with the reference, 30 runs, has 98.9 (batch), 96.7 (none) and 98.6
+    (bf16) right, and none and batch vary by 0.4 and 0.1 between seeds; the loss falls to 0.02 of its first epoch's at most.
+    """
     run = ("train", "--model", "cifar8", "--threads", "1", "--device", "cpu", "--batch", "32", "--epochs", "6")
     assert cli.main([*run, *options, "--out", str(tmp_path)]) == 0
     points = curve(tmp_path)

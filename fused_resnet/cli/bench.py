@@ -187,7 +187,7 @@ def _measure(case: _contest.Case, batch: int, team: Team, names: list[str], argu
         "contenders": contenders,
         "failed": dict(team.failed),
         "allowed_error": contest.allowed,
-        "allowed_gradient_error": contest.allowed_gradient if arguments.mode == "train" else None,
+        "allowed_gradient_error": max(contest.allowed_gradients, default=None),
         "wrong": wrong,
         "ok": not [name for name in (*wrong, *team.failed) if name in _contenders.OURS],
         "best_eager": eager,
