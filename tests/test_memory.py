@@ -1,9 +1,9 @@
-"""Memory: the kernels in a C++ program with guard bytes around every buffer, plain, under ASan + UBSan and under TSan.
+"""Memory: the kernels in a C++ program (tests/cpp/memory) with guard bytes around every buffer, plain, under ASan + UBSan and under TSan.
 
 What is trusted: that a write or a read outside of a buffer hits a guard byte or the sanitizer, and that an output element
 that is never written stays NaN and so fails the comparison with a naive loop. ThreadSanitizer does not see how GCC's OpenMP
 synchronises and would report every parallel region: that build is without OpenMP, and the program's own threads share the tasks
-of each phase, so what it looks at is whether two tasks of one phase touch the same memory.
+of each phase in a random order, so what it looks at is whether two tasks of one phase touch the same memory.
 """
 
 from __future__ import annotations
@@ -40,11 +40,13 @@ def _build(folder: Path, extra: list[str]) -> Path:
     setup = _setup()
     compiler = os.environ.get("CXX") or "g++"
     sources = {name: flags for name, flags in setup.SOURCES.items() if name != "csrc/bindings.cpp"}  # type: ignore[attr-defined]
-    sources["tests/cpp/test_memory.cpp"] = ["-O1"]
+    # What takes longest to compile comes first.
+    sources = dict(sorted(sources.items(), key=lambda item: "isa_avx512" not in item[0]))
+    sources |= {str(path.relative_to(ROOT)): ["-O1"] for path in sorted((ROOT / "tests" / "cpp" / "memory").glob("*.cpp"))}
 
     def compile_one(item: tuple[str, list[str]]) -> str:
         source, flags = item
-        target = str(folder / (Path(source).stem + ".o"))
+        target = str(folder / source.replace("/", "-").replace(".cpp", ".o"))
         command = [compiler, *setup.COMMON, *flags, *extra, "-c", str(ROOT / source), "-o", target]  # type: ignore[attr-defined]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -52,7 +54,7 @@ def _build(folder: Path, extra: list[str]) -> Path:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, sources.items()))
-    program = folder / "test_memory"
+    program = folder / "memory"
     subprocess.run([compiler, *objects, "-fopenmp", *extra, "-o", str(program)], check=True)
     return program
 
