@@ -168,6 +168,7 @@ int Block::phases() const {
 }
 
 i64 Block::tasks(int phase) const {
+  if (shape_.n == 0) return 0;  // planned as for one image
   const i64 images = groups_.front().images;
   if (depth_first_) return (shape_.n + images - 1) / images;
   const Stage& stage = stage_at(phase);

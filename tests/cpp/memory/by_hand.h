@@ -52,12 +52,16 @@ bool by_hand(const Work& work, const Operands& operands) {
   return shared->intact() && std::all_of(mine.begin(), mine.end(), [](const auto& m) { return m->intact(); });
 }
 
-// The next run() in this thread gets a workspace of exactly `bytes` bytes, full of NaN: one that is as large as the largest so far
-// would hide from AddressSanitizer that a run leaves it, and one that a run before has filled, that a value is never written.
-inline void fresh_workspace(i64 bytes) {
-  { fused_resnet::Workspace too_large_to_keep(fused_resnet::Workspace::kKept + 1); }
-  fused_resnet::Workspace kept(bytes);
-  if (bytes > 0) std::memset(kept.data(), 0xff, std::size_t(bytes));
+// work.run(operands) with a workspace of exactly the size that it asks for, full of NaN. A workspace is kept from call to call in
+// the thread that calls: one as large as the largest so far would hide from AddressSanitizer that a run leaves it, and one that a
+// run before has filled would hide that a value is never written. So each run has a thread of its own.
+template <class Work, class Operands>
+void run_afresh(const Work& work, const Operands& operands) {
+  std::thread([&] {
+    fused_resnet::Workspace kept(work.workspace_bytes());
+    if (work.workspace_bytes() > 0) std::memset(kept.data(), 0xff, std::size_t(work.workspace_bytes()));
+    work.run(operands);
+  }).join();
 }
 
 }  // namespace memory

@@ -115,8 +115,7 @@ void run_case(const Problem& g, DType dtype, int x_layout, int w_layout, int y_l
   const auto intact = [&] {
     return x.intact() && b.intact() && z.intact() && y.intact() && by_run.intact() && packed.intact() && joined_x.intact();
   };
-  fresh_workspace(convolution->workspace_bytes());
-  convolution->run(operands(by_run));
+  run_afresh(*convolution, operands(by_run));
   expect(intact(), "guard bytes");
   if (!s.empty()) expect(by_hand(*convolution, operands(y)), "guard bytes of the workspaces");
   expect(intact(), "guard bytes after the tasks by hand");

@@ -68,8 +68,7 @@ void run_case(const Problem& g, DType dtype, Algorithm algorithm, const Variant&
     return Operands{x.data(), packed.get(), s.has_bias ? b.data() : nullptr, s.has_shortcut ? z.data() : nullptr, to.data()};
   };
   const auto intact = [&] { return x.intact() && b.intact() && z.intact() && y.intact() && by_run.intact() && packed.intact(); };
-  fresh_workspace(convolution.workspace_bytes());
-  convolution.run(operands(by_run));
+  run_afresh(convolution, operands(by_run));
   expect(intact(), "guard bytes");
   if (!s.empty()) expect(by_hand(convolution, operands(y)), "guard bytes of the workspaces");
   expect(intact(), "guard bytes after the tasks by hand");
