@@ -38,6 +38,8 @@ class Fault:
 
 VECTORS = ("csrc/cpu/vec_avx2.h", "csrc/cpu/vec_avx512.h")
 EXACT = "tests/test_exact.py::test_awkward_convolutions"
+GUARD_BYTES = "tests/test_memory.py::test_memory[guard bytes]"
+TASKS = "tests/test_memory.py::test_memory[TSan]"
 
 FAULTS = (
     Fault(
@@ -270,6 +272,41 @@ FAULTS = (
         "fits(b.cut) < few) b.cut",
         "fits(b.cut) < std::min(few, all)) b.cut",
         ("tests/test_winograd.py::test_one_weight_for_inputs_of_every_size",),
+    ),
+    Fault(
+        "block: an intermediate reaches into the next",
+        ("csrc/cpu/block.cpp",),
+        "between_strides(layer, bytes_).n), bytes_));",
+        "between_strides(layer, bytes_).n), bytes_)) - 64;",
+        (GUARD_BYTES,),
+    ),
+    Fault(
+        "block: the last group of images is done as a full one",
+        ("csrc/cpu/block.cpp",),
+        "const Group& group = shape_.n - image < first.images ? groups_.back() : first;",
+        "const Group& group = first;",
+        (GUARD_BYTES,),
+    ),
+    Fault(
+        "block: no memory for what the two phases of a convolution share, depth first",
+        ("csrc/cpu/block.cpp",),
+        "g.slot.back() + g.shared + g.thread",
+        "g.slot.back() + g.thread",
+        (GUARD_BYTES,),
+    ),
+    Fault(
+        "joined convolution: a task packs one pixel more than it has",
+        ("csrc/cpu/direct_convolution.cpp",),
+        "a.pixels = t.cols;",
+        "a.pixels = t.cols + 1;",
+        (GUARD_BYTES,),
+    ),
+    Fault(
+        "Winograd: a task of the first phase does the next row of tiles as well",
+        ("csrc/cpu/winograd_convolution.cpp",),
+        "transform(begin, begin + b.cols,",
+        "transform(begin, std::min(begin + 2 * b.cols, all_tiles()),",
+        (TASKS,),
     ),
     Fault(
         "training: a continued run begins its epoch again",

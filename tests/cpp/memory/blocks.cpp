@@ -68,13 +68,17 @@ void run_case(const BlockProblem& g, Kind kind, DType dtype, const Request& want
   for (std::size_t i = 0; i < block.convolutions(); ++i) {
     const Convolution& convolution = *block.convolution(i);
     hits.insert(std::string(current_table().isa) + ", " + algorithm + " " + std::to_string(int(convolution.choice().algorithm)));
+    if (convolution.phases() > 1) {
+      const bool depth_first = hit.find("depth first") != std::string::npos;
+      hits.insert(std::string(current_table().isa) + ", two phases, " + (depth_first ? "depth first" : "layer by layer"));
+    }
     const bool with_projection = block.joined() && i + 1 == s.main.size();
     const auto weight = weight_of(i), joined = weight_of(with_projection ? s.main.size() : i);
     packed.push_back(std::make_unique<Guarded>(convolution.packed_bytes()));
     packed.back()->fill(0xff);
     const WeightView joined_view{joined->data(), joined->strides()};
-    const bool useful = convolution.pack({weight->data(), weight->strides()}, with_projection ? joined_view : WeightView{}, packed.back()->get());
-    expect(useful, "the transformed weight is finite");
+    const WeightView view{weight->data(), weight->strides()};
+    expect(convolution.pack(view, with_projection ? joined_view : WeightView{}, packed.back()->get()), "the transformed weight is finite");
     expect(weight->intact() && joined->intact(), "guard bytes of the weight after packing");
     Values sum = g.bias[i];
     for (std::size_t k = 0; with_projection && k < sum.size(); ++k) sum[k] += g.bias.back()[k];
@@ -111,6 +115,9 @@ void run_case(const BlockProblem& g, Kind kind, DType dtype, const Request& want
 }
 
 constexpr Geometry kGeometries[] = {
+    // Layer by layer, several tasks a layer.
+    {1, 8, 27, 20, 9, 12, false, 1, 1},
+    {1, 8, 27, 20, 9, 12, true, 2, 1},
     {1, 3, 5, 7, 5, 4, false, 1, 1},
     {1, 9, 6, 5, 17, 33, true, 1, 1},
     {0, 5, 6, 6, 7, 5, true, 1, 1},
@@ -154,7 +161,9 @@ void expect_hits() {
         expect(hits.count(std::string(table->isa) + ", " + how + ", " + name(kind)) > 0, "this way to run a block was hit");
       }
     }
-    for (const char* what : {"auto 0", "auto, strict 0", "direct 0", "winograd2 1", "winograd4 2"}) {
+    // The numbers are those of Algorithm.
+    for (const char* what : {"auto 0", "auto, strict 0", "direct 0", "winograd2 1", "winograd4 2", "two phases, depth first",
+                             "two phases, layer by layer"}) {
       describe("%s, %s", table->isa, what);
       expect(hits.count(std::string(table->isa) + ", " + what) > 0, "this algorithm was hit");
     }
@@ -165,8 +174,9 @@ void expect_hits() {
 
 void blocks() {
   int number = 0;  // of the problem
-  const auto run = [&](const BlockProblem& g, const Geometry& sizes, Kind kind, const KernelTable* table, DType dtype, const Wish& wish, int threads) {
-    if (!take()) return;
+  const auto run = [&](const BlockProblem& g, const Geometry& sizes, Kind kind, const KernelTable* table, DType dtype,
+                       const Wish& wish, int threads, bool always = false) {
+    if (!take(always)) return;
     set_isa(table->isa);
     std::mt19937 choose(case_seed());
     const auto pick = [&](int most) { return int(choose() % unsigned(most)); };
@@ -182,7 +192,10 @@ void blocks() {
       const BlockProblem g = block_problem(sizes, kind, ++number);
       for (const KernelTable* table : available_tables()) {
         for (int dtype = 0; dtype < kCpuDTypes; ++dtype) {
-          for (const Wish& wish : kWishes) run(g, sizes, kind, table, DType(dtype), wish, kThreads[turn++ % 4]);
+          for (const Wish& wish : kWishes) {
+            run(g, sizes, kind, table, DType(dtype), wish, kThreads[turn % 4], sizes.h == 27 && turn % 5 == 0);
+            ++turn;
+          }
         }
         ++turn;
       }
@@ -198,6 +211,14 @@ void blocks() {
         }
         ++turn;
       }
+    }
+  }
+  // So many channels that a convolution of one image takes two phases, also in one thread.
+  const Geometry deep{2, cache_sizes().l2 / (36 * 4 * 8), 14, 13, 3, 5, false, 1, 1};
+  for (const Kind kind : {Kind::none, Kind::external, Kind::projection}) {
+    const BlockProblem g = block_problem(deep, kind, ++number);
+    for (const KernelTable* table : available_tables()) {
+      for (int dtype = 0; dtype < kCpuDTypes; ++dtype) run(g, deep, kind, table, DType(dtype), kWishes[4], 1);
     }
   }
   if (all_cases()) expect_hits();

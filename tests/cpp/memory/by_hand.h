@@ -14,10 +14,13 @@
 
 namespace memory {
 
-// Phases with several tasks that by_hand has run on several threads.
-inline int& shared_phases() {
-  static int count = 0;
-  return count;
+// How many phases with several tasks by_hand has run on several threads; and how many of them are not their work's only phase.
+struct SharedPhases {
+  int all = 0, of_several = 0;
+};
+inline SharedPhases& shared_phases() {
+  static SharedPhases counts;
+  return counts;
 }
 
 // Each phase's tasks in a random order (case_seed() gives it), dealt out to real threads. Nothing orders two tasks of one
@@ -43,7 +46,8 @@ bool by_hand(const Work& work, const Operands& operands) {
     const auto deal = [&](std::size_t t) {
       for (std::size_t i = t; i < order.size(); i += threads) work.run_task(phase, order[i], operands, shared->get(), mine[t]->get());
     };
-    shared_phases() += order.size() > 1;
+    shared_phases().all += order.size() > 1;
+    shared_phases().of_several += order.size() > 1 && work.phases() > 1;
     std::vector<std::thread> others;
     for (std::size_t t = 1; t < std::min(threads, order.size()); ++t) others.emplace_back(deal, t);
     deal(0);

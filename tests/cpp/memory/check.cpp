@@ -24,6 +24,7 @@ unsigned hash(unsigned value) {
 
 void start(unsigned every, unsigned with_seed) {
   step = every, seed = with_seed;
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // what failed before a crash is printed
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
   // A sanitizer's report does not know the case.
   __sanitizer_set_death_callback([] { std::fprintf(stderr, "in the case: %s; case %u, seed %u\n", context, number, seed); });
@@ -32,7 +33,7 @@ void start(unsigned every, unsigned with_seed) {
 
 bool all_cases() { return step == 1; }
 
-bool take() { return hash(++number) % step == 0; }
+bool take(bool always) { return hash(++number) % step == 0 || always; }
 
 void describe(const char* format, ...) {
   std::va_list arguments;

@@ -12,8 +12,9 @@ void start(unsigned every, unsigned seed);
 bool all_cases();  // every == 1
 
 // A new case: its number rises, and this says whether it is to be run. Which ones are is a hash of the number, for a fixed step
-// would, in nested loops, meet one dtype or one instruction set again and again.
-bool take();
+// would, in nested loops, meet one dtype or one instruction set again and again. `always`: whatever the number, for cases without
+// which a build would not see what it is for.
+bool take(bool always = false);
 
 // What to print beside a failure.
 void describe(const char* format, ...) __attribute__((format(printf, 1, 2)));

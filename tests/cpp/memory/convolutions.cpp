@@ -95,7 +95,9 @@ void run_case(const Problem& g, DType dtype, int x_layout, int w_layout, int y_l
   Tensor joined_x(dtype, s.n, j.c, j.h, j.w, layout((x_layout + w_layout) % kLayouts, j.c, j.h, j.w));
   Tensor joined_w(dtype, s.k, j.c, 1, 1, layout(w_layout, j.c, 1, 1));
   Values shortcuts = g.z;
-  for (std::size_t i = 0; shortcut == kOneForAChannel && i < shortcuts.size(); ++i) shortcuts[i] = g.b[i / std::size_t(s.p * s.q) % g.b.size()];
+  for (std::size_t i = 0; shortcut == kOneForAChannel && i < shortcuts.size(); ++i) {
+    shortcuts[i] = g.b[i / std::size_t(s.p * s.q) % g.b.size()];
+  }
   x.set(g.x), w.set(g.w), b.set(g.b), z.set(shortcuts);
   if (j.c) joined_x.set(g.joined_x), joined_w.set(g.joined_w);
   s.x = x.strides(), s.y = y.strides(), s.shortcut = z.strides();

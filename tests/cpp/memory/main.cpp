@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdlib>
 
+#include "../../../csrc/cpu/dispatch.h"
 #include "by_hand.h"
 #include "cases.h"
 #include "check.h"
@@ -16,12 +17,19 @@
 int main(int arguments, char** argument) {
   const auto number = [&](int i) { return arguments > i ? unsigned(std::max(std::atoi(argument[i]), 1)) : 1u; };
   memory::start(number(1), number(2));
+  const auto& shared = memory::shared_phases();
   memory::convolutions();
+  const int direct = shared.all;
   memory::winograd();
+  const int winograd = shared.of_several;
   memory::blocks();
+  const int blocks = shared.of_several - winograd;
   memory::passes();
   memory::arithmetic();
-  memory::describe("all cases together");
-  memory::expect(memory::shared_phases() >= 100, "phases of several tasks were run on several threads");
+  memory::describe("all cases together: of %d phases of direct convolutions, %d of Winograd's two, %d of blocks", direct, winograd, blocks);
+  const int tables = int(fused_resnet::available_tables().size());
+  memory::expect(direct >= 10 * tables, "direct convolutions' tasks were run on several threads");
+  memory::expect(winograd >= 4 * tables, "the tasks of Winograd's two phases were run on several threads");
+  memory::expect(blocks >= 20 * tables, "the tasks of the phases of blocks were run on several threads");
   return memory::finish();
 }
