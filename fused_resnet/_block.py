@@ -226,7 +226,9 @@ _GLOBAL_HOOKS = (
 def _obstacle(x: Any) -> bool:
     """Whether this one call needs the block's own forward, whatever the block is."""
     if isinstance(x, Tensor):
-        if x.dim() != 4 or x.layout is not torch.strided or x.dtype not in DTYPES.get(x.device.type, ()):
+        if x.is_nested:
+            reason = "its input is a nested tensor"
+        elif x.dim() != 4 or x.layout is not torch.strided or x.dtype not in DTYPES.get(x.device.type, ()):
             reason = f"its input is {x.dim()}-dimensional, {x.dtype}, {x.layout} on {x.device.type}"
         elif forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
             reason = "torch.func transforms and forward-mode gradients need it"

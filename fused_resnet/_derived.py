@@ -11,7 +11,9 @@ Two kinds of owner, and nothing of what they keep is ever saved, copied or pickl
 A change is seen by the tensor's version counter (every in-place operation, ``load_state_dict``, optimizers), its address and layout
 (``.data = ...``) and a fingerprint of its bytes, which also sees writes through ``.data`` that leave the counter alone: all
 the bytes up to 64 KiB, 64 words spread over the tensor above that. Inference tensors have no counter: all their bytes are
-read on every call. Bytes are read only where the tensor is now, at the address that was compared, and while somebody holds them.
+read on every call. What was taken through ``.data`` has a version counter of its own, which tells nothing of writes to the tensor that
+it was taken from: such a tensor is new to a cache when it is another object, but of a Parameter only storage, state and bytes are known.
+Bytes are read only where the tensor is now, at the address that was compared, and while somebody holds them.
 
 On a GPU no bytes are read, which would wait for it: a write through ``.data`` is not seen there, and nothing is kept for inference
 tensors. A value is made on the current stream; another stream that needs it waits for that. While a CUDA graph is captured,
@@ -94,9 +96,8 @@ class Source:
     def is_as_it_was(self, t: Tensor) -> bool:
         storage = t.untyped_storage()  # keeps the memory that the guard reads
         if self.storage is None:
-            same = t is self.strong
-        else:
-            same = self.storage() is storage and (self.weak is None or self.weak() is t)
+            return t is self.strong and self.memory_is_as_it_was(t)
+        same = self.storage() is storage and (self.weak is None or self.weak() is t)
         return same and self.memory_is_as_it_was(t)
 
     def memory_is_as_it_was(self, t: Tensor) -> bool:

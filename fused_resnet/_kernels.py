@@ -81,7 +81,7 @@ def cached(
             torch.get_num_threads() if input.is_cpu else _gpu.state(input, weight, bias, shortcut),
             _numerics.setting,
         )
-    except AttributeError:  # None, or no tensor at all: making the plan says so
+    except (AttributeError, RuntimeError):  # None, no tensor at all, a nested one, which has no shape: making the plan says so
         return make(input, weight, bias, shortcut, *parameters)
     plan = _plans.get(key, _UNKNOWN)
     if plan is _UNKNOWN:
@@ -227,7 +227,7 @@ def _library_plan(
 
 
 def _packer(kernel: Any, strides: tuple[int, ...]) -> Packer:
-    """The packed weight of a kernel, of a weight with these strides, kept until the weight changes; None where it is of no use (see ``pack``)."""
+    """The packed weight of a kernel, of a weight with these strides, kept until that changes; None where it is of no use: see ``pack``."""
     packed_bytes, pack = kernel.packed_bytes, kernel.pack
     tag = (f"packed: {kernel.packing}, strides {strides}",)
 
@@ -237,7 +237,10 @@ def _packer(kernel: Any, strides: tuple[int, ...]) -> Packer:
 
     def packed(weight: Tensor) -> Tensor | None:
         kept = unchanged(tag, weight)
-        value: Tensor | None = (find(tag, (weight,), make) if kept is None else kept).value
+        if kept is None:
+            check_allocated(weight, "weight")
+            kept = find(tag, (weight,), make)
+        value: Tensor | None = kept.value
         return value
 
     return packed

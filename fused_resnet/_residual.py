@@ -171,7 +171,10 @@ def _joined(block: Bound, h: Tensor, x: Tensor) -> Tensor | None:
     sources = [t for layer in (last, step) for t in _operand(layer, False).sources]
     if not nobody_listens(h, x, *sources) or h.dtype != x.dtype or h.dtype != last.conv.weight.dtype:
         return None
-    layers = [(layer.conv.weight, layer.conv.bias) if layer.norm is None else folded(layer.conv, layer.norm, False, layer.store) for layer in (last, step)]
+    layers = [
+        (layer.conv.weight, layer.conv.bias) if layer.norm is None else folded(layer.conv, layer.norm, False, layer.store)
+        for layer in (last, step)
+    ]
     conv = last.conv
     return _gpu.joined(h, layers[0], x, layers[1], conv.stride, conv.padding, conv.dilation, conv.groups, step.conv.stride, block.relu)
 

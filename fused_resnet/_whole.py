@@ -290,7 +290,10 @@ class Ready:
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """The output for ``x``, a plain tensor outside of torch.compile; or None if something has changed."""
-        if x.layout is not torch.strided or not x.is_cpu or x.shape != self.shape or x.stride() != self.strides or x.dtype is not self.dtype:
+        try:
+            if not x.is_cpu or x.shape != self.shape or x.stride() != self.strides or x.dtype is not self.dtype:
+                return None
+        except RuntimeError:  # sparse and nested tensors have no strides
             return None
         grad = torch.is_grad_enabled()
         if (torch.get_num_threads(), _numerics.setting) != self.environment or not is_quiet() or (grad and x.requires_grad):

@@ -6,6 +6,9 @@ from _fault import Fault
 
 VECTORS = ("csrc/cpu/vec_avx2.h", "csrc/cpu/vec_avx512.h")
 EXACT = "tests/test_exact.py::test_awkward_convolutions"
+SPECIAL_INPUT = "tests/test_winograd_special.py::test_special_input"
+GUARD_BYTES = "tests/test_memory.py::test_memory[guard bytes]"
+TASKS = "tests/test_memory.py::test_memory[TSan]"
 
 FAULTS = (
     Fault(
@@ -224,5 +227,64 @@ FAULTS = (
         "fits(b.cut) < few) b.cut",
         "fits(b.cut) < std::min(few, all)) b.cut",
         ("tests/test_winograd.py::test_one_weight_for_inputs_of_every_size",),
+    ),
+    Fault(
+        "block: an intermediate reaches into the next",
+        ("csrc/cpu/block.cpp",),
+        "between_strides(layer, bytes_).n), bytes_));",
+        "between_strides(layer, bytes_).n), bytes_)) - 64;",
+        (GUARD_BYTES,),
+    ),
+    Fault(
+        "block: the last group of images is done as a full one",
+        ("csrc/cpu/block.cpp",),
+        "const Group& group = shape_.n - image < first.images ? groups_.back() : first;",
+        "const Group& group = first;",
+        (GUARD_BYTES,),
+    ),
+    Fault(
+        "block: no memory for what the two phases of a convolution share, depth first",
+        ("csrc/cpu/block.cpp",),
+        "g.slot.back() + g.shared + g.thread",
+        "g.slot.back() + g.thread",
+        (GUARD_BYTES,),
+    ),
+    Fault(
+        "joined convolution: a task packs one pixel more than it has",
+        ("csrc/cpu/direct_convolution.cpp",),
+        "a.pixels = t.cols;",
+        "a.pixels = t.cols + 1;",
+        (GUARD_BYTES,),
+    ),
+    Fault(
+        "Winograd: a task of the first phase does the next row of tiles as well",
+        ("csrc/cpu/winograd_convolution.cpp",),
+        "transform(begin, begin + b.cols,",
+        "transform(begin, std::min(begin + 2 * b.cols, all_tiles()),",
+        (TASKS,),
+    ),
+    Fault(
+        "two packed layouts under one name",
+        ("csrc/cpu/winograd_convolution.cpp",),
+        'packing_of(transform + " step " + std::to_string(blocking_.step), blocking_.cut)',
+        'packing_of("Winograd " + std::to_string(blocking_.m), blocking_.cut)',
+        (
+            "tests/test_sequences.py::test_two_blocks_that_share_a_layer",
+            "tests/test_sequences.py::test_kernels_that_share_a_packing_read_the_same_bytes",
+        ),
+    ),
+    Fault(
+        "Winograd: values that are not finite go unseen",
+        ("csrc/cpu/winograd.h",),
+        "odd = V::fma(y[i][l], V::zero(), odd);",
+        "(void)odd;",
+        (SPECIAL_INPUT, "tests/test_winograd_special.py::test_large_values", "tests/test_winograd_special.py::test_whole_blocks"),
+    ),
+    Fault(
+        "a block's values that are not finite go unseen on two threads",
+        ("csrc/cpu/block.cpp",),
+        "for (i64 i = 0; i < count; ++i) finite = run_task(phase, i, operands, shared, mine) && finite;",
+        "for (i64 i = 0; i < count; ++i) run_task(phase, i, operands, shared, mine);",
+        ("tests/test_winograd_special.py::test_whole_blocks",),
     ),
 )

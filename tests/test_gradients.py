@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 import fused_resnet
-from fused_resnet import testing
+from fused_resnet import reference, testing
 from fused_resnet.cases import AWKWARD, ConvCase, Operands
 
 CASES = testing.gradient_cases()
@@ -288,3 +288,33 @@ def test_forward_mode_is_right_or_an_error(kernels: object) -> None:
             if ours is None or not torch.allclose(ours, expected):
                 lost.append(what)
     assert not lost, f"forward-mode AD loses the tangent in silence: {lost}"
+
+
+def test_only_the_shortcut_wants_a_gradient(kernels: object) -> None:
+    """The convolution is then a constant: its operands may be changed in place between forward and backward, and are not kept alive."""
+    for relu in (False, True):
+        case = ConvCase(3, 5, (6, 7), (3, 3), padding=(1, 1), shortcut=True, relu=relu, batch=2)
+        operands = testing.integer_operands(case, torch.float32, torch.Generator().manual_seed(0))
+        ours, theirs = (operands.shortcut.clone().requires_grad_() for _ in range(2))  # type: ignore[union-attr]
+        expected = reference.conv_bias_add_relu(*operands[:3], theirs, **case.parameters)
+        y = fused_resnet.conv_bias_add_relu(*operands[:3], ours, **case.parameters)
+        assert torch.equal(y, expected)
+        for t in operands[:3]:
+            assert t is not None
+            t.add_(1)
+        grad = torch.randn(y.shape)
+        y.backward(grad)
+        expected.backward(grad)
+        assert torch.equal(ours.grad, theirs.grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wanted", ["input", "weight"])
+def test_what_a_gradient_needs_must_not_change(kernels: object, wanted: str) -> None:
+    """Changes in place of what the backward pass reads raise, as PyTorch's do."""
+    operands = testing.integer_operands(CASE, torch.float32, torch.Generator().manual_seed(0))
+    getattr(operands, wanted).requires_grad_()
+    y = fused_resnet.conv_bias_add_relu(*operands, **CASE.parameters)
+    with torch.no_grad():
+        getattr(operands, "weight" if wanted == "input" else "input").add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

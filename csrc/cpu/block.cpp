@@ -153,62 +153,81 @@ Operands Block::operands_of(const Stage& stage, const Group& group, const BlockO
   return o;
 }
 
-i64 Block::workspace_bytes() const {
+const Block::Stage& Block::stage_at(int& phase) const {
+  const std::vector<Stage>& stages = groups_.front().stages;
+  std::size_t i = 0;
+  for (; phase >= stages[i].convolution->phases(); ++i) phase -= stages[i].convolution->phases();
+  return stages[i];
+}
+
+int Block::phases() const {
+  if (depth_first_) return 1;
+  int sum = 0;
+  for (const Stage& stage : groups_.front().stages) sum += stage.convolution->phases();
+  return sum;
+}
+
+i64 Block::tasks(int phase) const {
+  if (shape_.n == 0) return 0;  // planned as for one image
+  const i64 images = groups_.front().images;
+  if (depth_first_) return (shape_.n + images - 1) / images;
+  const Stage& stage = stage_at(phase);
+  return stage.convolution->tasks(phase);
+}
+
+// Layer by layer, the threads share the intermediates and what a convolution shares; depth first, each thread has its own.
+i64 Block::shared_bytes() const {
+  const Group& g = groups_.front();
+  return depth_first_ ? 0 : g.slot.back() + g.shared;
+}
+
+i64 Block::thread_bytes() const {
+  if (!depth_first_) return groups_.front().thread;
   i64 most = 0;
-  for (const Group& g : groups_) {
-    const i64 shared = g.slot.back() + g.shared;
-    most = std::max(most, depth_first_ ? checked_product(shared + g.thread, threads_) : shared + checked_product(g.thread, threads_));
-  }
+  for (const Group& g : groups_) most = std::max(most, g.slot.back() + g.shared + g.thread);
   return most;
+}
+
+bool Block::run_task(int phase, i64 index, const BlockOperands& operands, char* shared, char* mine) const {
+  const Group& first = groups_.front();
+  if (!depth_first_) {
+    const Stage& stage = stage_at(phase);
+    const Operands o = operands_of(stage, first, operands, 0, shared);
+    return stage.convolution->run_task(phase, index, o, shared + first.slot.back(), mine);
+  }
+  const i64 image = index * first.images;
+  const Group& group = shape_.n - image < first.images ? groups_.back() : first;
+  char* const scratch = mine + group.slot.back();
+  bool finite = true;
+  for (const Stage& stage : group.stages) {
+    const Convolution& conv = *stage.convolution;
+    const Operands o = operands_of(stage, group, operands, image, mine);
+    for (int p = 0; p < conv.phases(); ++p) {
+      for (i64 i = 0; i < conv.tasks(p); ++i) finite = conv.run_task(p, i, o, scratch, scratch + group.shared) && finite;
+    }
+  }
+  return finite;
 }
 
 bool Block::run(const BlockOperands& operands) const {
   if (shape_.n == 0) return true;
   Workspace workspace(workspace_bytes());
-  char* const data = workspace.data();
+  char* const shared = workspace.data();
   bool finite = true;
-  const Group& first = groups_.front();
-  if (!depth_first_) {
-    char* const shared = data + first.slot.back();
-    if (threads_ == 1) {
-      for (const Stage& stage : first.stages) {
-        const Convolution& conv = *stage.convolution;
-        const Operands o = operands_of(stage, first, operands, 0, data);
-        for (int phase = 0; phase < conv.phases(); ++phase) {
-          for (i64 i = 0; i < conv.tasks(phase); ++i) finite &= conv.run_task(phase, i, o, shared, shared + first.shared);
-        }
-      }
-      return finite;
-    }
-#pragma omp parallel num_threads(threads_) reduction(&& : finite)
-    {
-      char* const mine = shared + first.shared + omp_get_thread_num() * first.thread;
-      for (const Stage& stage : first.stages) {
-        const Convolution& conv = *stage.convolution;
-        const Operands o = operands_of(stage, first, operands, 0, data);
-        for (int phase = 0; phase < conv.phases(); ++phase) {
-          const i64 tasks = conv.tasks(phase);
-#pragma omp for schedule(dynamic, 1)
-          for (i64 i = 0; i < tasks; ++i) finite = conv.run_task(phase, i, o, shared, mine) && finite;
-        }
-      }
+  if (threads_ == 1) {
+    for (int phase = 0; phase < phases(); ++phase) {
+      const i64 count = tasks(phase);
+      for (i64 i = 0; i < count; ++i) finite = run_task(phase, i, operands, shared, shared + shared_bytes()) && finite;
     }
     return finite;
   }
-  const i64 groups = (shape_.n + first.images - 1) / first.images;
-  const i64 each = workspace_bytes() / threads_;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads_) if (threads_ > 1) reduction(&& : finite)
-  for (i64 index = 0; index < groups; ++index) {
-    const i64 image = index * first.images;
-    const Group& group = shape_.n - image < first.images ? groups_.back() : first;
-    char* const between = data + omp_get_thread_num() * each;
-    char* const shared = between + group.slot.back();
-    for (const Stage& stage : group.stages) {
-      const Convolution& conv = *stage.convolution;
-      const Operands o = operands_of(stage, group, operands, image, between);
-      for (int phase = 0; phase < conv.phases(); ++phase) {
-        for (i64 i = 0; i < conv.tasks(phase); ++i) finite = conv.run_task(phase, i, o, shared, shared + group.shared) && finite;
-      }
+#pragma omp parallel num_threads(threads_) reduction(&& : finite)
+  {
+    char* const mine = shared + shared_bytes() + omp_get_thread_num() * thread_bytes();
+    for (int phase = 0; phase < phases(); ++phase) {
+      const i64 count = tasks(phase);
+#pragma omp for schedule(dynamic, 1)
+      for (i64 i = 0; i < count; ++i) finite = run_task(phase, i, operands, shared, mine) && finite;
     }
   }
   return finite;

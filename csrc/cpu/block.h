@@ -47,8 +47,17 @@ class Block {
   const Convolution* convolution(std::size_t i) const { return groups_.front().stages[stage_of_[i]].convolution.get(); }
   std::size_t convolutions() const { return stage_of_.size(); }
   bool joined() const { return joined_; }
-  i64 workspace_bytes() const;
   std::string describe() const;
+
+  // As Convolution's, for whoever runs the tasks on threads of its own; `run` is these in one parallel region. Layer by layer, the
+  // phases are those of one convolution after the other; depth first, there is one phase, whose tasks are groups of images.
+  int phases() const;
+  i64 tasks(int phase) const;
+  bool run_task(int phase, i64 index, const BlockOperands& operands, char* shared, char* mine) const;
+  i64 shared_bytes() const;
+  i64 thread_bytes() const;
+  int threads() const { return threads_; }
+  i64 workspace_bytes() const { return shared_bytes() + checked_product(thread_bytes(), threads_); }
 
  private:
   struct Stage {
@@ -66,6 +75,7 @@ class Block {
   // Slots: an operand of the block, or an intermediate from 0 on.
   static constexpr int kX = -1, kY = -2, kExternal = -3, kNone = -4;
 
+  const Stage& stage_at(int& phase) const;  // layer by layer; makes `phase` the stage's own
   Group plan(i64 images, int threads, const Request& request) const;
   Operands operands_of(const Stage& stage, const Group& group, const BlockOperands& block, i64 image, char* between) const;
 

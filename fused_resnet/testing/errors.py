@@ -79,6 +79,12 @@ def _calls() -> list[ErrorCall]:
             f"{name} must be a dense tensor, got layout torch.sparse_coo",
             **{name: lambda shape=shape: _sparse(*shape)},
         )
+        add(
+            f"nested {name}",
+            TypeError,
+            f"{name} must be a dense tensor, got a nested one",
+            **{name: lambda shape=shape: torch.nested.nested_tensor([torch.ones(shape[1:])] * shape[0])},
+        )
     add(
         "quantized input",
         TypeError,
@@ -207,6 +213,9 @@ def _calls() -> list[ErrorCall]:
     add("groups as a float", TypeError, "groups must be an int, got 2.0", groups=2.0)
     # Numbers.
     add("stride 0", ValueError, "stride must be at least 1, got 0", stride=0)
+    for name in ("stride", "padding", "dilation"):
+        for value in (2**62, 2**63, 2**64):
+            add(f"{name} {value}", ValueError, f"{name} must be below 2**62, got {value}", **{name: value})
     add("stride 0 in one direction", ValueError, "stride must be at least 1, got (1, 0)", stride=(1, 0))
     add("dilation 0", ValueError, "dilation must be at least 1, got 0", dilation=0)
     add("negative padding", ValueError, "padding must be at least 0, got -1", padding=-1)

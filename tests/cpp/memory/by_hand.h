@@ -1,0 +1,71 @@
+// The tasks of a convolution or a block, run without OpenMP: ThreadSanitizer does not see how GCC's OpenMP synchronises.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "../../../csrc/cpu/workspace.h"
+#include "check.h"
+#include "guarded.h"
+
+namespace memory {
+
+// How many phases with several tasks by_hand has run on several threads; and how many of them are not their work's only phase.
+struct SharedPhases {
+  int all = 0, of_several = 0;
+};
+inline SharedPhases& shared_phases() {
+  static SharedPhases counts;
+  return counts;
+}
+
+// Each phase's tasks in a random order (case_seed() gives it), dealt out to real threads. Nothing orders two tasks of one
+// phase: the deal is fixed beforehand, for a queue's lock would be an order that ThreadSanitizer takes for the tasks' own. Every
+// workspace has exactly the bytes asked for, starts as NaN, and is guarded; returns whether the guard bytes are intact.
+// Any number of threads may share a phase's tasks, however many `work` was planned for.
+template <class Work, class Operands>
+bool by_hand(const Work& work, const Operands& operands) {
+  constexpr std::size_t threads = 3;
+  const auto workspace = [](i64 bytes) {
+    auto made = std::make_unique<Guarded>(bytes);
+    made->fill(0xff);
+    return made;
+  };
+  const auto shared = workspace(work.shared_bytes());
+  std::vector<std::unique_ptr<Guarded>> mine;
+  for (std::size_t t = 0; t < threads; ++t) mine.push_back(workspace(work.thread_bytes()));
+  std::mt19937 random(case_seed());
+  for (int phase = 0; phase < work.phases(); ++phase) {
+    std::vector<i64> order(std::size_t(work.tasks(phase)));
+    std::iota(order.begin(), order.end(), i64(0));
+    std::shuffle(order.begin(), order.end(), random);
+    const auto deal = [&](std::size_t t) {
+      for (std::size_t i = t; i < order.size(); i += threads) work.run_task(phase, order[i], operands, shared->get(), mine[t]->get());
+    };
+    shared_phases().all += order.size() > 1;
+    shared_phases().of_several += order.size() > 1 && work.phases() > 1;
+    std::vector<std::thread> others;
+    for (std::size_t t = 1; t < std::min(threads, order.size()); ++t) others.emplace_back(deal, t);
+    deal(0);
+    for (std::thread& thread : others) thread.join();
+  }
+  return shared->intact() && std::all_of(mine.begin(), mine.end(), [](const auto& m) { return m->intact(); });
+}
+
+// work.run(operands) with a workspace of exactly the size that it asks for, full of NaN. A workspace is kept from call to call in
+// the thread that calls: one as large as the largest so far would hide from AddressSanitizer that a run leaves it, and one that a
+// run before has filled would hide that a value is never written. So each run has a thread of its own.
+template <class Work, class Operands>
+void run_afresh(const Work& work, const Operands& operands) {
+  std::thread([&] {
+    fused_resnet::Workspace kept(work.workspace_bytes());
+    if (work.workspace_bytes() > 0) std::memset(kept.data(), 0xff, std::size_t(work.workspace_bytes()));
+    work.run(operands);
+  }).join();
+}
+
+}  // namespace memory

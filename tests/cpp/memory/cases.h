@@ -1,0 +1,12 @@
+// What main() runs, a file each.
+#pragma once
+
+namespace memory {
+
+void convolutions();  // direct ones, also with a joined convolution
+void winograd();
+void blocks();
+void passes();
+void arithmetic();  // sizes and indices, without running a kernel
+
+}  // namespace memory
