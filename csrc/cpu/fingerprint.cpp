@@ -10,26 +10,34 @@ std::uint64_t fingerprint(const void* data, i64 bytes, i64 most) {
   const char* p = static_cast<const char*>(data);
   Word lanes[kLanes] = {1, 2, 3, 4, 5, 6, 7, 8};
   // Multiplying by an odd number and folding the high bits down are both invertible: one changed word changes its lane.
-  const auto mix = [&](i64 lane, const char* from) {
+  const auto mix = [&](i64 lane, Word word) {
+    lanes[lane] = word * 0x9e3779b97f4a7c15u;
+    lanes[lane] ^= lanes[lane] >> 29;
+  };
+  const auto read = [](const char* from) {
     Word word;
     std::memcpy(&word, from, sizeof word);
-    lanes[lane] = (lanes[lane] ^ word) * 0x9e3779b97f4a7c15u;
-    lanes[lane] ^= lanes[lane] >> 29;
+    return word;
   };
   if (bytes > most) {
     // Evenly spread, the first and the last word included.
     const i64 words = bytes / kWord;
-    for (i64 i = 0; i < kSamples; ++i) mix(i % kLanes, p + (words - 1) * i / (kSamples - 1) * kWord);
+    for (i64 i = 0; i < kSamples; ++i) mix(i % kLanes, lanes[i % kLanes] ^ read(p + (words - 1) * i / (kSamples - 1) * kWord));
   } else {
     i64 i = 0;
-    for (; i + kLanes * kWord <= bytes; i += kLanes * kWord) {
+    // Two words for each multiplication, of which there is one a cycle; the second turned, so that equal changes of both do not cancel.
+    for (; i + 2 * kLanes * kWord <= bytes; i += 2 * kLanes * kWord) {
 #pragma GCC unroll 8
-      for (i64 lane = 0; lane < kLanes; ++lane) mix(lane, p + i + lane * kWord);
+      for (i64 lane = 0; lane < kLanes; ++lane) {
+        const char* const pair = p + i + 2 * lane * kWord;
+        const Word second = read(pair + kWord);
+        mix(lane, (lanes[lane] ^ read(pair)) + (second << 29 | second >> 35));
+      }
     }
-    for (; i + kWord <= bytes; i += kWord) mix(0, p + i);
+    for (; i + kWord <= bytes; i += kWord) mix(0, lanes[0] ^ read(p + i));
     Word rest = 0;
     std::memcpy(&rest, p + i, std::size_t(bytes - i));
-    mix(1, reinterpret_cast<const char*>(&rest));
+    mix(1, lanes[1] ^ rest);
   }
   Word result = Word(bytes);
   for (const Word lane : lanes) result = (result ^ lane) * 0xff51afd7ed558ccdu;
