@@ -97,10 +97,10 @@ void run_case(const BlockProblem& g, Kind kind, DType dtype, const Request& want
   };
   expect(intact(), "guard bytes after packing");
   operands.y = by_run.data();
-  run_afresh(block, operands);
+  expect(run_afresh(block, operands), "finite");
   expect(intact(), "guard bytes");
   operands.y = y.data();
-  expect(by_hand(block, operands), "guard bytes of the workspaces");
+  expect(by_hand(block, operands), "guard bytes of the workspaces, and finite");
   expect(intact(), "guard bytes after the tasks by hand");
   expect(y.gaps_are_nan(), "nothing is written between the elements");
   expect(y.same_bits(by_run), "the same bits in any order of tasks");

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -25,7 +26,8 @@ inline SharedPhases& shared_phases() {
 
 // Each phase's tasks in a random order (case_seed() gives it), dealt out to real threads. Nothing orders two tasks of one
 // phase: the deal is fixed beforehand, for a queue's lock would be an order that ThreadSanitizer takes for the tasks' own. Every
-// workspace has exactly the bytes asked for, starts as NaN, and is guarded; returns whether the guard bytes are intact.
+// workspace has exactly the bytes asked for, starts as NaN, and is guarded; returns whether the guard bytes are intact and every task
+// found its values finite, as those of the operands are: a task that looks at memory that nobody has written finds NaN.
 // Any number of threads may share a phase's tasks, however many `work` was planned for.
 template <class Work, class Operands>
 bool by_hand(const Work& work, const Operands& operands) {
@@ -38,13 +40,18 @@ bool by_hand(const Work& work, const Operands& operands) {
   const auto shared = workspace(work.shared_bytes());
   std::vector<std::unique_ptr<Guarded>> mine;
   for (std::size_t t = 0; t < threads; ++t) mine.push_back(workspace(work.thread_bytes()));
+  std::atomic<bool> finite{true};
   std::mt19937 random(case_seed());
   for (int phase = 0; phase < work.phases(); ++phase) {
     std::vector<i64> order(std::size_t(work.tasks(phase)));
     std::iota(order.begin(), order.end(), i64(0));
     std::shuffle(order.begin(), order.end(), random);
     const auto deal = [&](std::size_t t) {
-      for (std::size_t i = t; i < order.size(); i += threads) work.run_task(phase, order[i], operands, shared->get(), mine[t]->get());
+      bool all = true;  // of this thread's tasks: an atomic written by every task would be an order between them
+      for (std::size_t i = t; i < order.size(); i += threads) {
+        all = work.run_task(phase, order[i], operands, shared->get(), mine[t]->get()) && all;
+      }
+      if (!all) finite = false;
     };
     shared_phases().all += order.size() > 1;
     shared_phases().of_several += order.size() > 1 && work.phases() > 1;
@@ -53,19 +60,21 @@ bool by_hand(const Work& work, const Operands& operands) {
     deal(0);
     for (std::thread& thread : others) thread.join();
   }
-  return shared->intact() && std::all_of(mine.begin(), mine.end(), [](const auto& m) { return m->intact(); });
+  return finite && shared->intact() && std::all_of(mine.begin(), mine.end(), [](const auto& m) { return m->intact(); });
 }
 
 // work.run(operands) with a workspace of exactly the size that it asks for, full of NaN. A workspace is kept from call to call in
 // the thread that calls: one as large as the largest so far would hide from AddressSanitizer that a run leaves it, and one that a
-// run before has filled would hide that a value is never written. So each run has a thread of its own.
+// run before has filled would hide that a value is never written. So each run has a thread of its own. Returns what the run does.
 template <class Work, class Operands>
-void run_afresh(const Work& work, const Operands& operands) {
+bool run_afresh(const Work& work, const Operands& operands) {
+  bool finite = false;
   std::thread([&] {
     fused_resnet::Workspace kept(work.workspace_bytes());
     if (work.workspace_bytes() > 0) std::memset(kept.data(), 0xff, std::size_t(work.workspace_bytes()));
-    work.run(operands);
+    finite = work.run(operands);
   }).join();
+  return finite;
 }
 
 }  // namespace memory

@@ -117,9 +117,9 @@ void run_case(const Problem& g, DType dtype, int x_layout, int w_layout, int y_l
   const auto intact = [&] {
     return x.intact() && b.intact() && z.intact() && y.intact() && by_run.intact() && packed.intact() && joined_x.intact();
   };
-  run_afresh(*convolution, operands(by_run));
+  expect(run_afresh(*convolution, operands(by_run)), "finite");
   expect(intact(), "guard bytes");
-  if (!s.empty()) expect(by_hand(*convolution, operands(y)), "guard bytes of the workspaces");
+  if (!s.empty()) expect(by_hand(*convolution, operands(y)), "guard bytes of the workspaces, and finite");
   expect(intact(), "guard bytes after the tasks by hand");
   expect(y.gaps_are_nan(), "nothing is written between the elements");
   expect(y.same_bits(by_run), "the same bits in any order of tasks");

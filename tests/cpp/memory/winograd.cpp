@@ -68,9 +68,9 @@ void run_case(const Problem& g, DType dtype, Algorithm algorithm, const Variant&
     return Operands{x.data(), packed.get(), s.has_bias ? b.data() : nullptr, s.has_shortcut ? z.data() : nullptr, to.data()};
   };
   const auto intact = [&] { return x.intact() && b.intact() && z.intact() && y.intact() && by_run.intact() && packed.intact(); };
-  run_afresh(convolution, operands(by_run));
+  expect(run_afresh(convolution, operands(by_run)), "finite");
   expect(intact(), "guard bytes");
-  if (!s.empty()) expect(by_hand(convolution, operands(y)), "guard bytes of the workspaces");
+  if (!s.empty()) expect(by_hand(convolution, operands(y)), "guard bytes of the workspaces, and finite");
   expect(intact(), "guard bytes after the tasks by hand");
   expect(y.gaps_are_nan(), "nothing is written between the elements");
   expect(y.same_bits(by_run), "the same bits in any order of tasks");
