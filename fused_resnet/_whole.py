@@ -197,6 +197,7 @@ def _plan(
                 directly.run(at, [p.weight for p in now], [p.bias for p in now], shortcut, output.data_ptr())
             return output
 
+        repeat.keeps = packed  # type: ignore[attr-defined]  # alive: the addresses are theirs, whatever the store drops meanwhile
         return Result(repeat(x, 0 if shortcut is None else address(shortcut, "shortcut")), repeat, entries)
 
     call.block = block  # type: ignore[attr-defined]  # what tests ask

@@ -62,6 +62,13 @@ FAULTS = (
         ("tests/test_sequences.py::test_a_deleted_block_gives_everything_back",),
     ),
     Fault(
+        "a call's packed weights are given back while it runs",
+        ("fused_resnet/_whole.py",),
+        "repeat.keeps = packed",
+        "repeat.keeps = []",
+        ("tests/test_sequences.py::test_what_a_call_reads_is_held",),
+    ),
+    Fault(
         "a weak reference to a Parameter",
         ("fused_resnet/_derived.py",),
         "self.weak = None if gone is None or isinstance(t, nn.Parameter) else",

@@ -354,6 +354,23 @@ def test_no_growth_over_200_models(kernels: ModuleType) -> None:
     assert growth < 4 * packed, f"{growth / packed:.1f} times the packed weights of one model"
 
 
+def test_what_a_call_reads_is_held(kernels: ModuleType, no_garbage_collector: None) -> None:
+    """Another thread may clear, or drop what has changed, while a call runs: the call's packed weights live until it ends."""
+    block: Any = called(fnn.BasicBlock(64, 64).eval())
+    ready = block._fused_resnet.current.bound.store.ready
+    x = torch.randn(8, 64, 28, 28)
+    with torch.no_grad():
+        expected = block(x)
+    entries = [*block._fused_resnet.current.bound.store.entries.values()]
+    read = [weakref.ref(entry.value.buffer) for entry in entries if any(p.buffer is entry.value.buffer for p in ready.repeat.keeps)]
+    del entries
+    fused_resnet.clear_derived()
+    assert len(read) == alive(read) == 2
+    assert torch.equal(ready.repeat(x), expected)
+    del ready
+    assert alive(read) == 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # swap_tensors; memory that another thread replaces
 # ---------------------------------------------------------------------------------------------------------------------
