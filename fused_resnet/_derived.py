@@ -43,6 +43,7 @@ _graphs_train = False  # a graph that was captured may write parameters when it 
 _for_graphs: dict[int, Any] = {}  # values whose addresses a captured graph may hold, by id
 _ALL = 1 << 62  # fingerprint every byte
 SOME = 1 << 16  # ... or at most this many
+_PLAIN = (Tensor, nn.Parameter)
 _MOST = 1024  # values beside one storage: beyond that many, start over
 
 generation = 0  # how often ``clear`` was called
@@ -138,7 +139,8 @@ class Store:
     def __init__(self) -> None:
         self.entries: dict[tuple[Hashable, ...], Entry] = {}
         self.ready: Any = None
-        _stores.add(self)
+        key, stores = id(self), _stores
+        _stores[key] = weakref.ref(self, lambda _: stores.pop(key, None))
 
     def forget_changed(self, tag: tuple[Hashable, ...], source: Tensor) -> None:
         """Drop what was made from another first source in this place, or from this one before it changed."""
@@ -156,18 +158,18 @@ class _Beside:
     """What is derived from tensors in one storage, by tag and the address of the first source."""
 
     def __init__(self, storage: Any) -> None:
-        key = id(storage)
+        key, entries = id(storage), _entries  # a global may be gone when the interpreter ends
 
         def gone(reference: Any) -> None:
-            found = _entries.get(key)
+            found = entries.get(key)
             if found is not None and found.storage is reference:  # else another storage has come to live there
-                _entries.pop(key, None)
+                entries.pop(key, None)
 
         self.storage = weakref.ref(storage, gone)
         self.entries: dict[Hashable, Entry] = {}
 
 
-_stores: weakref.WeakSet[Store] = weakref.WeakSet()
+_stores: dict[int, weakref.ref[Store]] = {}  # all there are, by id
 _entries: dict[int, _Beside] = {}  # by the storage's id
 
 
@@ -232,6 +234,8 @@ def find(tag: tuple[Hashable, ...], sources: Sequence[Tensor | None], make: Call
     """
     owner = sources[0]
     assert owner is not None
+    if not all([t is None or type(t) in _PLAIN for t in sources]):  # a subclass may have no memory to look at
+        return Entry((), _made(make, snapshots(sources)), None, False)
     if not isinstance(owner, nn.Parameter):
         store = None
     capturing = owner.is_cuda and (torch.cuda.is_current_stream_capturing() or _in_graph_trees(owner.device))
@@ -268,12 +272,16 @@ def _make(tag: tuple[Hashable, ...], sources: Sequence[Tensor | None], make: Cal
     seen: tuple[Source | None, ...] = ()
     if watched:  # before making: a write meanwhile is then seen at the next call
         seen = tuple([None if t is None or snap is None else Source(t, snap, gone) for t, snap in zip(sources, held, strict=True)])
-    # Normal tensors even under inference_mode: they outlive it, and their changes can be counted.
-    with torch.inference_mode(False), torch.no_grad():
-        value = make(*held)
+    value = _made(make, held)
     # Written meanwhile by another thread: whose bytes were read is not known.
     watched = watched and all([s is None or t is None or s.memory_is_as_it_was(t) for s, t in zip(seen, held, strict=True)])
     return Entry(seen, value, Made(owner.device) if owner.is_cuda else None, watched)
+
+
+def _made(make: Callable[..., T], held: Sequence[Tensor | None]) -> T:
+    # Normal tensors even under inference_mode: they outlive it, and their changes can be counted.
+    with torch.inference_mode(False), torch.no_grad():
+        return make(*held)
 
 
 def snapshots(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -284,7 +292,7 @@ def snapshots(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
 
 def _can_be_seen(t: Tensor, snap: Tensor) -> bool:
     """Whether a change would be seen. An inference tensor has no counter."""
-    return type(t) in (Tensor, nn.Parameter) and is_dense(snap) and (not t.is_inference() or (cpu is not None and t.is_cpu))
+    return is_dense(snap) and (not t.is_inference() or (cpu is not None and t.is_cpu))
 
 
 def _keep_beside(owner: Tensor, tag: Hashable, entry: Entry) -> None:
@@ -304,16 +312,16 @@ def _keep_beside(owner: Tensor, tag: Hashable, entry: Entry) -> None:
 
 def _forget(owner: Tensor, tag: Hashable) -> Callable[[Any], None]:
     """What drops the entry of an owner and a tag when one of its sources is gone."""
-    key, place = id(owner.untyped_storage()), (tag, owner.data_ptr())
+    key, place, entries = id(owner.untyped_storage()), (tag, owner.data_ptr()), _entries
 
     def gone(reference: Any) -> None:
-        found = _entries.get(key)
+        found = entries.get(key)
         entry = None if found is None else found.entries.get(place)
         if entry is not None and any([s is not None and (reference is s.weak or reference is s.storage) for s in entry.sources]):
             assert found is not None
             found.entries.pop(place, None)
             if not found.entries:
-                _entries.pop(key, None)
+                entries.pop(key, None)
 
     return gone
 
@@ -337,7 +345,9 @@ def clear() -> None:
     frozen parameters must be captured again, not replayed: the memory that they read is given back."""
     global generation
     generation += 1  # what is being made meanwhile is not kept
-    for store in [*_stores]:
-        store.clear()
+    for reference in [*_stores.values()]:
+        store = reference()
+        if store is not None:
+            store.clear()
     _entries.clear()
     _for_graphs.clear()
