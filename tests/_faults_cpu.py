@@ -268,10 +268,7 @@ FAULTS = (
         ("csrc/cpu/winograd_convolution.cpp",),
         'packing_of(transform + " step " + std::to_string(blocking_.step), blocking_.cut)',
         'packing_of("Winograd " + std::to_string(blocking_.m), blocking_.cut)',
-        (
-            "tests/test_sequences.py::test_two_blocks_that_share_a_layer",
-            "tests/test_sequences.py::test_kernels_that_share_a_packing_read_the_same_bytes",
-        ),
+        ("tests/test_sequences.py::test_kernels_that_share_a_packing_read_the_same_bytes",),
     ),
     Fault(
         "Winograd: values that are not finite go unseen",
