@@ -148,7 +148,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name", nargs="*", help="faults whose name contains this; all by default")
     parser.add_argument("--list", action="store_true", help="print the names, with what is known of them, and end")
     parser.add_argument("--fresh", action="store_true", help="take over no result")
-    parser.add_argument("--report", type=Path, default=RESULTS / "faults.json", help="where results are kept (default: bench/results)")
+    where = RESULTS / "faults.json"
+    parser.add_argument("--report", type=Path, default=where, help="the file in which results are kept (default: bench/results/faults.json)")
     options = parser.parse_args(arguments)
     faults = [f for f in FAULTS if not options.name or any(word in f.name for word in options.name)]
     report = Report(options.report, {"machine": machine(), "sources": digest(PARTS)}, options.fresh)
