@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _kernels, _numerics
+from . import _derived, _kernels, _numerics
 from ._arguments import SUSPICIOUS, address, check_convolution, check_operands, is_channels_last, output_format
 from ._derived import Entry, Source, Store, find
 from ._extension import cpu
@@ -257,7 +257,7 @@ class Ready:
         self.tensors = [d[name] for d, name in places]
         self.settings = [(d, get, get(d)) for d, get in settings]
         self.shape, self.strides, self.dtype = x.shape, x.stride(), x.dtype
-        self.environment = torch.get_num_threads(), _numerics.setting
+        self.environment = torch.get_num_threads(), _numerics.setting, _derived.generation
         self.shortcut = shortcut
         self.added: Any = None  # the shortcut's layout
 
@@ -298,7 +298,8 @@ class Ready:
         except RuntimeError:  # sparse and nested tensors have no strides
             return None
         grad = torch.is_grad_enabled()
-        if (torch.get_num_threads(), _numerics.setting) != self.environment or not is_quiet() or (grad and x.requires_grad):
+        now = torch.get_num_threads(), _numerics.setting, _derived.generation
+        if now != self.environment or not is_quiet() or (grad and x.requires_grad):
             return None
         try:
             for d, get, value in self.settings:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import fused_resnet
 import fused_resnet.nn as fnn
-from fused_resnet import _derived, _kernels, _plain, reference, testing
+from fused_resnet import _derived, _kernels, _plain, _whole, reference, testing
 from fused_resnet.cases import ConvCase
 
 
@@ -165,6 +165,27 @@ def test_clear_derived_makes_everything_anew(kernels: ModuleType, what: str, thr
             assert not torch.equal(expected, before)
             for _ in range(3):
                 assert torch.equal(module(x), expected), "something that was derived before is still used"
+
+
+def test_clear_derived_while_a_call_runs(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was made before, and would be kept after it, is not."""
+    block = fnn.BasicBlock(64, 64).eval()
+    x, whole_run = torch.randn(1, 64, 14, 14), _whole.run
+
+    def run(*arguments: Any) -> Any:
+        result = whole_run(*arguments)
+        unseen(block.conv2.weight)
+        fused_resnet.clear_derived()
+        return result
+
+    with torch.no_grad():
+        with monkeypatch.context() as patched:
+            patched.setattr(_whole, "run", run)
+            before = block(x)
+        expected = copy.deepcopy(block)(x)
+        assert not torch.equal(before, expected)
+        for _ in range(3):
+            assert torch.equal(block(x), expected)
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
