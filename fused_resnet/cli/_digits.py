@@ -111,8 +111,12 @@ class Training:
 
 
 def train(network: DigitNet, digits: Digits, epochs: int, generator: torch.Generator, advance: Callable[[str], None]) -> Training:
-    """SGD with momentum and a cosine schedule, batches of 32; ``advance`` is called after each epoch."""
-    batch, rate = 32, 0.05
+    """SGD with momentum and a cosine schedule, batches of 32; ``advance`` is called after each epoch.
+
+    At this rate rounding decides little: 12 epochs from weights that differ by a millionth, and with each instruction set, end at
+    98.1 to 98.3 % (nine runs). At 0.05 they end at 95.3 to 98.3 %.
+    """
+    batch, rate = 32, 0.02
     steps = epochs * (TRAINING // batch)
     optimizer = torch.optim.SGD(network.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
