@@ -29,6 +29,7 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
 # Flags beyond the common ones. GCC 12's AVX-512 headers trip -Wmaybe-uninitialized by themselves.
 SOURCES: dict[str, list[str]] = {
     "csrc/bindings.cpp": ["-O2"],
+    "csrc/facts.cpp": ["-O2"],
     "csrc/cpu/algorithm.cpp": ["-O2"],
     "csrc/cpu/block.cpp": ["-O2"],
     "csrc/cpu/convolution.cpp": ["-O2"],
@@ -128,7 +129,7 @@ def targets(name: str, wanted: list[str]) -> list[str]:
 
 
 def cpu_units() -> list[Unit]:
-    includes = {"csrc/bindings.cpp": python_includes()}
+    includes = dict.fromkeys(("csrc/bindings.cpp", "csrc/facts.cpp"), python_includes())
     return [Unit("compile", source, [*includes.get(source, []), *flags]) for source, flags in SOURCES.items()]
 
 

@@ -1,4 +1,4 @@
-// The compiled module: the only file that knows Python. Shapes, strides and pointers come in as integers; the Python side has
+// The compiled module: the only file that knows Python, beside facts.cpp. Shapes, strides and pointers come in as integers; the Python side has
 // checked the tensors that they belong to. The GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -13,6 +13,7 @@
 #include "cpu/convolution.h"
 #include "cpu/fingerprint.h"
 #include "cpu/passes.h"
+#include "facts.h"
 #include "python_shapes.h"
 
 namespace py = pybind11;
@@ -27,7 +28,7 @@ using fr::strides;
 
 namespace {
 
-constexpr int kInterface = 3;  // fused_resnet/_extension.py holds the same number
+constexpr int kInterface = 4;  // fused_resnet/_extension.py holds the same number
 
 fr::DType dtype(const std::string& name) {
   if (name == "float32") return fr::DType::float32;
@@ -113,6 +114,17 @@ const char* algorithm_name(const fr::Convolution& c) {
     case fr::Algorithm::winograd4: return "winograd4";
     default: return "direct";
   }
+}
+
+// rows: (kind, place, name, value) as fused_resnet/graph/facts.py makes them; missing: what stands for no value there.
+std::unique_ptr<fr::Facts> facts(const std::vector<std::tuple<int, py::handle, py::handle, py::handle>>& rows, py::handle missing) {
+  std::vector<fr::Facts::Fact> found;
+  for (const auto& [kind, place, name, value] : rows) {
+    if (kind < 0 || kind > static_cast<int>(fr::FactKind::cell)) throw std::invalid_argument("no such kind of fact");
+    found.push_back({static_cast<fr::FactKind>(kind), place.is_none() ? nullptr : place.ptr(), name.ptr(),
+                     value.is(missing) ? nullptr : value.ptr()});
+  }
+  return std::make_unique<fr::Facts>(std::move(found));
 }
 
 // GFLOP/s of one thread doing nothing but float32 FMAs in the instruction set in force: the best of runs over `seconds`.
@@ -224,6 +236,9 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::arg("dtype"), py::arg("shape"), py::arg("result_strides"), py::arg("grad_strides"), py::arg("output_strides"),
       py::arg("grad"), py::arg("output"), py::arg("result"), py::arg("bias_grad"), py::arg("threads"));
+  py::class_<fr::Facts>(m, "Facts")
+      .def(py::init(&facts), py::arg("rows"), py::arg("missing"))
+      .def("first_broken", [](const fr::Facts& f, py::dict owner) { return f.first_broken(owner.ptr()); }, py::arg("owner"));
   py::class_<fr::Guard>(m, "Guard")
       .def(py::init([](Pointer data, i64 bytes, i64 most) {
              auto guard = std::make_unique<fr::Guard>();

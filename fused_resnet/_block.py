@@ -1,14 +1,12 @@
 """What makes a module a fused block: a forward that runs the block's description while it holds, else the block's code.
 
-The description is found by tracing (``_match``) and belongs to the block as it was then. Each call compares a snapshot
-of everything the description depends on (submodules, their classes and hooks, plain attributes) in about a microsecond.
-When something changed the block is looked at again, and if it cannot run fused any more it runs as its author wrote it
-and says so.
+The description is found by an analysis of the block's own forward (``graph``) and belongs to the block as it was then. Everything
+that the analysis looked at is a fact, and each call checks the facts in about a microsecond. When one does not hold any more the block
+is looked at again, and if it cannot run fused any more it runs as its author wrote it and says so.
 """
 
 from __future__ import annotations
 
-import operator
 import types
 import warnings
 from collections.abc import Callable
@@ -21,13 +19,11 @@ from torch.nn.modules import module as nn_module
 
 from ._arguments import DTYPES
 from ._derived import Store
-from ._match import match
 from ._residual import Bound, Residual, bind, execute
 from ._stem import BoundStem, Stem, bind_stem, execute_stem, match_stem
-from ._trace import HOOKS, Refused, is_leaf, only_input
-
-_PLAIN = (type(None), bool, int, float, str)
-_IGNORED = {"training", "_is_full_backward_hook", "_non_persistent_buffers_set"}
+from .graph.facts import Facts
+from .graph.ir import Refused
+from .graph.match import match, only_input
 
 
 class State:
@@ -35,64 +31,41 @@ class State:
 
     def __init__(self, description: Residual | Stem | None) -> None:
         self.description = description
-        self.current: Snapshot | None = None
+        self.current: Decision | None = None
         self.warned = False
 
     def __reduce__(self) -> Any:
         return State, (self.description,)
 
 
-class Snapshot:
-    """The state of a block on which the decision to run it fused was made, and the decision: ``bound``, or a reason.
+class Decision:
+    """Whether a block runs fused: its description, or the refusal, and the facts that either was found from."""
 
-    Of a network with a fused stem, only its own children of torch.nn: it calls the others, whatever is in them.
-    """
-
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: Any, stem: bool = False) -> None:
+        """Look at ``block``; ``stem``: at a network, for its stem only."""
+        cls = type(block)
+        self.description: Residual | Stem | None = None
+        self.refusal: Refused | None = None
         self.bound: Bound | BoundStem | None = None
-        self.reason = ""
-        stem = getattr(type(block), "_fused_stem", False)
-        inner = [m for m in block.children() if is_leaf(m)] if stem else [m for name, m in block.named_modules() if name]
-        self.modules = inner
-        self.types = [type(m) for m in inner]
-        # Lengths change when a hook comes or goes, or an attribute (a replaced forward) is set.
-        self.sized = [getattr(m, name) for m in inner for name in HOOKS] + [m.__dict__ for m in inner]
-        self.lengths = [*map(len, self.sized)]
-        parents = [block, *(m for m in inner if m._modules)]
-        self.trees = [(m._modules, dict(m._modules)) for m in parents]
-        # Nothing here refers to the block itself, which would then live until the garbage collector comes.
-        self.own = [(get, get(block.__dict__)) for get in _plain_attributes(block, True)]
-        self.plain = [(m.__dict__, get, get(m.__dict__)) for m in inner for get in _plain_attributes(m, False)]
-
-    def holds(self, block: nn.Module) -> bool:
-        """Whether nothing has changed since."""
-        if self.trees[0][0] is not block._modules or [*map(len, self.sized)] != self.lengths:
-            return False
-        if [*map(type, self.modules)] != self.types:
-            return False
-        for children, before in self.trees:
-            if children != before:
-                return False
+        facts = Facts(block)
+        original = cls.__dict__.get("_fused_original")
+        forward = facts.lookup(original or cls, "forward" if original or not isinstance(block, FusedBlock) else "_plain_forward")
         try:
-            for get, value in self.own:
-                if get(block.__dict__) != value:
-                    return False
-            for attributes, get, value in self.plain:
-                if get(attributes) != value:
-                    return False
-        except KeyError:
-            return False
-        return True
+            if stem:
+                self.description = match_stem(block, forward, facts)
+            else:
+                self.description = match(block, forward, facts, getattr(cls, "_needs_shortcut", True))
+        except Refused as error:
+            self.refusal = error.with_traceback(None)
+        self.facts = facts.checked()
 
+    def bind(self, block: Any) -> None:
+        if self.description is not None:
+            self.bound = _bind(block, self.description, Store())
 
-def _plain_attributes(module: nn.Module, is_block: bool) -> list[Callable[[Any], Any]]:
-    """What reads the flags and numbers that may steer a Python forward; of torch.nn's modules, the two that do."""
-    names: list[str]
-    if is_leaf(module) and not is_block:
-        names = [name for name in ("padding_mode", "p") if name in module.__dict__]
-    else:
-        names = [k for k, v in module.__dict__.items() if k not in _IGNORED and isinstance(v, _PLAIN)]
-    return [operator.itemgetter(*names)] if names else []
+    def holds(self, block: Any) -> bool:
+        """Whether nothing has changed since."""
+        return self.facts.first_broken(block.__dict__) < 0
 
 
 class FusedBlock:
@@ -103,17 +76,19 @@ class FusedBlock:
     _fused_stem: ClassVar[bool] = False  # a network whose stem is fused, and no block
     _needs_shortcut: ClassVar[bool] = True
     _fused_resnet: State
-    _plain_forward: Callable[..., Tensor]
+    _plain_forward: Callable[..., Tensor]  # the author's
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's forward: x [N, C, H, W] -> [N, K, P, Q]."""
         state = self._fused_resnet
         if torch.compiler.is_compiling():
-            if _is_valid(self) and x.dim() == 4 and x.dtype in DTYPES.get(x.device.type, ()):
+            reads = _watched(self)
+            if reads is not None and x.dim() == 4 and x.dtype in DTYPES.get(x.device.type, ()):
+                _read(self, reads)
                 return _execute(_bind(self, state.description, None), x, True)
             return self._plain_forward(x)
         current = state.current
-        if current is None or not current.holds(self):  # type: ignore[arg-type]
+        if current is None or not current.holds(self):
             if isinstance(x, fx.Proxy):
                 return self._plain_forward(x)  # somebody traces a twin of it, whose state is not its own
             current = refresh(self, state)
@@ -156,16 +131,6 @@ def _rebuild(original: type[nn.Module], function: Callable[..., Any], args: tupl
     return block
 
 
-def look_at(block: Any) -> Residual | Stem:
-    """What a fused block does as its own forward says.
-
-    Raises:
-        Refused: with the reason, if it cannot run fused (any more).
-    """
-    cls = type(block)
-    return match_stem(block, cls._plain_forward) if cls._fused_stem else match(block, cls._plain_forward, cls._needs_shortcut)
-
-
 def _bind(block: Any, description: Residual | Stem | None, store: Store | None) -> Bound | BoundStem:
     assert description is not None
     return bind_stem(block, description, store) if isinstance(description, Stem) else bind(block, description, store)
@@ -185,32 +150,38 @@ def forward_like(forward: Callable[..., Any]) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
-def refresh(block: Any, state: State) -> Snapshot:
+def refresh(block: Any, state: State) -> Decision:
     """Look at the block again: describe it, or keep the reason why it runs as its author wrote it."""
-    current = Snapshot(block)
-    try:
-        description = look_at(block)
-        current.bound = _bind(block, description, Store())
-        state.description = description
-    except Refused as error:
-        current.reason = str(error)
-        if not state.warned:
-            state.warned = True
-            warnings.warn(
-                f"{type(block).__name__} runs unfused, as its own forward says: {error}", RuntimeWarning, stacklevel=4
-            )
+    current = Decision(block, type(block)._fused_stem)
+    current.bind(block)
+    if current.description is not None:
+        state.description = current.description
+    elif not state.warned:
+        state.warned = True
+        warnings.warn(
+            f"{type(block).__name__} runs unfused, as its own forward says: {current.refusal}", RuntimeWarning, stacklevel=4
+        )
     state.current = current
     return current
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _is_valid(block: Any) -> bool:
-    """Whether the description holds, decided once while torch.compile or torch.export traces the block."""
+def _watched(block: Any) -> tuple[tuple[Any, ...], ...] | None:
+    """What the description depends on if it holds, decided once while torch.compile or torch.export traces the block."""
     state = block._fused_resnet
     current = state.current
     if current is None or not current.holds(block):
         current = refresh(block, state)
-    return current.bound is not None
+    return None if current.bound is None else current.facts.reads
+
+
+def _read(block: Any, reads: tuple[tuple[Any, ...], ...]) -> None:
+    """Read what the description depends on before the compiler's eyes, so that it guards it and compiles again after a change."""
+    for path in reads:
+        value = block
+        for step in path:
+            value = value[step[0]] if isinstance(step, tuple) else getattr(value, step)
+        value is None  # noqa: B015  a value that is not used is not guarded
 
 
 _warned: set[str] = set()

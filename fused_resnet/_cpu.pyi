@@ -1,7 +1,7 @@
 """The compiled module (csrc/bindings.cpp). Internal: pointers are addresses, and nothing here checks them."""
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 INTERFACE: int
 BUILD: dict[str, str]
@@ -114,3 +114,7 @@ def relu_backward(
     bias_grad: int,
     threads: int,
 ) -> None: ...
+
+class Facts:
+    def __init__(self, rows: Sequence[tuple[int, Any, Any, Any]], missing: object) -> None: ...
+    def first_broken(self, owner: dict[str, Any]) -> int: ...

@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ._derived import Store
-from ._match import Matcher, check_heard, plain_value
 from ._residual import Bound, BoundCall, BoundLayer, Call, Layer, Residual, Step, bind, bind_step, execute, run_steps
-from ._trace import Refused, only_input, trace
+from .graph import analysis, calls
+from .graph.facts import Facts
+from .graph.ir import Graph, Node, Refused
+from .graph.match import Matcher, only_input, plain_value
 
 # Functions of one tensor and constants, by the name under which a description keeps them; methods of tensors under the same.
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -48,56 +50,57 @@ class BoundStem(NamedTuple):
         self.layer.clear()
 
 
-def match_stem(module: nn.Module, forward: Callable[..., Any]) -> Stem:
-    """What ``forward(module, x)`` does as a stem and calls of the module's children.
+def match_stem(module: nn.Module, forward: Callable[..., Any], facts: Facts) -> Stem:
+    """What ``forward(module, x)`` does as a stem and calls of the module's children; ``facts`` hear what it depends on.
 
     Raises:
         Refused: with the reason, if it does something else or if running it fused could change the result.
     """
     only_input(forward)
-    found = [_description(module, trace(module, forward, training, leaf=lambda child: True)) for training in (False, True)]
-    if found[0] != found[1]:
-        raise Refused("its forward does something else in training mode than in eval mode")
-    return found[0]
+    description: Stem | None = None
+    for graph, _ in analysis.ways(module, forward, facts, leaf=lambda child: True, absorbs=False):
+        found = _description(module, graph, facts)
+        if description is not None and found != description:
+            raise Refused("its forward does something else in training mode than in eval mode")
+        description = found
+    assert description is not None
+    return description
 
 
 class _Matcher(Matcher):
     """For whom nothing is transparent: an identity behind the stem is called as everything is, for somebody may listen there."""
 
-    def is_transparent(self, node: fx.Node) -> bool:
+    def is_transparent(self, node: Node) -> bool:
         return False
 
 
-def _description(module: nn.Module, graph: fx.Graph) -> Stem:
-    matcher = _Matcher(module, graph, needs_shortcut=False)
-    start = next(iter(graph.nodes))
-    (end,) = (node.args[0] for node in graph.nodes if node.op == "output")
-    if not isinstance(end, fx.Node):
-        raise Refused("its forward does not return one tensor")
+def _description(module: nn.Module, graph: Graph, facts: Facts) -> Stem:
+    matcher = _Matcher(module, graph, facts, needs_shortcut=False)
+    start, end = graph.nodes[0], matcher.end()
     path = matcher.path(matcher.solid(end), start)
     absorbed = next((i for i in range(min(3, len(path))) if matcher.is_relu(path[i])), -1) + 1
     first = matcher.steps(path[:absorbed])
     if len(first) != 1 or not isinstance(first[0], Layer):
         raise Refused("it does not begin with a convolution, a batch norm and a ReLU")
     for node in path[:absorbed]:
-        if node.op == "call_module":
-            check_heard(str(node.target), matcher.at(node))
+        if node.op == "module":
+            calls.check_quiet(facts, str(node.target), matcher.at(node))
     for node in path:
-        if node.op == "call_module" and "." in str(node.target):
-            raise Refused(f"{matcher.say(node)} is not its own child, so that a change would not be seen")
+        if node.op == "module" and "." in str(node.target):
+            raise matcher.refused(node, f"{matcher.say(node)} is not its own child")
     return Stem(first[0], tuple([_call(matcher, node) for node in path[absorbed:]]))
 
 
-def _call(matcher: Matcher, node: fx.Node) -> Call:
+def _call(matcher: Matcher, node: Node) -> Call:
     arguments = plain_value(node.args[1:]), tuple(plain_value(list(node.kwargs.items())))
-    if node.op == "call_module" and not any(arguments):
+    if node.op == "module" and not any(arguments):
         return Call(str(node.target))
-    if node.op == "call_method" and node.target in _METHODS:
+    if node.op == "method" and node.target in _METHODS:
         return Call(str(node.target), True, *arguments)
     for name, function in FUNCTIONS.items():
-        if node.op == "call_function" and node.target is function:
+        if node.op == "function" and node.target is function:
             return Call(name, True, *arguments)
-    raise Refused(f"after its stem it calls {matcher.say(node)}")
+    raise matcher.refused(node, f"after its stem it calls {matcher.say(node)}")
 
 
 def bind_stem(module: nn.Module, description: Stem, store: Store | None) -> BoundStem:

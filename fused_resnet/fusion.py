@@ -14,12 +14,9 @@ from typing import Any
 from torch import nn
 
 from . import _extension, _gpu
-from ._block import FusedBlock, Snapshot, State, forward_like, look_at
-from ._derived import Store
-from ._match import match
-from ._residual import Call, Layer, Residual, bind
-from ._stem import Stem, bind_stem, match_stem
-from ._trace import Refused
+from ._block import Decision, FusedBlock, State, forward_like
+from ._residual import Call, Layer, Residual
+from .graph.ir import Refused
 
 __all__ = ["FusionEntry", "FusionReport", "fuse_", "unfuse_"]
 
@@ -140,12 +137,21 @@ def fused_class(original: type[nn.Module], stem: bool = False) -> type:
             "_fused_original": original,
             "_fused_stem": stem,
             "_fx_leaf": not stem,
-            "_plain_forward": original.forward,
+            "_plain_forward": _as_written(original),
             "forward": forward_like(original.forward),
         }
         cls = type(f"Fused{original.__name__}", (FusedBlock, original), body)
         _classes[original, stem] = cls
     return cls
+
+
+def _as_written(original: type[nn.Module]) -> Callable[..., Any]:
+    """The forward that the class has when it is called: it may be patched after the conversion."""
+
+    def forward(self: Any, x: Any) -> Any:
+        return original.forward(self, x)
+
+    return forward
 
 
 def _convert(
@@ -182,42 +188,44 @@ def _convert(
 def _convert_stem(module: nn.Module) -> bool:
     """Whether the module runs with its stem fused: what its own forward does in front of and behind its blocks."""
     cls: Any = type(module)
-    try:
-        if isinstance(module, FusedBlock):
-            look_at(module)
-            return True
-        if "forward" in module.__dict__:
-            return False
-        description = match_stem(module, cls.forward)
-        module.__class__ = fused_class(cls, stem=True)
-    except (Refused, TypeError):  # a class that cannot be extended
+    if isinstance(module, FusedBlock):
+        return Decision(module, stem=True).refusal is None
+    if "forward" in module.__dict__:
         return False
-    state = State(description)
-    state.current = Snapshot(module)
-    state.current.bound = bind_stem(module, description, Store())
+    decision = Decision(module, stem=True)
+    if decision.refusal is not None:
+        return False
+    return _become(module, decision, stem=True) == ""
+
+
+def _become(module: nn.Module, decision: Decision, stem: bool = False) -> str:
+    """Give a module the class of a fused one, and what was found of it; why not, or ""."""
+    decision.bind(module)
+    try:
+        module.__class__ = fused_class(type(module), stem)
+    except TypeError as error:
+        return str(error)
+    state = State(decision.description)
+    state.current = decision
     module.__dict__["_fused_resnet"] = state
-    return True
+    return ""
 
 
 def _try(name: str, module: nn.Module, accept: Callable[[str, nn.Module], bool]) -> FusionEntry | None:
     """Convert one module: its entry, or None if it does not look like a residual block."""
     cls = type(module)
-    try:
-        if "forward" in module.__dict__:
-            raise Refused("its forward was replaced on the instance", is_block=True)
-        description = match(module, cls.forward)
-        if not accept(name, module):
-            raise Refused("left out by filter_fn", is_block=True)
-        state = State(description)
-        state.current = Snapshot(module)
-        state.current.bound = bind(module, description, Store())
-        try:
-            module.__class__ = fused_class(cls)
-        except TypeError as error:
-            raise Refused(f"its class cannot be extended: {error}", is_block=True) from None
-        module.__dict__["_fused_resnet"] = state
-    except Refused as error:
-        return FusionEntry(name, cls.__name__, False, reason=str(error)) if error.is_block else None
+    decision = Decision(module)
+    description, refusal = decision.description, decision.refusal
+    if "forward" in module.__dict__:
+        refusal = Refused("its forward was replaced on the instance", is_block=True)
+    elif refusal is None and not accept(name, module):
+        refusal = Refused("left out by filter_fn", is_block=True)
+    elif refusal is None:
+        why = _become(module, decision)
+        refusal = Refused(f"its class cannot be extended: {why}", is_block=True) if why else None
+    if refusal is not None:
+        return FusionEntry(name, cls.__name__, False, reason=str(refusal)) if refusal.is_block else None
+    assert isinstance(description, Residual)
     return _fused_entry(name, cls.__name__, module, description)
 
 
@@ -225,11 +233,11 @@ def _already(name: str, module: Any) -> FusionEntry:
     """The entry of a block that is fused before ``fuse_`` comes."""
     original = type(module)._fused_original
     shown = (original or type(module)).__name__
-    try:
-        description = look_at(module)
-    except Refused as error:
-        return FusionEntry(name, shown, False, reason=f"a fused block that runs unfused now: {error}")
-    assert not isinstance(description, Stem)
+    decision = Decision(module)
+    description = decision.description
+    if decision.refusal is not None:
+        return FusionEntry(name, shown, False, reason=f"a fused block that runs unfused now: {decision.refusal}")
+    assert isinstance(description, Residual)
     entry = _fused_entry(name, shown, module, description)
     return FusionEntry(**{**asdict(entry), "became": f"already fused: {entry.became}"})
 

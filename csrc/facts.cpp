@@ -1,0 +1,93 @@
+#include "facts.h"
+
+#include <utility>
+
+namespace fused_resnet {
+namespace {
+
+// Whether two values are one object, or equal and of one type whose equality runs no Python code.
+bool same(PyObject* a, PyObject* b) {
+  if (a == b) return true;
+  if (a == nullptr || b == nullptr || Py_TYPE(a) != Py_TYPE(b)) return false;
+  if (PyLong_CheckExact(a) || PyFloat_CheckExact(a) || PyUnicode_CheckExact(a)) return PyObject_RichCompareBool(a, b, Py_EQ) == 1;
+  if (!PyTuple_CheckExact(a) || PyTuple_GET_SIZE(a) != PyTuple_GET_SIZE(b)) return false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(a); ++i) {
+    if (!same(PyTuple_GET_ITEM(a, i), PyTuple_GET_ITEM(b, i))) return false;
+  }
+  return true;
+}
+
+// What a dictionary holds under a string, or nullptr.
+PyObject* item(PyObject* dict, PyObject* name) { return PyDict_GetItemWithError(dict, name); }
+
+// Whether the dictionary holds these names with these values in this order, and nothing else.
+bool has_contents(PyObject* dict, PyObject* names, PyObject* values) {
+  if (PyDict_GET_SIZE(dict) != PyTuple_GET_SIZE(names)) return false;
+  // PyDict_Next does not know the order of an OrderedDict whose items were moved.
+  if (!PyDict_CheckExact(dict)) {
+    PyObject* keys = PyMapping_Keys(dict);
+    bool equal = keys != nullptr && PyList_GET_SIZE(keys) == PyTuple_GET_SIZE(names);
+    for (Py_ssize_t i = 0; equal && i < PyTuple_GET_SIZE(names); ++i) {
+      equal = same(PyList_GET_ITEM(keys, i), PyTuple_GET_ITEM(names, i)) &&
+              same(item(dict, PyTuple_GET_ITEM(names, i)), PyTuple_GET_ITEM(values, i));
+    }
+    Py_XDECREF(keys);
+    PyErr_Clear();
+    return equal;
+  }
+  Py_ssize_t at = 0;
+  PyObject *key = nullptr, *value = nullptr;
+  for (Py_ssize_t i = 0; PyDict_Next(dict, &at, &key, &value); ++i) {
+    if (!same(key, PyTuple_GET_ITEM(names, i)) || !same(value, PyTuple_GET_ITEM(values, i))) return false;
+  }
+  return true;
+}
+
+bool has_items(PyObject* list, PyObject* values) {
+  if (PyList_GET_SIZE(list) != PyTuple_GET_SIZE(values)) return false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(values); ++i) {
+    if (!same(PyList_GET_ITEM(list, i), PyTuple_GET_ITEM(values, i))) return false;
+  }
+  return true;
+}
+
+bool holds(const Facts::Fact& f, PyObject* place) {
+  switch (f.kind) {
+    case FactKind::item:
+      return same(item(place, f.name), f.value);
+    case FactKind::absent:
+      return item(place, f.name) == nullptr;
+    case FactKind::empty: {
+      PyObject* there = item(place, f.name);
+      return there != nullptr && PyDict_Check(there) && PyDict_GET_SIZE(there) == 0;
+    }
+    case FactKind::contents:
+      return has_contents(place, f.name, f.value);
+    case FactKind::list:
+      return has_items(place, f.value);
+    case FactKind::type:
+      return reinterpret_cast<PyObject*>(Py_TYPE(place)) == f.value;
+    case FactKind::lookup:
+      return _PyType_Lookup(reinterpret_cast<PyTypeObject*>(place), f.name) == f.value;
+    case FactKind::function: {
+      PyObject* defaults = PyFunction_GET_DEFAULTS(place);
+      return PyFunction_GET_CODE(place) == f.name && (defaults == nullptr ? Py_None : defaults) == f.value;
+    }
+    case FactKind::cell:
+      return PyCell_GET(place) == f.value;
+  }
+  return false;
+}
+
+}  // namespace
+
+Facts::Facts(std::vector<Fact> facts) : facts_(std::move(facts)) {}
+
+Py_ssize_t Facts::first_broken(PyObject* owner) const {
+  for (std::size_t i = 0; i < facts_.size(); ++i) {
+    if (!holds(facts_[i], facts_[i].place == nullptr ? owner : facts_[i].place)) return static_cast<Py_ssize_t>(i);
+  }
+  return -1;
+}
+
+}  // namespace fused_resnet

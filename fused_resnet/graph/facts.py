@@ -1,0 +1,178 @@
+"""What a decision was made on, as data that is checked before each use of it.
+
+An analysis reads attributes, globals, classes and containers only through ``Facts``, which writes down what it found there. ``checked``
+makes of it one native pass (csrc/facts.cpp) of some ten nanoseconds a fact. Nothing that is compared runs Python code.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+from .._extension import cpu
+
+MISSING: Any = type("Missing", (), {"__repr__": lambda self: "MISSING"})()  # what is looked for and not there
+
+# The kinds, as csrc/facts.h numbers them, and what (place, name, value) says. A place of None is the owner's __dict__, which would
+# else keep the owner itself alive.
+ITEM = 0  # the dictionary holds this value under this name
+ABSENT = 1  # the dictionary does not hold this name
+EMPTY = 2  # what the dictionary holds under this name is an empty dictionary
+CONTENTS = 3  # the dictionary holds these names (a tuple) with these values (a tuple), in this order, and nothing else
+LIST = 4  # the list holds these values (a tuple)
+TYPE = 5  # the object is of this class
+LOOKUP = 6  # the class, or the first of its bases that has this name, has this value for it; or none has it
+FUNCTION = 7  # the function has this code (name) and these defaults (value)
+CELL = 8  # the closure's cell holds this value
+
+Row = tuple[int, Any, Any, Any]
+_VALUES = (int, float, str)  # compared by value; bool and None have one object for each
+
+
+def lookup(cls: type, name: str) -> Any:
+    """What a class has under a name, itself or by inheritance, as it stands there: no descriptor is asked. Else MISSING."""
+    for base in cls.__mro__:
+        if name in base.__dict__:
+            return base.__dict__[name]
+    return MISSING
+
+
+class Facts:
+    """Reads for an analysis, and remembers. ``owner``: the module that the analysis is about."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner.__dict__
+        self._owner_id = id(owner)
+        self._rows: dict[tuple[int, int, Any], Row] = {}
+        self._reads: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+
+    def _write(self, kind: int, place: Any, name: Any, value: Any) -> None:
+        self._rows.setdefault((kind, id(place), name), (kind, None if place is self._owner else place, name, value))
+
+    def item(self, place: dict[str, Any], name: str) -> Any:
+        """What a dictionary holds under a string, or MISSING."""
+        value = place.get(name, MISSING)
+        self._write(ABSENT if value is MISSING else ITEM, place, name, value)
+        return value
+
+    def contents(self, place: dict[Any, Any]) -> dict[Any, Any]:
+        """A dictionary's whole contents."""
+        found = dict(place)
+        self._write(CONTENTS, place, None, (tuple(found), tuple(found.values())))
+        return found
+
+    def is_empty(self, place: dict[str, Any], name: str) -> bool:
+        """Whether the dictionary that ``place`` holds under a name is empty."""
+        inner = place.get(name)
+        if isinstance(inner, dict) and not inner:
+            self._write(EMPTY, place, name, None)
+            return True
+        if isinstance(self.item(place, name), dict):
+            assert inner is not None
+            self.contents(inner)
+        return False
+
+    def listed(self, place: list[Any]) -> tuple[Any, ...]:
+        """A list's items."""
+        found = tuple(place)
+        self._write(LIST, place, None, found)
+        return found
+
+    def type(self, obj: Any) -> type:
+        """An object's class; the owner's own is what its forward was found in."""
+        if id(obj) != self._owner_id:
+            self._write(TYPE, obj, None, type(obj))
+        return type(obj)
+
+    def lookup(self, cls: type, name: str) -> Any:
+        """As the function."""
+        value = lookup(cls, name)
+        self._write(LOOKUP, cls, name, value)
+        return value
+
+    def function(self, function: types.FunctionType) -> types.CodeType:
+        """A function's code, and its defaults."""
+        self._write(FUNCTION, function, None, (function.__code__, function.__defaults__))
+        return function.__code__
+
+    def cell(self, cell: types.CellType) -> Any:
+        """What a closure's cell holds, or MISSING."""
+        try:
+            value = cell.cell_contents
+        except ValueError:
+            return MISSING
+        self._write(CELL, cell, None, value)
+        return value
+
+    def read(self, path: tuple[Any, ...]) -> None:
+        """Remember how to come to something that was read: see ``objects.Known``."""
+        root, *steps = path
+        self._reads[id(root), *steps] = path
+
+    def checked(self) -> Checked:
+        return Checked(tuple([_unpacked(row) for row in self._rows.values()]), tuple([path[1:] for path in self._reads.values() if path[0] == ""]))
+
+
+def _unpacked(row: Row) -> Row:
+    kind, place, name, value = row
+    return (kind, place, *value) if kind in (CONTENTS, FUNCTION) else row
+
+
+class Checked:
+    """Facts that are no longer added to. ``first_broken(owner.__dict__)`` gives the number of the first that does not hold, or -1."""
+
+    def __init__(self, rows: tuple[Row, ...], reads: tuple[tuple[Any, ...], ...]) -> None:
+        self.rows = rows  # they keep alive what the native pass compares with
+        self.reads = reads
+        self.first_broken: Callable[[dict[str, Any]], int] = (
+            _Plain(rows).first_broken if cpu is None else cpu.Facts(rows, MISSING).first_broken
+        )
+
+
+class _Plain:
+    """The pass in Python, for where there is no compiled module."""
+
+    def __init__(self, rows: tuple[Row, ...]) -> None:
+        self.rows = rows
+
+    def first_broken(self, owner: dict[str, Any]) -> int:
+        for i, (kind, place, name, value) in enumerate(self.rows):
+            if not _holds(kind, owner if place is None else place, name, value):
+                return i
+        return -1
+
+
+def _holds(kind: int, place: Any, name: Any, value: Any) -> bool:
+    if kind == ITEM:
+        return _same(place.get(name, MISSING), value)
+    if kind == ABSENT:
+        return name not in place
+    if kind == EMPTY:
+        inner = place.get(name)
+        return isinstance(inner, dict) and not inner
+    if kind == CONTENTS:
+        return _same(tuple(place), name) and _same(tuple(place.values()), value)
+    if kind == LIST:
+        return _same(tuple(place), value)
+    if kind == TYPE:
+        return type(place) is value
+    if kind == LOOKUP:
+        return lookup(place, name) is value
+    if kind == FUNCTION:
+        return place.__code__ is name and place.__defaults__ is value
+    try:
+        return place.cell_contents is value
+    except ValueError:
+        return False
+
+
+def _same(a: Any, b: Any) -> bool:
+    """One object, or equal and of one type whose equality runs no Python code."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if type(a) is tuple:
+        return len(a) == len(b) and all(map(_same, a, b))
+    return type(a) in _VALUES and bool(a == b)

@@ -1,0 +1,380 @@
+"""Reading the Python objects that a forward names: modules, classes, functions, containers. No code of theirs runs.
+
+What is found is a ``Known``. How Python would find it is repeated step by step, and each step is a fact (``facts.py``). Where Python
+would call something of the user's on the way (a property, a ``__getattr__``, a ``__bool__``), that is followed as the forward itself
+is, or refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .facts import MISSING, Facts, lookup
+from .ir import Refused
+
+if TYPE_CHECKING:
+    from .analysis import Analysis
+
+PLAIN = (type(None), bool, int, float, str)
+# Immutable objects of torch that may be an argument.
+CONSTANTS = (*PLAIN, type(Ellipsis), torch.dtype, torch.device, torch.memory_format, torch.layout, torch.Size)
+DICTS: tuple[type, ...] = (dict, OrderedDict)
+# Places where a module keeps what its __getattr__ finds, in its order.
+_PLACES = ("_parameters", "_buffers", "_modules")
+
+
+class Known:
+    """An object that was there before the call.
+
+    path: how to come to it again, or None: (root, step, ...). The root is the dictionary of globals, or "" for the owner. A step is a
+    name (an attribute; of a root of globals, a global) or a tuple of one key (an item).
+    """
+
+    __slots__ = ("path", "value")
+
+    def __init__(self, value: Any, path: tuple[Any, ...] | None = None) -> None:
+        self.value = value
+        self.path = path
+
+    def step(self, step: Any) -> tuple[Any, ...] | None:
+        return None if self.path is None else (*self.path, step)
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A Python function bound to its first argument."""
+
+    function: types.FunctionType
+    owner: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Local:
+    """A function that the forward itself defines: its syntax tree, the call (``analysis.Frame``) that defines it, its defaults."""
+
+    node: Any
+    frame: Any
+    defaults: list[Any]
+    keyword_defaults: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Super:
+    """``super()``: what comes behind ``cls`` in the owner's class."""
+
+    cls: type
+    owner: Known
+
+
+@dataclass(frozen=True, eq=False)
+class Native:
+    """A function whose effect the analysis knows: ``call(analysis, args, kwargs)``."""
+
+    name: str
+    call: Callable[..., Any]
+
+
+def is_module(value: Any) -> bool:
+    return isinstance(value, Known) and issubclass(type(value.value), nn.Module)
+
+
+def attribute(run: Analysis, owner: Any, name: str, default: Any = MISSING) -> Any:
+    """What ``owner.name`` is; ``default`` if it has none."""
+    if isinstance(owner, Super):
+        return _of_super(run, owner, name)
+    if not isinstance(owner, Known):
+        if isinstance(owner, list) and name == "append":
+            return Native("append", lambda run, args, kwargs: owner.append(*args))
+        raise Refused(f"it reads {name} of something that is not followed")
+    obj = owner.value
+    found: Any
+    if type(obj) is types.ModuleType:
+        value = run.facts.item(obj.__dict__, name)
+        found = MISSING if value is MISSING else Known(value, owner.step(name))
+    elif issubclass(type(obj), type):
+        found = _of_class(run, owner, name)
+    elif issubclass(type(obj), Tensor):
+        return run.function(getattr, (run.constant(obj), name))
+    elif type(obj) in DICTS and name in ("items", "keys", "values", "get"):
+        return Native(name, functools.partial(_of_dict, owner, name))
+    elif type(obj) is list or type(obj) in PLAIN or type(obj) is tuple:
+        raise Refused(f"it reads {name} of a {type(obj).__name__}")
+    else:
+        found = _of_instance(run, owner, name)
+    if found is not MISSING:
+        return run.read(found)
+    if default is MISSING:
+        raise Refused(f"it reads {name}, which is not there")
+    return default
+
+
+def _of_class(run: Analysis, owner: Known, name: str) -> Any:
+    cls = owner.value
+    if type(cls) is not type or name in type.__dict__:
+        raise Refused(f"it reads {name} of {cls.__name__}, which has a metaclass")
+    found = run.facts.lookup(cls, name)
+    if isinstance(found, staticmethod):
+        found = found.__func__
+    elif found is not MISSING and not isinstance(found, types.FunctionType) and hasattr(type(found), "__get__"):
+        raise Refused(f"it reads {name} of {cls.__name__}, a {type(found).__name__}")
+    return MISSING if found is MISSING else Known(found, owner.step(name))
+
+
+def _of_instance(run: Analysis, owner: Known, name: str) -> Any:
+    obj = owner.value
+    cls = run.class_of(obj)
+    in_module = issubclass(cls, nn.Module)
+    check_plain_access(run.facts, cls)
+    found = run.facts.lookup(cls, name)
+    if isinstance(found, property):
+        if type(found.fget) is not types.FunctionType:
+            raise Refused(f"it reads {name}, a property that is not followed")
+        return run.call(Method(found.fget, owner), (), {})
+    if hasattr(type(found), "__set__") or hasattr(type(found), "__delete__"):
+        raise Refused(f"it reads {name} of {cls.__name__}, a {type(found).__name__}")
+    attributes = _attributes(obj)
+    if attributes is not None:
+        if in_module and name == "training":
+            return run.training(owner)
+        value = run.facts.item(attributes, name)
+        if value is not MISSING:
+            return Known(value, owner.step(name))
+    if found is not MISSING:
+        return _bound(run, owner, name, found)
+    if in_module:
+        assert attributes is not None
+        for place in _PLACES:
+            if run.facts.is_empty(attributes, place):
+                continue
+            value = run.facts.item(attributes[place], name)
+            if value is not MISSING:
+                return Known(value, owner.step(name))
+    return MISSING
+
+
+def _attributes(obj: Any) -> dict[str, Any] | None:
+    try:
+        found = object.__getattribute__(obj, "__dict__")
+    except AttributeError:
+        return None
+    return found if type(found) is dict else None
+
+
+def check_plain_access(facts: Facts, cls: type) -> None:
+    """Refuses an object that decides by itself what its attributes are."""
+    in_module = issubclass(cls, nn.Module)
+    expected = lookup(nn.Module, "__getattr__") if in_module else MISSING
+    if facts.lookup(cls, "__getattr__") is not expected or facts.lookup(cls, "__getattribute__") is not object.__getattribute__:
+        raise Refused(f"{cls.__name__} decides by itself what its attributes are (__getattr__)")
+
+
+def _bound(run: Analysis, owner: Known, name: str, found: Any) -> Any:
+    """What a class's attribute is, read from an instance."""
+    if isinstance(found, types.FunctionType):
+        return Method(found, owner)
+    if isinstance(found, staticmethod):
+        return Known(found.__func__, owner.step(name))
+    if isinstance(found, classmethod) and isinstance(found.__func__, types.FunctionType):
+        return Method(found.__func__, Known(type(owner.value)))
+    if hasattr(type(found), "__get__"):
+        raise Refused(f"it reads {name}, a {type(found).__name__} of {type(owner.value).__name__}")
+    return Known(found, owner.step(name))
+
+
+def _of_super(run: Analysis, owner: Super, name: str) -> Any:
+    cls = run.class_of(owner.owner.value)
+    mro = cls.__mro__
+    if owner.cls not in mro:
+        raise Refused("its super() is of a class that it is not derived from")
+    for base in mro[mro.index(owner.cls) + 1 :]:
+        found = run.facts.lookup(base, name)
+        if name in base.__dict__:
+            return _bound(run, Known(owner.owner.value), name, found)
+    raise Refused(f"it reads {name} of super(), which is not there")
+
+
+def _of_dict(owner: Known, name: str, run: Analysis, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``items()``, ``keys()``, ``values()`` and ``get()`` of a dictionary, at once."""
+    if name == "get":
+        if kwargs or not 1 <= len(args) <= 2:
+            raise Refused("it calls a dictionary's get in an unusual way")
+        found = item(run, owner, args[0], MISSING)
+        return (args[1] if len(args) == 2 else Known(None)) if found is MISSING else found
+    entries = run.facts.contents(owner.value)
+    keys, values = [Known(k) for k in entries], [Known(v, owner.step((k,))) for k, v in entries.items()]
+    return {"keys": keys, "values": values, "items": list(zip(keys, values, strict=True))}[name]
+
+
+def item(run: Analysis, owner: Any, key: Any, default: Any = MISSING) -> Any:
+    """What ``owner[key]`` is, for a key that is known."""
+    index = key.value if isinstance(key, Known) else key
+    if isinstance(owner, (tuple, list, dict)):  # made in this call
+        values: Any = owner
+        whole = type(index) in (int, bool) or type(index) is slice if not isinstance(owner, dict) else type(index) in PLAIN
+        try:
+            if whole:
+                return values[index]
+        except (LookupError, TypeError, ValueError) as error:
+            raise Refused(f"it reads an item that is not there: {error}") from None
+        raise Refused("it reads an item by a key that is not followed")
+    if not isinstance(owner, Known):
+        raise Refused("it reads an item of something that is not followed")
+    obj = owner.value
+    try:
+        if type(obj) in DICTS and type(index) is str:
+            value = run.facts.item(obj, index)
+            if value is MISSING:
+                if default is not MISSING:
+                    return default
+                raise KeyError(index)
+            return run.read(Known(value, owner.step((index,))))
+        if type(obj) in DICTS and type(index) in PLAIN:
+            return run.read(Known(run.facts.contents(obj)[index], owner.step((index,))))
+        if type(obj) in (list, tuple, str) and type(index) in (int, bool):
+            values = run.facts.listed(obj) if type(obj) is list else obj
+            return run.read(Known(values[index], owner.step((index,))))
+        if type(obj) in (list, tuple) and type(index) is slice:
+            return [Known(v) for v in run.facts.listed(obj)[index]] if type(obj) is list else Known(obj[index])
+        if is_module(owner):
+            return _of_container(run, owner, index)
+    except (LookupError, TypeError, ValueError) as error:
+        raise Refused(f"it reads an item that is not there: {error}") from None
+    raise Refused(f"it reads an item of a {type(obj).__name__}")
+
+
+def _of_container(run: Analysis, owner: Known, index: Any) -> Any:
+    cls = run.class_of(owner.value)
+    for base, kinds in ((nn.ModuleDict, (str,)), (nn.ModuleList, (int, slice)), (nn.Sequential, (int,))):
+        if issubclass(cls, base) and type(index) in kinds:
+            check_inherits(run, cls, base, "__getitem__")
+            children = modules_in(run, owner)
+            if base is nn.ModuleDict:
+                return children[index]
+            return [*children.values()][index]
+    raise Refused(f"it reads an item of a {cls.__name__}")
+
+
+def check_inherits(run: Analysis, cls: type, base: type, name: str) -> None:
+    if run.facts.lookup(cls, name) is not ORIGINAL[base][name]:
+        raise Refused(f"{cls.__name__} overrides {name} of {base.__name__}")
+
+
+def modules_in(run: Analysis, owner: Known) -> dict[str, Known]:
+    """A container's children, by name and in order."""
+    check_plain_access(run.facts, run.class_of(owner.value))
+    modules = run.facts.item(owner.value.__dict__, "_modules")
+    return {name: Known(child, owner.step(name)) for name, child in run.facts.contents(modules).items()}
+
+
+# What torch's classes are when this package is imported: a class that is patched later, or a subclass, may compute something else.
+ORIGINAL: dict[type, dict[str, Any]] = {
+    cls: {name: lookup(cls, name) for name in names}
+    for cls, names in {
+        nn.Module: ("__call__", "_wrapped_call_impl", "_call_impl"),
+        nn.Sequential: ("forward", "__iter__", "__len__", "__getitem__"),
+        nn.ModuleList: ("__iter__", "__len__", "__getitem__"),
+        nn.ModuleDict: ("__iter__", "__len__", "__getitem__"),
+        nn.Conv2d: ("forward", "_conv_forward"),
+        nn.BatchNorm2d: ("forward", "_check_input_dim"),
+        nn.SyncBatchNorm: ("forward", "_check_input_dim"),
+        nn.ReLU: ("forward",),
+        nn.Identity: ("forward",),
+        nn.AvgPool2d: ("forward",),
+        nn.MaxPool2d: ("forward",),
+        nn.AdaptiveAvgPool2d: ("forward",),
+        nn.AdaptiveMaxPool2d: ("forward",),
+        nn.ZeroPad2d: ("forward",),
+        nn.ConstantPad2d: ("forward",),
+        nn.Dropout: ("forward",),
+        nn.Dropout1d: ("forward",),
+        nn.Dropout2d: ("forward",),
+        nn.Dropout3d: ("forward",),
+        nn.AlphaDropout: ("forward",),
+        nn.FeatureAlphaDropout: ("forward",),
+    }.items()
+}
+
+
+def values_in(run: Analysis, owner: Any) -> list[Any]:
+    """What iterating gives."""
+    if isinstance(owner, (tuple, list)):
+        return list(owner)
+    if isinstance(owner, dict):
+        return [Known(key) for key in owner]
+    obj = owner.value if isinstance(owner, Known) else None
+    if type(obj) is range:
+        return [Known(i) for i in obj[: run.MOST_STEPS]]
+    if type(obj) is tuple:
+        return [Known(v, owner.step((i,))) for i, v in enumerate(obj)]
+    if type(obj) is list:
+        return [Known(v, owner.step((i,))) for i, v in enumerate(run.facts.listed(obj))]
+    if type(obj) in DICTS:
+        assert obj is not None
+        return [Known(key) for key in run.facts.contents(obj)]
+    if is_module(owner):
+        cls = run.class_of(obj)
+        for base in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
+            if issubclass(cls, base):
+                check_inherits(run, cls, base, "__iter__")
+                children = modules_in(run, owner)
+                return [Known(name) for name in children] if base is nn.ModuleDict else [*children.values()]
+    raise Refused("it iterates over something that is not followed")
+
+
+def length(run: Analysis, owner: Any) -> int:
+    if is_module(owner):
+        cls = run.class_of(owner.value)
+        for base in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
+            if issubclass(cls, base):
+                check_inherits(run, cls, base, "__len__")
+                return len(modules_in(run, owner))
+    if isinstance(owner, Known) and type(owner.value) is str:
+        return len(owner.value)
+    return len(values_in(run, owner))
+
+
+def truth(run: Analysis, value: Any) -> bool:
+    """What ``bool(value)`` is."""
+    if isinstance(value, (tuple, list, dict)):
+        return bool(value)
+    if isinstance(value, (Local, Method, Native)):
+        return True
+    if not isinstance(value, Known):
+        raise Refused("its branch depends on a value that only a call knows")
+    obj = value.value
+    if type(obj) in PLAIN:
+        return bool(obj)
+    if type(obj) in (list, tuple, range, *DICTS):
+        return length(run, value) > 0
+    if type(obj) in (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, type):
+        return True
+    cls = run.class_of(obj)
+    if run.facts.lookup(cls, "__bool__") is MISSING:
+        if run.facts.lookup(cls, "__len__") is MISSING:
+            return True
+        if issubclass(cls, nn.Module):
+            return length(run, value) > 0
+    raise Refused(f"its branch depends on what a {cls.__name__} says of itself")
+
+
+def is_instance(run: Analysis, value: Any, classes: Any) -> bool:
+    """``isinstance``, for classes that do not answer by themselves."""
+    wanted = [c.value if isinstance(c, Known) else c for c in (values_in(run, classes) if _is_tuple(classes) else [classes])]
+    for cls in wanted:
+        if not issubclass(type(cls), type) or lookup(type(cls), "__instancecheck__") is not type.__instancecheck__:
+            if cls is not Tensor and cls is not nn.Parameter:
+                raise Refused("it asks isinstance() in a way that is not followed")
+    kind = run.kind(value)
+    return issubclass(kind, tuple(wanted))
+
+
+def _is_tuple(value: Any) -> bool:
+    return isinstance(value, tuple) or (isinstance(value, Known) and type(value.value) is tuple)
