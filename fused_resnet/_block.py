@@ -85,6 +85,8 @@ class FusedBlock:
             reads = _watched(self)
             if reads is not None and x.dim() == 4 and x.dtype in DTYPES.get(x.device.type, ()):
                 _read(self, reads)
+                for reader in state.current.facts.readers:  # type: ignore[union-attr]
+                    reader()
                 return _execute(_bind(self, state.description, None), x, True)
             return self._plain_forward(x)
         current = state.current
@@ -180,7 +182,10 @@ def _read(block: Any, reads: tuple[tuple[Any, ...], ...]) -> None:
     for path in reads:
         value = block
         for step in path:
-            value = value[step[0]] if isinstance(step, tuple) else getattr(value, step)
+            if isinstance(step, str):
+                value = getattr(value, step)
+            else:
+                value = value[step[0]] if len(step) == 1 else hasattr(value, step[0])
         value is None  # noqa: B015  a value that is not used is not guarded
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import os
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -244,7 +245,12 @@ class Analysis:
         defaults = [Known(v) for v in function.__defaults__ or ()]
         keyword_defaults = {k: Known(v) for k, v in self.facts.contents(function.__kwdefaults__).items()} if function.__kwdefaults__ else {}
         frame = Frame(function, definition, {*code.co_varnames, *code.co_cellvars})
-        return self._run(frame, definition.node, args, kwargs, defaults, keyword_defaults)
+        try:
+            return self._run(frame, definition.node, args, kwargs, defaults, keyword_defaults)
+        except Refused as error:
+            if error.where == frame.where():
+                error.where = decorated(function) or error.where
+            raise
 
     def inline_local(self, local: Local, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         outer = local.frame
@@ -625,6 +631,15 @@ class Analysis:
                 raise Refused(f"it has an expression that is not followed: {_shown(e)}")
             parts.append(str(value.value))
         return Known("".join(parts))
+
+
+def decorated(function: Any) -> str:
+    """Where the function stands that ``function`` decorates; "" if it decorates none that it tells of."""
+    inner = function.__dict__.get("__wrapped__")
+    while type(inner) is types.FunctionType and "__wrapped__" in inner.__dict__:
+        inner = inner.__dict__["__wrapped__"]
+    code = getattr(inner, "__code__", None)
+    return "" if code is None else f"line {code.co_firstlineno} of {os.path.basename(code.co_filename)}"
 
 
 def _paths(module: nn.Module, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[int, str]]:

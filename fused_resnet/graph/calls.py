@@ -264,7 +264,7 @@ _NATIVES: dict[int, Callable[..., Any]] = {
         tuple: _sequence_of(tuple),
         reversed: _sequence_of(lambda values: values[::-1]),
         enumerate: lambda run, values: [(Known(i), v) for i, v in enumerate(objects.values_in(run, values))],
-        zip: lambda run, *several: list(zip(*[objects.values_in(run, v) for v in several], strict=False)),
+        zip: lambda run, *several, strict=None: list(zip(*[objects.values_in(run, v) for v in several], strict=False)),
         # A fused block does not run where they are true: see _block._obstacle.
         torch.jit.is_scripting: lambda run: Known(False),
         torch.jit.is_tracing: lambda run: Known(False),

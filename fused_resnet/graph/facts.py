@@ -111,7 +111,7 @@ class Facts:
         self._reads[id(root), *steps] = path
 
     def checked(self) -> Checked:
-        return Checked(tuple([_unpacked(row) for row in self._rows.values()]), tuple([path[1:] for path in self._reads.values() if path[0] == ""]))
+        return Checked(tuple([_unpacked(row) for row in self._rows.values()]), tuple(self._reads.values()))
 
 
 def _unpacked(row: Row) -> Row:
@@ -124,10 +124,28 @@ class Checked:
 
     def __init__(self, rows: tuple[Row, ...], reads: tuple[tuple[Any, ...], ...]) -> None:
         self.rows = rows  # they keep alive what the native pass compares with
-        self.reads = reads
+        self.reads = tuple([path[1:] for path in reads if path[0] == ""])  # from the owner
+        self.readers = _readers([path for path in reads if path[0] != ""])  # each reads globals of one module
         self.first_broken: Callable[[dict[str, Any]], int] = (
             _Plain(rows).first_broken if cpu is None else cpu.Facts(rows, MISSING).first_broken
         )
+
+
+def _readers(paths: list[tuple[Any, ...]]) -> list[Callable[[], Any]]:
+    """Functions that read what ``paths`` lead to, as the forward itself does: from the globals of its own file."""
+    scopes: dict[int, tuple[dict[str, Any], list[str]]] = {}
+    for scope, name, *steps in paths:
+        text = name
+        for step in steps:
+            if isinstance(step, str):
+                text = f"getattr({text}, {step!r})"
+            else:
+                text = f"{text}[{step[0]!r}]" if len(step) == 1 else f"hasattr({text}, {step[0]!r})"
+        scopes.setdefault(id(scope), (scope, []))[1].append(f"{text} is None")
+    return [
+        types.FunctionType(compile(f"lambda: ({', '.join(texts)},)", "<facts>", "eval").co_consts[0], scope)
+        for scope, texts in scopes.values()
+    ]
 
 
 class _Plain:

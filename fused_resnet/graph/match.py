@@ -59,6 +59,9 @@ def only_input(forward: Callable[..., Any]) -> str:
     code = getattr(forward, "__code__", None)
     if code is None:
         raise Refused("its forward is not a plain Python function", is_block=True)
+    where = analysis.decorated(forward)
+    if where:
+        raise Refused("its forward is decorated", is_block=True, where=where)
     names = list(code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount])
     if len(names) != 1 or code.co_kwonlyargcount or code.co_posonlyargcount or code.co_flags & 0x0C:  # *args, **kwargs
         raise Refused(f"its forward must take one input, got ({', '.join(names) or '...'})")

@@ -35,7 +35,8 @@ class Known:
     """An object that was there before the call.
 
     path: how to come to it again, or None: (root, step, ...). The root is the dictionary of globals, or "" for the owner. A step is a
-    name (an attribute; of a root of globals, a global) or a tuple of one key (an item).
+    name (an attribute; of a root of globals, a global), a tuple of one key (an item), or (name, "absent") for an attribute that is not
+    there.
     """
 
     __slots__ = ("path", "value")
@@ -113,6 +114,7 @@ def attribute(run: Analysis, owner: Any, name: str, default: Any = MISSING) -> A
         return run.read(found)
     if default is MISSING:
         raise Refused(f"it reads {name}, which is not there")
+    run.read(Known(None, owner.step((name, "absent"))))
     return default
 
 
@@ -172,7 +174,9 @@ def check_plain_access(facts: Facts, cls: type) -> None:
     """Refuses an object that decides by itself what its attributes are."""
     in_module = issubclass(cls, nn.Module)
     expected = lookup(nn.Module, "__getattr__") if in_module else MISSING
-    if facts.lookup(cls, "__getattr__") is not expected or facts.lookup(cls, "__getattribute__") is not object.__getattribute__:
+    # SimpleNamespace has a __getattribute__ of its own that does what object's does.
+    usual = (object.__getattribute__, types.SimpleNamespace.__getattribute__)
+    if facts.lookup(cls, "__getattr__") is not expected or facts.lookup(cls, "__getattribute__") not in usual:
         raise Refused(f"{cls.__name__} decides by itself what its attributes are (__getattr__)")
 
 
@@ -206,8 +210,7 @@ def _of_dict(owner: Known, name: str, run: Analysis, args: tuple[Any, ...], kwar
     if name == "get":
         if kwargs or not 1 <= len(args) <= 2:
             raise Refused("it calls a dictionary's get in an unusual way")
-        found = item(run, owner, args[0], MISSING)
-        return (args[1] if len(args) == 2 else Known(None)) if found is MISSING else found
+        return item(run, owner, args[0], args[1] if len(args) == 2 else Known(None))
     entries = run.facts.contents(owner.value)
     keys, values = [Known(k) for k in entries], [Known(v, owner.step((k,))) for k, v in entries.items()]
     return {"keys": keys, "values": values, "items": list(zip(keys, values, strict=True))}[name]

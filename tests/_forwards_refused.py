@@ -1,0 +1,494 @@
+"""Forwards that must run as they are written: contexts, coins, side effects. The line that stops the analysis ends in "# here"."""
+
+from __future__ import annotations
+
+import functools
+import random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from _forwards import WORLD, Parts, forward, to
+from torch import Tensor, nn
+
+# --- contexts ---
+
+
+@forward("contexts", False)
+class NoGrad(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():  # here
+            y = self.bn1(self.conv1(x))
+        return self.relu(self.bn2(self.conv2(self.relu(y))) + x)
+
+
+@forward("contexts", False)
+class NoGradHelper(Parts):
+    def frozen(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(False):  # here
+            return self.bn1(self.conv1(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn2(self.conv2(self.relu(self.frozen(x)))) + x)
+
+
+class FrozenLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    @torch.no_grad()  # here
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+@forward("contexts", False)
+class NoGradDecorated(Parts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = FrozenLayer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.main(x) + x)
+
+
+@forward("contexts", False)
+class NoGradBlock(Parts):
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.main(x) + x)
+
+
+@forward("contexts", False)
+class NoAutocast(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):  # here
+            return self.relu(self.main(x) + x)
+
+
+@forward("contexts", False)
+class Inference(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():  # here
+            y = self.main(x)
+        return self.relu(y.clone() + x)
+
+
+@forward("contexts", False)
+class Recorded(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.profiler.record_function("block"):  # here
+            return self.relu(self.main(x) + x)
+
+
+@forward("contexts", False)
+class Tries(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        try:  # here
+            return self.relu(self.main(x) + x)
+        finally:
+            WORLD["calls"] += 1
+
+
+@forward("contexts", False)
+class Detached(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(self.conv1(x)).detach()  # here
+        return self.relu(self.bn2(self.conv2(self.relu(y))) + x)
+
+
+# --- randomness ---
+
+
+@forward("randomness", False, p=to(p=1.0))
+class Coin(Parts):
+    p = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.rand(1) < self.p:  # here
+            return x
+        return self.relu(self.main(x) + x)
+
+
+@forward("randomness", False)
+class PythonCoin(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        if random.random() < 0.5:  # here
+            return x
+        return self.relu(self.main(x) + x)
+
+
+@forward("randomness", False)
+class NumpyCoin(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        if np.random.rand() < 0.5:  # here
+            return x
+        return self.relu(self.main(x) + x)
+
+
+class StochasticDepth(nn.Module):
+    """As published with torchvision: the noise of whole rows."""
+
+    def __init__(self, p: float, mode: str) -> None:
+        super().__init__()
+        self.p = p
+        self.mode = mode
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return input
+        survival_rate = 1.0 - self.p
+        size = [input.shape[0]] + [1] * (input.ndim - 1) if self.mode == "row" else [1] * input.ndim
+        noise = torch.empty(size, dtype=input.dtype, device=input.device)
+        noise = noise.bernoulli_(survival_rate)
+        return input * noise  # here
+
+
+@forward("randomness", False, batch=to(drop__mode="batch"))
+class WithStochasticDepth(Parts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = StochasticDepth(0.5, "row")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.drop(self.main(x)) + x)
+
+
+class LayerDrop(nn.Module):
+    """A published stochastic depth that drops whole blocks by a coin."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            if torch.rand(1).item() < self.p:  # here
+                return x * 0
+            return x / (1 - self.p)
+        return x
+
+
+@forward("randomness", False)
+class WithLayerDrop(Parts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = LayerDrop(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.drop(self.main(x)) + x)
+
+
+@forward("randomness", False)
+class Dropped(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.dropout(self.main(x), 0.3, self.training)  # here
+        return self.relu(y + x)
+
+
+@forward("randomness", False, off=to(drop__p=0.0))
+class DropModule(Parts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.drop(self.main(x)) + x)  # here
+
+
+@forward("randomness", False)
+class Noisy(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.main(x)
+        if self.training:
+            y = y + 0.1 * torch.randn_like(y)
+        return self.relu(y + x)
+
+
+# --- side effects ---
+
+
+@forward("side effects", False)
+class KeepsFeature(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.main(x)
+        self.feature = out  # here
+        return self.relu(out + x)
+
+
+@forward("side effects", False)
+class Counts(Parts):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1  # here
+        return self.relu(self.main(x) + x)
+
+
+@forward("side effects", False)
+class CountsInBuffer(Parts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("counter", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.counter.add_(1)  # here
+        return self.relu(self.main(x) + x)
+
+
+@forward("side effects", False)
+class RebindsBuffer(Parts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("counter", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.counter += 1  # here
+        return self.relu(self.main(x) + x)
+
+
+@forward("side effects", False)
+class Clamps(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        self.conv1.weight.data.clamp_(-0.05, 0.05)  # here
+        return self.relu(self.main(x) + x)
+
+
+@forward("side effects", False)
+class Normalises(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        torch.nn.utils.clip_grad_norm_(self.conv1.weight, 1.0)  # here
+        return self.relu(self.main(x) + x)
+
+
+@forward("side effects", False)
+class Prints(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        print("block", x.shape)  # here
+        return self.relu(self.main(x) + x)
+
+
+@forward("side effects", False)
+class PrintsNothing(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        print("block")  # here
+        return self.relu(self.main(x) + x)
+
+
+@forward("side effects", False)
+class Appends(Parts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(1)  # here
+        return self.relu(self.main(x) + x)
+
+
+@forward("side effects", False)
+class WritesItem(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        WORLD["calls"] = WORLD["calls"] + 1  # here
+        return self.relu(self.main(x) + x)
+
+
+CALLS = 0
+
+
+@forward("side effects", False)
+class WritesGlobal(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        global CALLS  # here
+        CALLS += 1
+        return self.relu(self.main(x) + x)
+
+
+@forward("side effects", False)
+class SetsByName(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        setattr(self, "last", 1)  # noqa: B010  here
+        return self.relu(self.main(x) + x)
+
+
+@forward("side effects", False)
+class WritesDict(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        self.__dict__["mark"] = 1  # here
+        return self.relu(self.main(x) + x)
+
+
+def note(module: Any) -> None:
+    module.noted = True  # here
+
+
+@forward("side effects", False)
+class HelperWrites(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        note(self)
+        return self.relu(self.main(x) + x)
+
+
+@forward("side effects", False)
+class Hooks(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.main(x)
+        if y.requires_grad:  # here
+            y.register_hook(lambda g: g * 2)
+        return self.relu(y + x)
+
+
+@forward("side effects", False)
+class IntoInput(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        x.mul_(0.5)  # here
+        return self.relu(self.main(x) + x)
+
+
+@forward("side effects", False)
+class AddsToInput(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.main(x)
+        x += y  # here
+        return self.relu(x)
+
+
+@forward("side effects", False)
+class ReluOfInput(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.main(F.relu(x, inplace=True))
+        return self.relu(y + x)
+
+
+@forward("side effects", False)
+class IntoSlice(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.main(x)
+        y[:, 0] = 0  # here
+        return self.relu(y + x)
+
+
+@forward("side effects", False)
+class Deletes(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        if hasattr(self, "once"):
+            del self.once
+        setattr(self, "once", True)  # noqa: B010  here
+        return self.relu(self.main(x) + x)
+
+
+@forward("side effects", False)
+class Caches(Parts):
+    @functools.cached_property
+    def scale(self) -> float:
+        WORLD["calls"] += 1
+        return 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.main(x) * self.scale + x)  # here
+
+
+class Counting(nn.Module):
+    """Keeps what passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = x  # here
+        return x
+
+
+@forward("side effects", False)
+class WrapperKeeps(Parts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.spy = Counting()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.spy(self.main(x)) + x)
+
+
+class Property(Parts):
+    """A property with a side effect."""
+
+    @property
+    def gate(self) -> bool:
+        WORLD["calls"] += 1  # here
+        return True
+
+
+@forward("side effects", False)
+class ReadsProperty(Property):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.main(x) + x) if self.gate else x
+
+
+class GetAttr(Parts):
+    def __getattr__(self, name: str) -> Any:
+        if name == "counted":
+            WORLD["calls"] += 1
+            return True
+        return super().__getattr__(name)
+
+
+@forward("side effects", False)
+class OwnGetAttr(GetAttr):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.main(x) + x) if self.counted else x  # here
+
+
+# --- what depends on the call ---
+
+
+@forward("depends on the call", False)
+class ByValue(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:  # here
+            return self.relu(self.main(x) + x)
+        return x
+
+
+@forward("depends on the call", False)
+class ByShape(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] > 1:  # here
+            return self.relu(self.main(x) + x)
+        return x
+
+
+@forward("depends on the call", False)
+class ByGradMode(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():  # here
+            return self.relu(self.main(x) + x)
+        return x
+
+
+@forward("depends on the call", False)
+class ByMode(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.main(x)
+        return self.relu(y + x) if self.training else self.relu(y * 2 + x)
+
+
+@forward("depends on the call", False)
+class ByPartsMode(Parts):
+    """Either mode of all modules gives the same; a mixture does not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.main(x)
+        if self.training != self.relu.training:
+            y = y * 2  # here
+        return self.relu(y + x)
+
+
+@forward("depends on the call", False)
+class Loops(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        n = 0
+        while n < 1:  # here
+            n += 1
+        return self.relu(self.main(x) + x)

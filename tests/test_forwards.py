@@ -1,0 +1,324 @@
+"""Hand-written forwards, by kind: converted, each does what its unconverted twin does, before and after changes.
+
+Values, gradients, buffers, what a forward writes, prints and draws, all in float64, where no rounding decides a ReLU or a coin.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import random
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import _forwards_reads
+import _forwards_refused
+import _forwards_usual
+import numpy as np
+import pytest
+import torch
+from _blocks import randomise
+from _forwards import FORWARDS, WORLD, Once, Parts
+from torch import Tensor, nn
+
+from fused_resnet import _block
+from fused_resnet.fusion import FusionEntry, fuse_
+
+# Two convolutions of 72 products, each sum rounded as often, folding with three roundings more: some 2**8 half units. Statistics of unit
+# size amplify little: measured, at most 2e-15.
+BOUND = 1e-12
+MODES = ("eval", "train", "mixed")
+# Refused for a graph as a whole: the line is where it ends.
+WITHOUT_LINE = {"NoGradBlock", "Noisy", "ReluOfInput", "ByMode"}
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Changed blocks may run as they are written, and say so."""
+    _block._warned.clear()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*runs unfused")
+        warnings.filterwarnings("ignore", message=".*does not have any parameters with require")
+        yield
+
+
+def _seed() -> None:
+    torch.manual_seed(3), random.seed(3), np.random.seed(3)
+
+
+def _pair(name: str) -> tuple[Any, Any, FusionEntry]:
+    """(original, converted, its entry) with statistics of unit size."""
+    _seed()
+    original = randomise(FORWARDS[name].make()).double()
+    for module in original.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_var is not None
+            module.running_var.clamp_(min=0.5)
+    holder = nn.Sequential(copy.deepcopy(original))
+    (entry,) = fuse_(holder).entries
+    return original, holder[0], entry
+
+
+def _written(model: nn.Module) -> dict[str, Any]:
+    """Everything that a forward may have written into its modules."""
+    found: dict[str, Any] = dict(model.state_dict(keep_vars=True).items())
+    for path, module in model.named_modules():
+        for name, value in module.__dict__.items():
+            if name not in ("_fused_resnet", "_modules", "_parameters", "_buffers", "training") and not name.endswith("_hooks"):
+                found[f"{path}:{name}"] = value
+    return found
+
+
+def _run(model: nn.Module, mode: str, grad: bool, capsys: Any) -> dict[str, Any]:
+    """All that can be seen of two calls."""
+    model.train(mode != "eval")
+    if mode == "mixed":
+        for part in ("relu", "bn2", "drop"):
+            getattr(model, part, nn.Identity()).eval()
+    _seed()
+    before = WORLD["calls"], _forwards_refused.CALLS
+    seen: dict[str, Any] = {}
+    for call in range(2):
+        x = torch.randn(3, 8, 6, 6, dtype=torch.float64)
+        with torch.set_grad_enabled(grad):
+            leaf = x.clone().requires_grad_(grad)
+            model.zero_grad(set_to_none=True)
+            try:
+                y = model(leaf)
+                if grad and y.requires_grad:
+                    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+                seen[f"output {call}"], seen[f"requires_grad {call}"] = y.detach(), y.requires_grad
+            except Exception as error:
+                seen[f"error {call}"] = type(error)
+        seen[f"input {call}"], seen[f"input's gradient {call}"] = leaf.detach(), leaf.grad
+        seen |= {f"gradient {call} of {name}": p.grad for name, p in model.named_parameters()}
+    seen["coins"] = torch.get_rng_state(), repr(random.getstate()), repr(np.random.get_state())
+    seen["world"] = WORLD["calls"] - before[0], _forwards_refused.CALLS - before[1]
+    seen["printed"] = capsys.readouterr().out
+    return seen | _written(model)
+
+
+def _differences(a: Any, b: Any, where: str = "") -> list[str]:
+    """Where two findings differ."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if a.shape != b.shape or a.dtype != b.dtype or a.requires_grad != b.requires_grad:
+            return [where]
+        if not a.is_floating_point():
+            return [] if torch.equal(a, b) else [where]
+        scale = max(1.0, float(b.detach().abs().max())) if b.numel() else 1.0
+        same = torch.equal(a.isnan(), b.isnan()) and bool(((a - b).detach().abs().nan_to_num() <= BOUND * scale).all())
+        return [] if same else [where]
+    if isinstance(a, dict) and isinstance(b, dict):
+        if [*a] != [*b]:
+            return [f"{where}: names {sorted(a.keys() ^ b.keys())}"]
+        return [d for key in a for d in _differences(a[key], b[key], f"{where} {key}")]
+    if isinstance(a, (list, tuple)) and type(a) is type(b) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in _differences(x, y, f"{where} {i}")]
+    plain = (bool, int, float, str, type, type(None))
+    if isinstance(a, plain) or isinstance(b, plain):
+        return [] if type(a) is type(b) and a == b else [where]
+    return [] if type(a) is type(b) else [where]  # functions, modules: copies of one another
+
+
+def _compare(original: nn.Module, converted: nn.Module, capsys: Any) -> list[str]:
+    found: list[str] = []
+    for mode in MODES:
+        for grad in (False, True):
+            theirs, ours = (_run(model, mode, grad, capsys) for model in (original, converted))
+            found += [f"{mode}, grad {grad}:{where}" for where in _differences(ours, theirs)]
+    return found
+
+
+def _apply(change: Any, models: list[nn.Module], patch: pytest.MonkeyPatch) -> None:
+    if isinstance(change, Once):
+        change.change(patch)
+        return
+    for model in models:
+        torch.manual_seed(5)
+        change(model)
+
+
+@pytest.mark.parametrize("name", sorted(FORWARDS))
+def test_a_forward(name: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any change; ``fuse_`` itself leaves no trace."""
+    _seed()
+    before = torch.get_rng_state(), repr(random.getstate()), WORLD["calls"], _forwards_refused.CALLS
+    original, converted, entry = _pair(name)
+    if FORWARDS[name].fuses is not None:
+        assert entry.fused == FORWARDS[name].fuses, entry.reason
+    assert not _differences(_written(converted), _written(original))
+    assert capsys.readouterr().out == ""
+    assert (WORLD["calls"], _forwards_refused.CALLS) == before[2:]
+    assert not _compare(original, converted, capsys)
+
+
+@pytest.mark.parametrize(("name", "change"), [(n, c) for n in sorted(FORWARDS) for c in FORWARDS[n].changes])
+@pytest.mark.parametrize("called", [False, True])
+def test_a_change(name: str, change: str, called: bool, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a change; ``called``: with calls before it."""
+    original, converted, entry = _pair(name)
+    if called:
+        assert not _compare(original, converted, capsys)
+    _apply(FORWARDS[name].changes[change], [original, converted], monkeypatch)
+    assert not _compare(original, converted, capsys)
+    if entry.fused and change in FORWARDS[name].keeps:
+        assert converted._fused_resnet.current.bound is not None, converted._fused_resnet.current.refusal
+
+
+@pytest.mark.parametrize("name", [n for n in sorted(FORWARDS) if FORWARDS[n].fuses is False])
+def test_a_refusal_names_its_line(name: str) -> None:
+    _, _, entry = _pair(name)
+    found = re.search(r" \(line (\d+) of (\S+\.py)\)$", entry.reason)
+    assert found, entry.reason
+    if name not in WITHOUT_LINE:
+        line = (Path(__file__).parent / found[2]).read_text().splitlines()[int(found[1]) - 1]
+        assert line.endswith(" here"), (entry.reason, line)
+
+
+def test_a_fresh_sentence_is_short() -> None:
+    """A sentence is one line, and not the source again."""
+    for name in FORWARDS:
+        reason = _pair(name)[2].reason
+        assert "\n" not in reason
+        assert len(reason) < 200, reason
+
+
+def test_the_table(capsys: Any) -> None:
+    """At least sixty forwards; the table, for those who want to see it (pytest -s)."""
+    rows = []
+    for name, case in FORWARDS.items():
+        entry = _pair(name)[2]
+        rows.append(f"{case.kind:<20} {name:<22} {'fused' if entry.fused else 'refused':<8} {entry.reason}")
+    with capsys.disabled():
+        print("\n" + "\n".join(rows))
+    assert len(rows) >= 60
+    files = (_forwards_refused, _forwards_reads, _forwards_usual)
+    assert all(any(inspect.getmodule(case.make) is file for file in files) for case in FORWARDS.values())
+
+
+# --- stems ---
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.relu = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+        self.layer = nn.Sequential(_forwards_usual.Torchvision())
+        self.scale: Any = None
+        self.seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.norm(self.conv(x)))
+        if self.scale is not None:
+            x = x * self.scale
+        return self.layer(x)
+
+
+class FrozenStem(Network):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.relu(self.norm(self.conv(x)))
+        return self.layer(x)
+
+
+class CountedStem(Network):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.norm(self.conv(x)))
+        self.seen += 1
+        return self.layer(x)
+
+
+class ThrownStem(Network):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.norm(self.conv(x)))
+        if self.training and torch.rand(1) < 0.5:
+            return x
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("network", [Network, FrozenStem, CountedStem, ThrownStem])
+@pytest.mark.parametrize("change", [None, lambda m: setattr(m, "scale", 2.0), lambda m: setattr(m.relu, "__class__", nn.SiLU)])
+def test_a_stem(network: type[nn.Module], change: Any, capsys: Any) -> None:
+    _seed()
+    original = randomise(network()).double()
+    converted = copy.deepcopy(original)
+    report = fuse_(converted)
+    assert len(report.fused) == 1
+    assert report.stems == (("",) if network is Network else ())
+    for after in (None, change):
+        if after is not None:
+            after(original), after(converted)
+        assert not _compare(original, converted, capsys)
+
+
+# --- torch.compile ---
+
+
+class Steered(Parts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.flag, self.act, self.options = False, torch.relu, {"double": False}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
+        if self.flag or self.options["double"] or _forwards_reads.DOUBLE or hasattr(self, "late"):
+            y = y * 2
+        return self.relu(y + x)
+
+
+COMPILED: dict[str, Callable[[Any], Any]] = {
+    "flag": lambda m: setattr(m, "flag", True),
+    "function": lambda m: setattr(m, "act", torch.sigmoid),
+    "module": lambda m: setattr(m, "relu", nn.SiLU()),
+    "class": lambda m: setattr(m.relu, "__class__", nn.SiLU),
+    "entry": lambda m: m.options.update(double=True),
+    "late": lambda m: setattr(m, "late", 1),
+    "padding": FORWARDS["Plain"].changes["padding"],
+    "eps": lambda m: setattr(m.bn1, "eps", 0.5),
+    "norm": lambda m: setattr(m, "bn2", nn.Identity()),
+    "global": Once(lambda patch: patch.setattr(_forwards_reads, "DOUBLE", True)),
+}
+
+
+@pytest.mark.parametrize("change", COMPILED)
+def test_a_change_after_compilation(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled again without conversion is compiled again with it."""
+    _seed()
+    original = randomise(Steered()).double().eval()
+    converted = copy.deepcopy(original)
+    assert fuse_(converted).fused
+    torch.compiler.reset()
+    models = [torch.compile(model, backend="eager", fullgraph=True) for model in (original, converted)]
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        assert not _differences(models[1](x), models[0](x))
+        before = models[0](x)
+        _apply(COMPILED[change], [original, converted], monkeypatch)
+        theirs, ours = models[0](x), models[1](x)
+    assert torch.equal(theirs, original(x)), "the twin was not compiled again"
+    assert not torch.equal(theirs, before)
+    assert not _differences(ours, theirs)
+
+
+# --- the comparison notices ---
+
+
+def test_planted_faults(capsys: Any) -> None:
+    """What conversion once did wrong: a context that is lost, a coin that is thrown once, a write that is forgotten, a read not watched."""
+
+    class Unconditional(Parts):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.main(x) + x)
+
+    for name in ("NoGrad", "Coin", "KeepsFeature", "Counts", "CountsInBuffer", "Prints", "IntoInput", "WritesItem", "ByPartsMode"):
+        original, twin, _ = _pair(name)
+        twin.__class__ = Unconditional
+        assert _compare(original, twin, capsys), name
+    for name, change in (("ActAttribute", "silu"), ("DictEntry", "entry"), ("Hooked", "dropped"), ("Plain", "kind")):
+        original, _, _ = _pair(name)
+        twin = copy.deepcopy(original)
+        _apply(FORWARDS[name].changes[change], [original], pytest.MonkeyPatch())
+        assert _compare(original, twin, capsys), name
