@@ -65,13 +65,22 @@ bool holds(const Facts::Fact& f, PyObject* place) {
       return has_contents(place, f.name, f.value);
     case FactKind::list:
       return has_items(place, f.value);
-    case FactKind::type:
-      return reinterpret_cast<PyObject*>(Py_TYPE(place)) == f.value;
+    case FactKind::type: {
+      if (reinterpret_cast<PyObject*>(Py_TYPE(place)) != f.value) return false;
+      if (f.name == Py_None) return true;
+      PyObject* attributes = PyObject_GenericGetDict(place, nullptr);
+      const bool equal = attributes == f.name;
+      Py_XDECREF(attributes);
+      if (attributes == nullptr) PyErr_Clear();
+      return equal;
+    }
     case FactKind::lookup:
       return _PyType_Lookup(reinterpret_cast<PyTypeObject*>(place), f.name) == f.value;
     case FactKind::function: {
       PyObject* defaults = PyFunction_GET_DEFAULTS(place);
-      return PyFunction_GET_CODE(place) == f.name && (defaults == nullptr ? Py_None : defaults) == f.value;
+      PyObject* keywords = PyFunction_GET_KW_DEFAULTS(place);
+      return PyFunction_GET_CODE(place) == f.name && (defaults == nullptr ? Py_None : defaults) == PyTuple_GET_ITEM(f.value, 0) &&
+             (keywords == nullptr ? Py_None : keywords) == PyTuple_GET_ITEM(f.value, 1);
     }
     case FactKind::cell:
       return PyCell_GET(place) == f.value;

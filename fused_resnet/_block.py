@@ -184,8 +184,10 @@ def _read(block: Any, reads: tuple[tuple[Any, ...], ...]) -> None:
         for step in path:
             if isinstance(step, str):
                 value = getattr(value, step)
+            elif len(step) == 1:
+                value = value[step[0]]
             else:
-                value = value[step[0]] if len(step) == 1 else hasattr(value, step[0])
+                value = hasattr(value, step[0])
         value is None  # noqa: B015  a value that is not used is not guarded
 
 

@@ -187,7 +187,6 @@ def _convert(
 
 def _convert_stem(module: nn.Module) -> bool:
     """Whether the module runs with its stem fused: what its own forward does in front of and behind its blocks."""
-    cls: Any = type(module)
     if isinstance(module, FusedBlock):
         return Decision(module, stem=True).refusal is None
     if "forward" in module.__dict__:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import operator
 import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -19,9 +18,8 @@ from .ir import Refused, name_of, nodes_in
 from .objects import DICTS, PLAIN, Known, Local, Method, Native, attribute, is_module
 
 if TYPE_CHECKING:
-    from .analysis import Analysis
+    from .interpreter import Interpreter
 
-ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 # Hooks by where a module keeps them.
 HOOKS = {
     "_forward_pre_hooks": "a forward pre-hook",
@@ -29,13 +27,15 @@ HOOKS = {
     "_backward_hooks": "a backward hook",
     "_backward_pre_hooks": "a backward pre-hook",
 }
-_REPLACED = {"forward": "was replaced on the instance", "_call_impl": "is called in another way", "_compiled_call_impl": "is compiled by itself"}
+_REPLACED = {
+    "forward": "was replaced on the instance",
+    "_call_impl": "is called in another way",
+    "_compiled_call_impl": "is compiled by itself",
+}
 
 
-def call(run: Analysis, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call(run: Interpreter, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a call gives, for a function that was read or made in this call."""
-    from .analysis import Local, name_of
-
     if isinstance(function, Native):
         return function.call(run, args, kwargs)
     if isinstance(function, Local):
@@ -69,10 +69,10 @@ def call(run: Analysis, function: Any, args: tuple[Any, ...], kwargs: dict[str, 
         if type(caller) is types.FunctionType and not _is_torchs(type(obj)):
             return _call_method(run, Method(run.facts.lookup(run.class_of(obj), "__call__"), function), args, kwargs)
         return run.function(obj, args, kwargs)
-    raise Refused(f"it calls {name_of(obj)}, which is not followed")
+    raise run.not_followed(obj)
 
 
-def _call_method(run: Analysis, method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _call_method(run: Interpreter, method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     owner = method.owner
     if is_module(owner):
         module = owner.value
@@ -89,7 +89,7 @@ def _call_method(run: Analysis, method: Method, args: tuple[Any, ...], kwargs: d
 # --- modules ---
 
 
-def call_module(run: Analysis, owner: Known, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call_module(run: Interpreter, owner: Known, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A module that is called as an operation, or whose forward is followed."""
     module = owner.value
     path = _path(run, module)
@@ -109,14 +109,17 @@ def call_module(run: Analysis, owner: Known, args: tuple[Any, ...], kwargs: dict
         run.within.pop()
 
 
-def _path(run: Analysis, module: nn.Module) -> str:
+def _path(run: Interpreter, module: nn.Module) -> str:
     path = run.paths.get(id(module))
     if not path:
         raise Refused(f"it calls {'itself' if path == '' else f'a {type(module).__name__} that is none of its submodules'}")
+    parent: Any = run.owner  # a module with two names is found again by the first
+    for name in path.split("."):
+        parent = run.facts.item(parent.__dict__["_modules"], name)
     return path
 
 
-def _operation(run: Analysis, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _operation(run: Interpreter, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if run.absorbs:
         check_quiet(run.facts, path, module)
     if not args and kwargs.keys() == {"input"}:
@@ -126,7 +129,7 @@ def _operation(run: Analysis, path: str, module: nn.Module, args: tuple[Any, ...
     return run.node("module", path, run.argument(args), {name: run.argument(v) for name, v in kwargs.items()})
 
 
-def _sequence(run: Analysis, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _sequence(run: Interpreter, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``nn.Sequential.forward``."""
     if len(args) + len(kwargs) != 1:
         raise Refused("a Sequential takes one input")
@@ -139,7 +142,7 @@ def _sequence(run: Analysis, owner: Any, args: tuple[Any, ...], kwargs: dict[str
 def check_quiet(facts: Facts, path: str, module: nn.Module) -> None:
     """Refuses a module that is called otherwise than by its class's forward alone, or to whose call somebody listens."""
     attributes = module.__dict__
-    cls = facts.type(module)
+    cls = facts.class_of(module)
     objects.check_plain_access(facts, cls)
     for name, function in objects.ORIGINAL[nn.Module].items():
         found = facts.lookup(cls, name)
@@ -192,7 +195,7 @@ def bound(
     return values
 
 
-def keywords_in(run: Analysis, value: Any) -> dict[str, Any]:
+def keywords_in(run: Interpreter, value: Any) -> dict[str, Any]:
     """What ``**value`` brings."""
     if isinstance(value, dict):
         return value
@@ -205,7 +208,7 @@ def keywords_in(run: Analysis, value: Any) -> dict[str, Any]:
 
 
 def _conversion(kind: Callable[..., Any]) -> Callable[..., Any]:
-    def convert(run: Analysis, *args: Any) -> Known:
+    def convert(run: Interpreter, *args: Any) -> Known:
         values = [a.value if isinstance(a, Known) else a for a in args]
         if not all(type(v) in PLAIN for v in values):
             raise Refused(f"it calls {kind.__name__}() on something that is not followed")
@@ -223,20 +226,20 @@ def _name(value: Any) -> str:
     return value.value
 
 
-def _getattr(run: Analysis, owner: Any, name: Any, *default: Any) -> Any:
+def _getattr(run: Interpreter, owner: Any, name: Any, *default: Any) -> Any:
     if not isinstance(owner, (Known, objects.Super)):
         return run.function(getattr, (owner, name, *default))
     return attribute(run, owner, _name(name), *default)
 
 
-def _hasattr(run: Analysis, owner: Any, name: Any) -> Known:
+def _hasattr(run: Interpreter, owner: Any, name: Any) -> Known:
     if not isinstance(owner, Known):
         raise Refused("it calls hasattr() on something that is not followed")
     return Known(attribute(run, owner, _name(name), None) is not None)
 
 
-def _numbers(run: Analysis, *args: Any) -> Known:
-    values = [a.value if isinstance(a, Known) else None for a in args]
+def _numbers(run: Interpreter, *args: Any) -> Known:
+    values: list[Any] = [a.value if isinstance(a, Known) else None for a in args]
     if not all(type(v) in (int, bool) for v in values):
         raise Refused("it calls range() on something that is not followed")
     return Known(range(*values))
@@ -246,28 +249,26 @@ def _sequence_of(kind: Callable[[list[Any]], Any]) -> Callable[..., Any]:
     return lambda run, *args: kind(objects.values_in(run, args[0]) if args else [])
 
 
-def _relu_module(run: Analysis, inplace: Any = None) -> Native:
+def _relu_module(run: Interpreter, inplace: Any = None) -> Native:
     return Native("ReLU", lambda run, args, kwargs: run.function(F.relu, args, kwargs))
 
 
 _SEQUENTIAL = objects.ORIGINAL[nn.Sequential]["forward"]
-_NATIVES: dict[int, Callable[..., Any]] = {
-    id(function): native
-    for function, native in {
-        **{kind: _conversion(kind) for kind in (int, float, bool, str, abs, min, max)},
-        len: lambda run, owner: Known(objects.length(run, owner)),
-        isinstance: lambda run, value, classes: Known(objects.is_instance(run, value, classes)),
-        getattr: _getattr,
-        hasattr: _hasattr,
-        range: _numbers,
-        list: _sequence_of(list),
-        tuple: _sequence_of(tuple),
-        reversed: _sequence_of(lambda values: values[::-1]),
-        enumerate: lambda run, values: [(Known(i), v) for i, v in enumerate(objects.values_in(run, values))],
-        zip: lambda run, *several, strict=None: list(zip(*[objects.values_in(run, v) for v in several], strict=False)),
-        # A fused block does not run where they are true: see _block._obstacle.
-        torch.jit.is_scripting: lambda run: Known(False),
-        torch.jit.is_tracing: lambda run: Known(False),
-        nn.ReLU: _relu_module,
-    }.items()
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    **{kind: _conversion(kind) for kind in (int, float, bool, str, abs, min, max)},
+    len: lambda run, owner: Known(objects.length(run, owner)),
+    isinstance: lambda run, value, classes: Known(objects.is_instance(run, value, classes)),
+    getattr: _getattr,
+    hasattr: _hasattr,
+    range: _numbers,
+    list: _sequence_of(list),
+    tuple: _sequence_of(tuple),
+    reversed: _sequence_of(lambda values: values[::-1]),
+    enumerate: lambda run, values: [(Known(i), v) for i, v in enumerate(objects.values_in(run, values))],
+    zip: lambda run, *several, strict=None: list(zip(*[objects.values_in(run, v) for v in several], strict=False)),
+    # A fused block does not run where they are true: see _block._obstacle.
+    torch.jit.is_scripting: lambda run: Known(False),  # type: ignore[attr-defined]
+    torch.jit.is_tracing: lambda run: Known(False),  # type: ignore[attr-defined]
+    nn.ReLU: _relu_module,
 }
+_NATIVES = {id(function): native for function, native in _FUNCTIONS.items()}  # what is looked for may not be hashable

@@ -21,9 +21,9 @@ ABSENT = 1  # the dictionary does not hold this name
 EMPTY = 2  # what the dictionary holds under this name is an empty dictionary
 CONTENTS = 3  # the dictionary holds these names (a tuple) with these values (a tuple), in this order, and nothing else
 LIST = 4  # the list holds these values (a tuple)
-TYPE = 5  # the object is of this class
+TYPE = 5  # the object is of this class (value) and has this dictionary of attributes (name; None: it is not asked for)
 LOOKUP = 6  # the class, or the first of its bases that has this name, has this value for it; or none has it
-FUNCTION = 7  # the function has this code (name) and these defaults (value)
+FUNCTION = 7  # the function has this code (name) and these defaults (value: of arguments by position, by keyword)
 CELL = 8  # the closure's cell holds this value
 
 Row = tuple[int, Any, Any, Any]
@@ -36,6 +36,15 @@ def lookup(cls: type, name: str) -> Any:
         if name in base.__dict__:
             return base.__dict__[name]
     return MISSING
+
+
+def attributes_of(obj: Any) -> dict[str, Any] | None:
+    """An object's own attributes, where it keeps them in a plain dictionary."""
+    try:
+        found = object.__getattribute__(obj, "__dict__")
+    except AttributeError:
+        return None
+    return found if type(found) is dict else None
 
 
 class Facts:
@@ -79,10 +88,10 @@ class Facts:
         self._write(LIST, place, None, found)
         return found
 
-    def type(self, obj: Any) -> type:
+    def class_of(self, obj: Any) -> type:
         """An object's class; the owner's own is what its forward was found in."""
         if id(obj) != self._owner_id:
-            self._write(TYPE, obj, None, type(obj))
+            self._write(TYPE, obj, None, (attributes_of(obj), type(obj)))
         return type(obj)
 
     def lookup(self, cls: type, name: str) -> Any:
@@ -93,7 +102,7 @@ class Facts:
 
     def function(self, function: types.FunctionType) -> types.CodeType:
         """A function's code, and its defaults."""
-        self._write(FUNCTION, function, None, (function.__code__, function.__defaults__))
+        self._write(FUNCTION, function, None, (function.__code__, (function.__defaults__, function.__kwdefaults__)))
         return function.__code__
 
     def cell(self, cell: types.CellType) -> Any:
@@ -108,15 +117,15 @@ class Facts:
     def read(self, path: tuple[Any, ...]) -> None:
         """Remember how to come to something that was read: see ``objects.Known``."""
         root, *steps = path
-        self._reads[id(root), *steps] = path
+        self._reads[(id(root), *steps)] = path
 
     def checked(self) -> Checked:
         return Checked(tuple([_unpacked(row) for row in self._rows.values()]), tuple(self._reads.values()))
 
 
 def _unpacked(row: Row) -> Row:
-    kind, place, name, value = row
-    return (kind, place, *value) if kind in (CONTENTS, FUNCTION) else row
+    kind, place, _, value = row
+    return (kind, place, *value) if kind in (CONTENTS, TYPE, FUNCTION) else row
 
 
 class Checked:
@@ -126,9 +135,7 @@ class Checked:
         self.rows = rows  # they keep alive what the native pass compares with
         self.reads = tuple([path[1:] for path in reads if path[0] == ""])  # from the owner
         self.readers = _readers([path for path in reads if path[0] != ""])  # each reads globals of one module
-        self.first_broken: Callable[[dict[str, Any]], int] = (
-            _Plain(rows).first_broken if cpu is None else cpu.Facts(rows, MISSING).first_broken
-        )
+        self.first_broken: Callable[[dict[str, Any]], int] = _Plain(rows).first_broken if cpu is None else cpu.Facts(rows, MISSING).first_broken
 
 
 def _readers(paths: list[tuple[Any, ...]]) -> list[Callable[[], Any]]:
@@ -143,8 +150,7 @@ def _readers(paths: list[tuple[Any, ...]]) -> list[Callable[[], Any]]:
                 text = f"{text}[{step[0]!r}]" if len(step) == 1 else f"hasattr({text}, {step[0]!r})"
         scopes.setdefault(id(scope), (scope, []))[1].append(f"{text} is None")
     return [
-        types.FunctionType(compile(f"lambda: ({', '.join(texts)},)", "<facts>", "eval").co_consts[0], scope)
-        for scope, texts in scopes.values()
+        types.FunctionType(compile(f"lambda: ({', '.join(texts)},)", "<facts>", "eval").co_consts[0], scope) for scope, texts in scopes.values()
     ]
 
 
@@ -174,11 +180,11 @@ def _holds(kind: int, place: Any, name: Any, value: Any) -> bool:
     if kind == LIST:
         return _same(tuple(place), value)
     if kind == TYPE:
-        return type(place) is value
+        return type(place) is value and (name is None or attributes_of(place) is name)
     if kind == LOOKUP:
         return lookup(place, name) is value
     if kind == FUNCTION:
-        return place.__code__ is name and place.__defaults__ is value
+        return place.__code__ is name and place.__defaults__ is value[0] and place.__kwdefaults__ is value[1]
     try:
         return place.cell_contents is value
     except ValueError:

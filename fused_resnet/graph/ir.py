@@ -25,8 +25,8 @@ class Refused(Exception):
 class Node:
     """A value that exists only in a call, and the operation that makes it.
 
-    op: "input"; "output" (of what the forward returns); "constant" (a parameter, a buffer or another tensor); "module" (``target`` is its path); "function" (``target`` is
-    the function); "method" (of a tensor, ``target`` is its name).
+    op: "input"; "output" (of what the forward returns); "constant" (a parameter, a buffer or another tensor); "module" (``target`` is its
+    path); "function" (``target`` is the function); "method" (of a tensor, ``target`` is its name).
     users: the nodes that read it, each once. within: the path of the module whose forward made it. where: as ``Refused.where``.
     """
 

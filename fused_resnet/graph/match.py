@@ -13,10 +13,12 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .._residual import FUNCTIONS, Call, Layer, Residual, Step
-from . import analysis, calls
+from . import analysis
 from .facts import MISSING, Facts
+from .interpreter import decorated
 from .ir import Graph, Node, Refused, name_of
 from .objects import ORIGINAL
+from .recorder import ADDITIONS
 
 # Fake tensors: torch.export runs a block with them. Other subclasses (quantised, distributed, ...) compute otherwise.
 _TENSORS = (Tensor, nn.Parameter, nn.Buffer, type(None), FakeTensor, FunctionalTensor)
@@ -59,7 +61,7 @@ def only_input(forward: Callable[..., Any]) -> str:
     code = getattr(forward, "__code__", None)
     if code is None:
         raise Refused("its forward is not a plain Python function", is_block=True)
-    where = analysis.decorated(forward)
+    where = decorated(forward)
     if where:
         raise Refused("its forward is decorated", is_block=True, where=where)
     names = list(code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount])
@@ -80,7 +82,7 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def _is_add(node: Node) -> bool:
-    return node.op in ("function", "method") and node.target in calls.ADDITIONS and len(node.inputs) == 2
+    return node.op in ("function", "method") and node.target in ADDITIONS and len(node.inputs) == 2
 
 
 def _is_inplace_add(node: Node) -> bool:

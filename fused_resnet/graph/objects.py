@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .facts import MISSING, Facts, lookup
-from .ir import Refused
+from .facts import MISSING, Facts, attributes_of, lookup
+from .ir import Node, Refused
 
 if TYPE_CHECKING:
-    from .analysis import Analysis
+    from .interpreter import Interpreter
+    from .recorder import Recorder
 
 PLAIN = (type(None), bool, int, float, str)
 # Immutable objects of torch that may be an argument.
@@ -87,13 +88,11 @@ def is_module(value: Any) -> bool:
     return isinstance(value, Known) and issubclass(type(value.value), nn.Module)
 
 
-def attribute(run: Analysis, owner: Any, name: str, default: Any = MISSING) -> Any:
+def attribute(run: Interpreter, owner: Any, name: str, default: Any = MISSING) -> Any:
     """What ``owner.name`` is; ``default`` if it has none."""
     if isinstance(owner, Super):
         return _of_super(run, owner, name)
     if not isinstance(owner, Known):
-        if isinstance(owner, list) and name == "append":
-            return Native("append", lambda run, args, kwargs: owner.append(*args))
         raise Refused(f"it reads {name} of something that is not followed")
     obj = owner.value
     found: Any
@@ -118,7 +117,7 @@ def attribute(run: Analysis, owner: Any, name: str, default: Any = MISSING) -> A
     return default
 
 
-def _of_class(run: Analysis, owner: Known, name: str) -> Any:
+def _of_class(run: Interpreter, owner: Known, name: str) -> Any:
     cls = owner.value
     if type(cls) is not type or name in type.__dict__:
         raise Refused(f"it reads {name} of {cls.__name__}, which has a metaclass")
@@ -130,7 +129,7 @@ def _of_class(run: Analysis, owner: Known, name: str) -> Any:
     return MISSING if found is MISSING else Known(found, owner.step(name))
 
 
-def _of_instance(run: Analysis, owner: Known, name: str) -> Any:
+def _of_instance(run: Interpreter, owner: Known, name: str) -> Any:
     obj = owner.value
     cls = run.class_of(obj)
     in_module = issubclass(cls, nn.Module)
@@ -142,7 +141,7 @@ def _of_instance(run: Analysis, owner: Known, name: str) -> Any:
         return run.call(Method(found.fget, owner), (), {})
     if hasattr(type(found), "__set__") or hasattr(type(found), "__delete__"):
         raise Refused(f"it reads {name} of {cls.__name__}, a {type(found).__name__}")
-    attributes = _attributes(obj)
+    attributes = attributes_of(obj)
     if attributes is not None:
         if in_module and name == "training":
             return run.training(owner)
@@ -162,14 +161,6 @@ def _of_instance(run: Analysis, owner: Known, name: str) -> Any:
     return MISSING
 
 
-def _attributes(obj: Any) -> dict[str, Any] | None:
-    try:
-        found = object.__getattribute__(obj, "__dict__")
-    except AttributeError:
-        return None
-    return found if type(found) is dict else None
-
-
 def check_plain_access(facts: Facts, cls: type) -> None:
     """Refuses an object that decides by itself what its attributes are."""
     in_module = issubclass(cls, nn.Module)
@@ -180,7 +171,7 @@ def check_plain_access(facts: Facts, cls: type) -> None:
         raise Refused(f"{cls.__name__} decides by itself what its attributes are (__getattr__)")
 
 
-def _bound(run: Analysis, owner: Known, name: str, found: Any) -> Any:
+def _bound(run: Interpreter, owner: Known, name: str, found: Any) -> Any:
     """What a class's attribute is, read from an instance."""
     if isinstance(found, types.FunctionType):
         return Method(found, owner)
@@ -193,7 +184,7 @@ def _bound(run: Analysis, owner: Known, name: str, found: Any) -> Any:
     return Known(found, owner.step(name))
 
 
-def _of_super(run: Analysis, owner: Super, name: str) -> Any:
+def _of_super(run: Interpreter, owner: Super, name: str) -> Any:
     cls = run.class_of(owner.owner.value)
     mro = cls.__mro__
     if owner.cls not in mro:
@@ -205,7 +196,7 @@ def _of_super(run: Analysis, owner: Super, name: str) -> Any:
     raise Refused(f"it reads {name} of super(), which is not there")
 
 
-def _of_dict(owner: Known, name: str, run: Analysis, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _of_dict(owner: Known, name: str, run: Interpreter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``items()``, ``keys()``, ``values()`` and ``get()`` of a dictionary, at once."""
     if name == "get":
         if kwargs or not 1 <= len(args) <= 2:
@@ -216,7 +207,7 @@ def _of_dict(owner: Known, name: str, run: Analysis, args: tuple[Any, ...], kwar
     return {"keys": keys, "values": values, "items": list(zip(keys, values, strict=True))}[name]
 
 
-def item(run: Analysis, owner: Any, key: Any, default: Any = MISSING) -> Any:
+def item(run: Interpreter, owner: Any, key: Any, default: Any = MISSING) -> Any:
     """What ``owner[key]`` is, for a key that is known."""
     index = key.value if isinstance(key, Known) else key
     if isinstance(owner, (tuple, list, dict)):  # made in this call
@@ -253,7 +244,7 @@ def item(run: Analysis, owner: Any, key: Any, default: Any = MISSING) -> Any:
     raise Refused(f"it reads an item of a {type(obj).__name__}")
 
 
-def _of_container(run: Analysis, owner: Known, index: Any) -> Any:
+def _of_container(run: Interpreter, owner: Known, index: Any) -> Any:
     cls = run.class_of(owner.value)
     for base, kinds in ((nn.ModuleDict, (str,)), (nn.ModuleList, (int, slice)), (nn.Sequential, (int,))):
         if issubclass(cls, base) and type(index) in kinds:
@@ -265,18 +256,21 @@ def _of_container(run: Analysis, owner: Known, index: Any) -> Any:
     raise Refused(f"it reads an item of a {cls.__name__}")
 
 
-def check_inherits(run: Analysis, cls: type, base: type, name: str) -> None:
+def check_inherits(run: Recorder, cls: type, base: type, name: str) -> None:
     if run.facts.lookup(cls, name) is not ORIGINAL[base][name]:
         raise Refused(f"{cls.__name__} overrides {name} of {base.__name__}")
 
 
-def modules_in(run: Analysis, owner: Known) -> dict[str, Known]:
+def modules_in(run: Recorder, owner: Known) -> dict[str, Known]:
     """A container's children, by name and in order."""
     check_plain_access(run.facts, run.class_of(owner.value))
     modules = run.facts.item(owner.value.__dict__, "_modules")
     return {name: Known(child, owner.step(name)) for name, child in run.facts.contents(modules).items()}
 
 
+# Attributes that a class may hide, behind a property for instance.
+_CONV = ("weight", "bias", "stride", "padding", "dilation", "groups", "padding_mode")
+_NORM = ("weight", "bias", "running_mean", "running_var", "eps", "training")
 # What torch's classes are when this package is imported: a class that is patched later, or a subclass, may compute something else.
 ORIGINAL: dict[type, dict[str, Any]] = {
     cls: {name: lookup(cls, name) for name in names}
@@ -285,9 +279,9 @@ ORIGINAL: dict[type, dict[str, Any]] = {
         nn.Sequential: ("forward", "__iter__", "__len__", "__getitem__"),
         nn.ModuleList: ("__iter__", "__len__", "__getitem__"),
         nn.ModuleDict: ("__iter__", "__len__", "__getitem__"),
-        nn.Conv2d: ("forward", "_conv_forward"),
-        nn.BatchNorm2d: ("forward", "_check_input_dim"),
-        nn.SyncBatchNorm: ("forward", "_check_input_dim"),
+        nn.Conv2d: ("forward", "_conv_forward", *_CONV),
+        nn.BatchNorm2d: ("forward", "_check_input_dim", *_NORM),
+        nn.SyncBatchNorm: ("forward", "_check_input_dim", *_NORM),
         nn.ReLU: ("forward",),
         nn.Identity: ("forward",),
         nn.AvgPool2d: ("forward",),
@@ -306,7 +300,7 @@ ORIGINAL: dict[type, dict[str, Any]] = {
 }
 
 
-def values_in(run: Analysis, owner: Any) -> list[Any]:
+def values_in(run: Recorder, owner: Any) -> list[Any]:
     """What iterating gives."""
     if isinstance(owner, (tuple, list)):
         return list(owner)
@@ -332,7 +326,7 @@ def values_in(run: Analysis, owner: Any) -> list[Any]:
     raise Refused("it iterates over something that is not followed")
 
 
-def length(run: Analysis, owner: Any) -> int:
+def length(run: Interpreter, owner: Any) -> int:
     if is_module(owner):
         cls = run.class_of(owner.value)
         for base in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
@@ -344,7 +338,7 @@ def length(run: Analysis, owner: Any) -> int:
     return len(values_in(run, owner))
 
 
-def truth(run: Analysis, value: Any) -> bool:
+def truth(run: Interpreter, value: Any) -> bool:
     """What ``bool(value)`` is."""
     if isinstance(value, (tuple, list, dict)):
         return bool(value)
@@ -368,13 +362,50 @@ def truth(run: Analysis, value: Any) -> bool:
     raise Refused(f"its branch depends on what a {cls.__name__} says of itself")
 
 
-def is_instance(run: Analysis, value: Any, classes: Any) -> bool:
+def is_same(left: Any, right: Any) -> bool:
+    """What ``left is right`` is."""
+    for a, b in ((left, right), (right, left)):
+        if isinstance(a, Node):
+            if isinstance(b, Known) and b.value is None and a.op in ("input", "module"):
+                return False
+            raise Refused("it compares a value that only a call knows")
+        if isinstance(a, (tuple, list, dict, Local, Method, Native)) and isinstance(b, Known) and b.value is None:
+            return False
+    if isinstance(left, Known) and isinstance(right, Known):
+        return left.value is right.value
+    raise Refused("its comparison is not followed")
+
+
+def is_in(run: Interpreter, left: Any, right: Any) -> bool:
+    """What ``left in right`` is."""
+    if isinstance(left, Known) and type(left.value) in PLAIN and not is_module(right):
+        if isinstance(right, Known) and type(right.value) is str:
+            if type(left.value) is str:
+                return left.value in right.value
+        else:
+            return left.value in [plain(run, v) for v in values_in(run, right)]
+    raise Refused("it asks for membership in a way that is not followed")
+
+
+def plain(run: Interpreter, value: Any) -> Any:
+    """A value whose comparison runs no code of the user's."""
+    if isinstance(value, (tuple, list)):
+        return type(value)([plain(run, v) for v in value])
+    if isinstance(value, Known):
+        if type(value.value) in CONSTANTS:
+            return value.value
+        if type(value.value) in (tuple, list):
+            return type(value.value)([plain(run, v) for v in values_in(run, value)])
+    raise Refused("its comparison is not followed")
+
+
+def is_instance(run: Interpreter, value: Any, classes: Any) -> bool:
     """``isinstance``, for classes that do not answer by themselves."""
     wanted = [c.value if isinstance(c, Known) else c for c in (values_in(run, classes) if _is_tuple(classes) else [classes])]
     for cls in wanted:
-        if not issubclass(type(cls), type) or lookup(type(cls), "__instancecheck__") is not type.__instancecheck__:
-            if cls is not Tensor and cls is not nn.Parameter:
-                raise Refused("it asks isinstance() in a way that is not followed")
+        answers = not issubclass(type(cls), type) or lookup(type(cls), "__instancecheck__") is not type.__instancecheck__
+        if answers and cls is not Tensor and cls is not nn.Parameter:
+            raise Refused("it asks isinstance() in a way that is not followed")
     kind = run.kind(value)
     return issubclass(kind, tuple(wanted))
 

@@ -101,7 +101,10 @@ def _covers(node: FunctionNode, code: types.CodeType) -> bool:
     return all(start <= (a, c) and (b, d) <= end for a, c, b, d in spans)
 
 
-_FIELDS = "co_code co_names co_varnames co_freevars co_cellvars co_argcount co_posonlyargcount co_kwonlyargcount co_flags".split()
+_FIELDS = (
+    *("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars"),
+    *("co_argcount", "co_posonlyargcount", "co_kwonlyargcount", "co_flags"),
+)
 
 
 def _same(a: types.CodeType, b: types.CodeType) -> bool:

@@ -1,0 +1,495 @@
+"""Follows a forward's syntax tree: statements, expressions, calls. Whatever it does not know is refused, with its line."""
+
+from __future__ import annotations
+
+import ast
+import operator
+import os
+import types
+from collections.abc import Callable
+from typing import Any
+
+from . import calls, objects, source
+from .facts import MISSING
+from .ir import Graph, Node, Refused, nodes_in
+from .objects import PLAIN, Known, Local, Super, truth
+from .recorder import ADDITIONS, Frame, Recorder, shown
+
+_GENERATOR = 0x20 | 0x80 | 0x200  # the flags of generators, coroutines and asynchronous generators
+
+_BINARY: dict[type[ast.operator], tuple[Callable[..., Any], Callable[..., Any]]] = {  # (a + b, a += b)
+    ast.Add: (operator.add, operator.iadd),
+    ast.Sub: (operator.sub, operator.isub),
+    ast.Mult: (operator.mul, operator.imul),
+    ast.Div: (operator.truediv, operator.itruediv),
+    ast.FloorDiv: (operator.floordiv, operator.ifloordiv),
+    ast.Mod: (operator.mod, operator.imod),
+    ast.MatMult: (operator.matmul, operator.imatmul),
+    ast.Pow: (operator.pow, operator.ipow),
+    ast.BitAnd: (operator.and_, operator.iand),
+    ast.BitOr: (operator.or_, operator.ior),
+}
+_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+# What tensors' operators and methods are when this package is imported.
+
+
+class _Returned(Exception):
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class _Broke(Exception):
+    pass
+
+
+class _Continued(Exception):
+    pass
+
+
+class Interpreter(Recorder):
+    """Values are nodes, ``Known`` objects, and what the forward itself makes: tuples, lists, dictionaries, slices, functions."""
+
+    MOST_CALLS = 40  # within each other
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._steps = 0
+        self._source: source.Definition | None = None
+
+    def graph_of(self, forward: Any) -> Graph:
+        if type(forward) is not types.FunctionType:
+            raise Refused("its forward is not a plain Python function", is_block=True)
+        self._source = source.definition(forward)
+        x = self.graph.add(Node("input", "", (), {}, "", ""))
+        try:
+            output = self.inline(forward, (Known(self.owner, ("",)), x), {})
+        except RecursionError:
+            raise Refused("its forward is nested too deeply") from None
+        self.graph.add(Node("output", "", (output,), {}, "", ""))
+        return self.graph
+
+    def adds(self) -> bool:
+        """Whether the forward, followed or not, contains an addition, as a residual block's does."""
+        if any(node.target in ADDITIONS for node in self.graph.nodes if node.op in ("function", "method")):
+            return True
+        if self._source is None:
+            return True
+        for node in ast.walk(self._source.node):
+            if isinstance(node, (ast.BinOp, ast.AugAssign)) and isinstance(node.op, ast.Add):
+                return True
+            if isinstance(node, ast.Attribute) and node.attr in ("add", "add_"):
+                return True
+        return False
+
+    # --- calls ---
+
+    def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return calls.call(self, function, args, kwargs)
+
+    def inline(self, function: types.FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Follow a call of a Python function."""
+        code = self.facts.function(function)
+        definition = source.definition(function)
+        if code.co_flags & _GENERATOR:
+            raise Refused(f"it calls {function.__qualname__}, a generator")
+        defaults = [Known(v) for v in function.__defaults__ or ()]
+        keyword_defaults = {k: Known(v) for k, v in self.facts.contents(function.__kwdefaults__).items()} if function.__kwdefaults__ else {}
+        frame = Frame(function, definition, {*code.co_varnames, *code.co_cellvars})
+        try:
+            return self._run(frame, definition.node, args, kwargs, defaults, keyword_defaults)
+        except Refused as error:
+            if error.where == frame.where():
+                error.where = decorated(function) or error.where
+            raise
+
+    def inline_local(self, local: Local, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        outer = local.frame
+        definition = source.Definition(local.node, outer.file, outer.class_name)
+        frame = Frame(outer.function, definition, _names_of(local.node), outer)
+        return self._run(frame, local.node, args, kwargs, local.defaults, local.keyword_defaults)
+
+    def _run(
+        self,
+        frame: Frame,
+        node: source.FunctionNode,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        defaults: list[Any],
+        keyword_defaults: dict[str, Any],
+    ) -> Any:
+        if len(self.frames) >= self.MOST_CALLS:
+            raise Refused("its calls are nested too deeply")
+        frame.values = calls.bound(node.args, args, kwargs, defaults, keyword_defaults)
+        self.frames.append(frame)
+        try:
+            if isinstance(node, ast.Lambda):
+                return self.value(node.body)
+            self.block(node.body)
+        except _Returned as result:
+            return result.value
+        except Refused as error:
+            error.where = error.where or frame.where()
+            raise
+        finally:
+            self.frames.pop()
+        return Known(None)
+
+    # --- statements ---
+
+    def block(self, body: list[ast.stmt]) -> None:
+        frame = self.frames[-1]
+        for statement in body:
+            self._steps += 1
+            if self._steps > self.MOST_STEPS:
+                raise Refused("its forward is too long to be followed")
+            frame.line = statement.lineno
+            follow = getattr(self, f"_{type(statement).__name__}", None)
+            if follow is None:
+                raise Refused(f"it has a statement that is not followed: {shown(statement)}")
+            follow(statement)
+
+    def _Expr(self, s: ast.Expr) -> None:
+        self.value(s.value)
+
+    def _Pass(self, s: ast.Pass) -> None:
+        pass
+
+    def _Return(self, s: ast.Return) -> None:
+        raise _Returned(Known(None) if s.value is None else self.value(s.value))
+
+    def _Break(self, s: ast.Break) -> None:
+        raise _Broke
+
+    def _Continue(self, s: ast.Continue) -> None:
+        raise _Continued
+
+    def _Assign(self, s: ast.Assign) -> None:
+        value = self.value(s.value)
+        for target in s.targets:
+            self.assign(target, value)
+
+    def _AnnAssign(self, s: ast.AnnAssign) -> None:
+        if s.value is not None:
+            self.assign(s.target, self.value(s.value))
+
+    def _AugAssign(self, s: ast.AugAssign) -> None:
+        if not isinstance(s.target, ast.Name):
+            raise Refused(f"it changes {shown(s.target)}")
+        left, right = self.value(ast.copy_location(ast.Name(s.target.id, ast.Load()), s.target)), self.value(s.value)
+        plain, in_place = self._operators(s.op)
+        if isinstance(left, list):
+            raise Refused(f"it changes the list {s.target.id}")
+        value = self.function(in_place, (left, right)) if isinstance(left, Node) else self.binary(plain, left, right)
+        self.assign(s.target, value)
+
+    def assign(self, target: ast.expr, value: Any) -> None:
+        if isinstance(target, ast.Name):
+            frame = self.frames[-1]
+            name = _mangled(target.id, frame.class_name)
+            if name not in frame.names:
+                raise Refused(f"it sets the global {name}")
+            frame.values[name] = value
+        elif isinstance(target, (ast.Tuple, ast.List)):
+            values = self.unpacked(value, len(target.elts))
+            if len(values) != len(target.elts) or any(isinstance(t, ast.Starred) for t in target.elts):
+                raise Refused("it unpacks in a way that is not followed")
+            for t, v in zip(target.elts, values, strict=True):
+                self.assign(t, v)
+        else:
+            raise Refused(f"it sets {shown(target)}")
+
+    def unpacked(self, value: Any, count: int) -> list[Any]:
+        if isinstance(value, Node):
+            return [self.function(operator.getitem, (value, Known(i))) for i in range(count)]
+        return objects.values_in(self, value)
+
+    def _If(self, s: ast.If) -> None:
+        self.block(s.body if truth(self, self.value(s.test)) else s.orelse)
+
+    def _For(self, s: ast.For) -> None:
+        for value in objects.values_in(self, self.value(s.iter)):
+            self.assign(s.target, value)
+            try:
+                self.block(s.body)
+            except _Broke:
+                return
+            except _Continued:
+                continue
+        self.block(s.orelse)
+
+    def _Assert(self, s: ast.Assert) -> None:
+        if not truth(self, self.value(s.test)):
+            raise Refused("its assertion does not hold")
+
+    def _Delete(self, s: ast.Delete) -> None:
+        for target in s.targets:
+            if not isinstance(target, ast.Name) or target.id not in self.frames[-1].values:
+                raise Refused(f"it deletes {shown(target)}")
+            del self.frames[-1].values[target.id]
+
+    def _FunctionDef(self, s: ast.FunctionDef) -> None:
+        if s.decorator_list:
+            raise Refused(f"it decorates {s.name}")
+        self.assign(ast.copy_location(ast.Name(s.name, ast.Store()), s), self._local(s))
+
+    def _With(self, s: ast.With) -> None:
+        raise Refused(f"it runs under `with {', '.join(shown(item) for item in s.items)}`, which is not followed")
+
+    def _Raise(self, s: ast.Raise) -> None:
+        raise Refused("it raises an error")
+
+    # --- expressions ---
+
+    def value(self, e: ast.expr) -> Any:
+        self._steps += 1
+        if self._steps > self.MOST_STEPS:
+            raise Refused("its forward is too long to be followed")
+        follow = getattr(self, f"_{type(e).__name__}", None)
+        if follow is None:
+            raise Refused(f"it has an expression that is not followed: {shown(e)}")
+        return follow(e)
+
+    def at(self, e: ast.expr) -> None:
+        self.frames[-1].line, self.frames[-1].expression = e.lineno, e
+
+    def _Constant(self, e: ast.Constant) -> Any:
+        return Known(e.value)
+
+    def _Name(self, e: ast.Name) -> Any:
+        frame: Frame = self.frames[-1]
+        name = _mangled(e.id, frame.class_name)
+        while True:
+            if name in frame.names:
+                if name not in frame.values:
+                    raise Refused(f"it reads {name} before it is set")
+                return frame.values[name]
+            if frame.outer is None:
+                break
+            frame = frame.outer
+        function = frame.function
+        if name in function.__code__.co_freevars:
+            cell = (function.__closure__ or ())[function.__code__.co_freevars.index(name)]
+            value = self.facts.cell(cell)
+            path = None
+        else:
+            scope = function.__globals__
+            value, path = self.facts.item(scope, name), (scope, name)
+            if value is MISSING:
+                value = self.facts.item(function.__builtins__, name)  # type: ignore[attr-defined]
+                path = None
+        if value is MISSING:
+            raise Refused(f"it reads {name}, which is not there")
+        return self.read(Known(value, path))
+
+    def _Attribute(self, e: ast.Attribute) -> Any:
+        owner, name = self.value(e.value), _mangled(e.attr, self.frames[-1].class_name)
+        self.at(e)
+        if isinstance(owner, Node):
+            return self.function(getattr, (owner, Known(name)))
+        return objects.attribute(self, owner, name)
+
+    def _Subscript(self, e: ast.Subscript) -> Any:
+        owner, key = self.value(e.value), self.value(e.slice)
+        if isinstance(owner, Node) or any(nodes_in(key if not isinstance(key, Known) else None)):
+            return self.function(operator.getitem, (owner, key))
+        return objects.item(self, owner, key)
+
+    def _Slice(self, e: ast.Slice) -> slice:
+        return slice(*[None if part is None else self.argument(self.value(part)) for part in (e.lower, e.upper, e.step)])
+
+    def _Tuple(self, e: ast.Tuple) -> tuple[Any, ...]:
+        return tuple(self.several(e.elts))
+
+    def _List(self, e: ast.List) -> list[Any]:
+        return self.several(e.elts)
+
+    def several(self, elements: list[ast.expr]) -> list[Any]:
+        values: list[Any] = []
+        for element in elements:
+            if isinstance(element, ast.Starred):
+                values += objects.values_in(self, self.value(element.value))
+            else:
+                values.append(self.value(element))
+        return values
+
+    def _Dict(self, e: ast.Dict) -> dict[Any, Any]:
+        made: dict[Any, Any] = {}
+        for key, value in zip(e.keys, e.values, strict=True):
+            k = None if key is None else self.value(key)
+            if not isinstance(k, Known) or type(k.value) not in PLAIN:
+                raise Refused("it makes a dictionary in a way that is not followed")
+            made[k.value] = self.value(value)
+        return made
+
+    def _Call(self, e: ast.Call) -> Any:
+        node, name = None, ""
+        if isinstance(e.func, ast.Attribute):
+            owner = self.value(e.func.value)
+            name = _mangled(e.func.attr, self.frames[-1].class_name)
+            if isinstance(owner, Node):
+                node = owner
+            else:
+                function = objects.attribute(self, owner, name)
+        else:
+            function = self.value(e.func)
+        args = tuple(self.several(e.args))
+        kwargs: dict[str, Any] = {}
+        for keyword in e.keywords:
+            if keyword.arg is None:
+                kwargs |= calls.keywords_in(self, self.value(keyword.value))
+            else:
+                kwargs[keyword.arg] = self.value(keyword.value)
+        self.at(e)
+        if node is not None:
+            return self.method(node, name, args, kwargs)
+        if isinstance(function, Known) and function.value is super:
+            return self._super(args)
+        return self.call(function, args, kwargs)
+
+    def _super(self, args: tuple[Any, ...]) -> Super:
+        frame = self.frames[-1]
+        if not args:
+            names = frame.function.__code__.co_freevars
+            if "__class__" not in names or frame.outer is not None:
+                raise Refused("it uses super() in a way that is not followed")
+            cls = self.facts.cell((frame.function.__closure__ or ())[names.index("__class__")])
+            first = frame.function.__code__.co_varnames[0]
+            args = Known(cls), frame.values.get(first)
+        if len(args) != 2 or not all(isinstance(a, Known) for a in args) or type(args[0].value) is not type:
+            raise Refused("it uses super() in a way that is not followed")
+        return Super(args[0].value, args[1])
+
+    def _BinOp(self, e: ast.BinOp) -> Any:
+        left, right = self.value(e.left), self.value(e.right)
+        self.at(e)
+        return self.binary(self._operators(e.op)[0], left, right)
+
+    def _operators(self, op: ast.operator) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        found = _BINARY.get(type(op))
+        if found is None:
+            raise Refused(f"it uses the operator {type(op).__name__}, which is not followed")
+        return found
+
+    def binary(self, function: Callable[..., Any], left: Any, right: Any) -> Any:
+        if isinstance(left, Node) or isinstance(right, Node):
+            return self.function(function, (left, right))
+        if function is operator.add:
+            if isinstance(left, tuple) and isinstance(right, tuple):
+                return left + right
+            if isinstance(left, list) and isinstance(right, list):
+                return left + right
+        a, b = (v.value if isinstance(v, Known) else v for v in (left, right))
+        if type(a) in PLAIN and type(b) in PLAIN and not (function is operator.pow and (type(b) is not int or abs(b) > 8)):
+            try:
+                return Known(function(a, b))
+            except (TypeError, ValueError, ArithmeticError) as error:
+                raise Refused(f"its arithmetic fails: {error}") from None
+        raise Refused("its arithmetic is not followed")
+
+    def _UnaryOp(self, e: ast.UnaryOp) -> Any:
+        value = self.value(e.operand)
+        if isinstance(e.op, ast.Not):
+            return Known(not truth(self, value))
+        function: Callable[[Any], Any] = operator.neg if isinstance(e.op, ast.USub) else operator.pos
+        if isinstance(e.op, ast.Invert):
+            raise Refused("it uses the operator ~, which is not followed")
+        if isinstance(value, Node):
+            return self.function(function, (value,))
+        if isinstance(value, Known) and type(value.value) in (bool, int, float):
+            return Known(function(value.value))
+        raise Refused("its arithmetic is not followed")
+
+    def _BoolOp(self, e: ast.BoolOp) -> Any:
+        value: Any = None
+        for operand in e.values:
+            value = self.value(operand)
+            if operand is not e.values[-1] and truth(self, value) == isinstance(e.op, ast.Or):
+                return value
+        return value
+
+    def _IfExp(self, e: ast.IfExp) -> Any:
+        return self.value(e.body if truth(self, self.value(e.test)) else e.orelse)
+
+    def _NamedExpr(self, e: ast.NamedExpr) -> Any:
+        value = self.value(e.value)
+        self.assign(e.target, value)
+        return value
+
+    def _Lambda(self, e: ast.Lambda) -> Local:
+        return self._local(e)
+
+    def _local(self, node: source.FunctionNode) -> Local:
+        defaults = [self.value(d) for d in node.args.defaults]
+        named = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+        return Local(node, self.frames[-1], defaults, {a.arg: self.value(d) for a, d in named if d is not None})
+
+    def _Compare(self, e: ast.Compare) -> Any:
+        left = self.value(e.left)
+        result: Any = Known(True)
+        for op, comparator in zip(e.ops, e.comparators, strict=True):
+            right = self.value(comparator)
+            result = self.compare(op, left, right)
+            if len(e.ops) > 1 and not truth(self, result):
+                return result
+            left = right
+        return result
+
+    def compare(self, op: ast.cmpop, left: Any, right: Any) -> Any:
+        if isinstance(op, (ast.Is, ast.IsNot)):
+            return Known(objects.is_same(left, right) == isinstance(op, ast.Is))
+        if isinstance(op, (ast.In, ast.NotIn)):
+            return Known(objects.is_in(self, left, right) == isinstance(op, ast.In))
+        if isinstance(left, Node) or isinstance(right, Node):
+            return self.function(_COMPARE[type(op)], (left, right))
+        try:
+            return Known(bool(_COMPARE[type(op)](objects.plain(self, left), objects.plain(self, right))))
+        except TypeError as error:
+            raise Refused(f"its comparison fails: {error}") from None
+
+    def _JoinedStr(self, e: ast.JoinedStr) -> Known:
+        parts = []
+        for part in e.values:
+            value = self.value(part.value if isinstance(part, ast.FormattedValue) else part)
+            plain = isinstance(part, ast.Constant) or (isinstance(part, ast.FormattedValue) and part.conversion == -1 and not part.format_spec)
+            if not plain or not isinstance(value, Known) or type(value.value) not in (int, str):
+                raise Refused(f"it has an expression that is not followed: {shown(e)}")
+            parts.append(str(value.value))
+        return Known("".join(parts))
+
+
+def decorated(function: Any) -> str:
+    """Where the function stands that ``function`` decorates; "" if it decorates none that it tells of."""
+    inner = function.__dict__.get("__wrapped__")
+    while type(inner) is types.FunctionType and "__wrapped__" in inner.__dict__:
+        inner = inner.__dict__["__wrapped__"]
+    code = getattr(inner, "__code__", None)
+    return "" if code is None else f"line {code.co_firstlineno} of {os.path.basename(code.co_filename)}"
+
+
+def _names_of(node: source.FunctionNode) -> set[str]:
+    """The names that a function within another sets."""
+    a = node.args
+    names = {arg.arg for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs, *([a.vararg] if a.vararg else []), *([a.kwarg] if a.kwarg else []))}
+    pending: list[ast.AST] = [node.body] if isinstance(node, ast.Lambda) else list(node.body)
+    while pending:
+        n = pending.pop()
+        if isinstance(n, ast.Name) and isinstance(n.ctx, (ast.Store, ast.Del)):
+            names.add(n.id)
+        if isinstance(n, (ast.FunctionDef, ast.Lambda)):
+            names |= {n.name} if isinstance(n, ast.FunctionDef) else set()
+        else:
+            pending += ast.iter_child_nodes(n)
+    return names
+
+
+def _mangled(name: str, class_name: str) -> str:
+    if class_name.strip("_") and name.startswith("__") and not name.endswith("__"):
+        return f"_{class_name.lstrip('_')}{name}"
+    return name
