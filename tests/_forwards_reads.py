@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from _forwards import Once, Parts, Patch, forward, to
+from _forwards import Once, Parts, forward, to
 from torch import Tensor, nn
 
 HERE = __name__  # of this module, whose globals change
@@ -135,7 +135,11 @@ class GlobalFlag(Parts):
 
 
 @forward(
-    "reads", True, name=to(name="silu"), entry=Once(lambda patch: patch.setitem(ACTIVATIONS, "relu", F.gelu)), dict=_global("ACTIVATIONS", {"relu": F.silu})
+    "reads",
+    True,
+    name=to(name="silu"),
+    entry=Once(lambda patch: patch.setitem(ACTIVATIONS, "relu", F.gelu)),
+    dict=_global("ACTIVATIONS", {"relu": F.silu}),
 )
 class GlobalTable(Parts):
     def __init__(self) -> None:
@@ -222,20 +226,31 @@ class MethodPatched(Parts):
         return self.relu(self._body(x) + x)
 
 
-@forward("reads", True, relu=Once(lambda patch: patch.setattr(F, "relu", F.silu)), torch=Once(lambda patch: patch.setattr(torch, "relu", F.silu)))
+@forward(
+    "reads", True, relu=Once(lambda patch: patch.setattr(F, "relu", F.silu)), torch=Once(lambda patch: patch.setattr(torch, "relu", F.silu))
+)
 class FunctionPatched(Parts):
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         return torch.relu(y + x)
 
 
-@forward("reads", True, relu=Once(lambda patch: patch.setattr(Tensor, "relu", lambda x: x.sigmoid())), add=Once(lambda patch: patch.setattr(Tensor, "add", torch.sub)))
+@forward(
+    "reads",
+    True,
+    relu=Once(lambda patch: patch.setattr(Tensor, "relu", lambda x: x.sigmoid())),
+    add=Once(lambda patch: patch.setattr(Tensor, "add", torch.sub)),
+)
 class TensorPatched(Parts):
     def forward(self, x: Tensor) -> Tensor:
         return self.main(x).add(x).relu()
 
 
-@forward("reads", True, conv=Once(lambda patch: patch.setattr(nn.Conv2d, "forward", lambda self, x: 2 * self._conv_forward(x, self.weight, self.bias))))
+@forward(
+    "reads",
+    True,
+    conv=Once(lambda patch: patch.setattr(nn.Conv2d, "forward", lambda self, x: 2 * self._conv_forward(x, self.weight, self.bias))),
+)
 class LayerPatched(Parts):
     def forward(self, x: Tensor) -> Tensor:
         return self.relu(self.main(x) + x)
@@ -313,7 +328,7 @@ class PropertyByName(nn.Module):
             out += identity
             return out
 
-        if self.with_cp and x.requires_grad:
+        if self.with_cp and x.requires_grad:  # noqa: SIM108  as it is published
             out = torch.utils.checkpoint.checkpoint(_inner_forward, x)
         else:
             out = _inner_forward(x)
@@ -432,7 +447,9 @@ class Hooked(Parts):
     longer=lambda m: m.body.append(nn.Sigmoid()),
     shorter=lambda m: m.body.__delitem__(1),
     order=_reorder,
-    child=lambda m: m.body.__setitem__(0, nn.Conv2d(8, 8, 1, bias=False).double().requires_grad_(False).apply(lambda c: nn.init.ones_(c.weight))),
+    child=lambda m: m.body.__setitem__(
+        0, nn.Conv2d(8, 8, 1, bias=False).double().requires_grad_(False).apply(lambda c: nn.init.ones_(c.weight))
+    ),
     keeps=("shorter", "child"),
 )
 class Chain(Parts):

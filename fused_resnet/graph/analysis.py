@@ -42,7 +42,7 @@ def ways(module: nn.Module, forward: Any, facts: Facts, leaf: Leaf, absorbs: boo
         try:
             graph = run.graph_of(forward)
         except Refused as error:
-            error.is_block = error.is_block or run.adds()
+            error.is_block = error.is_block or (run.adds() and not run.is_long())
             if any(run.modes):
                 error.reason = f"in training mode, {error.reason}"
             raise

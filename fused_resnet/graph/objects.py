@@ -366,7 +366,7 @@ def is_same(left: Any, right: Any) -> bool:
     """What ``left is right`` is."""
     for a, b in ((left, right), (right, left)):
         if isinstance(a, Node):
-            if isinstance(b, Known) and b.value is None and a.op in ("input", "module"):
+            if isinstance(b, Known) and b.value is None and a.op in ("input", "module", "constant"):
                 return False
             raise Refused("it compares a value that only a call knows")
         if isinstance(a, (tuple, list, dict, Local, Method, Native)) and isinstance(b, Known) and b.value is None:

@@ -93,10 +93,14 @@ class Recorder:
     # --- nodes ---
 
     def node(self, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Node:
-        if len(self.graph.nodes) >= self.MOST_NODES:
+        if self.is_long():
             raise Refused(f"its forward has more than {self.MOST_NODES} operations")
         where = self.frames[-1].where() if self.frames else ""
         return self.graph.add(Node(op, target, args, kwargs or {}, where, self.within[-1] if self.within else ""))
+
+    def is_long(self) -> bool:
+        """Whether it is as long as a whole network, and so no block."""
+        return len(self.graph.nodes) >= self.MOST_NODES
 
     def constant(self, value: Any) -> Node:
         return self.node("constant", getattr(value, "__name__", type(value).__name__))

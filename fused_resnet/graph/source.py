@@ -43,23 +43,23 @@ def definition(function: types.FunctionType) -> Definition:
 
 
 def _find(function: types.FunctionType, code: types.CodeType) -> Definition:
-    name = f"{function.__qualname__}, whose source"
+    name = f"the source of {function.__qualname__}"
     linecache.checkcache(code.co_filename)
     text = "".join(linecache.getlines(code.co_filename, function.__globals__))
     if not text:
-        raise Refused(f"it calls {name} cannot be read")
+        raise Refused(f"{name} cannot be read")
     try:
         functions, codes = _index(code.co_filename, text)
     except (SyntaxError, ValueError, RecursionError):
-        raise Refused(f"it calls {name} is no Python any more") from None
+        raise Refused(f"{name} is no Python any more") from None
     place = code.co_firstlineno, code.co_name
     found = functions.get(place, [])
     if len(found) > 1:  # lambdas of one line
         found = [entry for entry in found if _covers(entry.node, code)]
     if not found or not any(_same(code, other) for other in codes.get(place, ())):
-        raise Refused(f"it calls {name} has changed since it was compiled, or was rewritten")
+        raise Refused(f"{name} has changed since it was compiled, or was rewritten")
     if len(found) > 1:
-        raise Refused(f"it calls {name} is one of several on its line")
+        raise Refused(f"{name} is one of several on its line")
     return found[0]
 
 

@@ -1,0 +1,347 @@
+"""The analysis of forwards by its parts: facts and their two passes, sources, and that nothing of the user's runs."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib.util
+import sys
+import types
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from _blocks import Functional
+from _forwards import Parts
+from torch import Tensor, nn
+
+from fused_resnet import _extension
+from fused_resnet.fusion import fuse_
+from fused_resnet.graph import facts, source
+from fused_resnet.graph.facts import Facts
+from fused_resnet.graph.ir import Refused
+
+# --- facts ---
+
+
+class Holder:
+    value = 1
+
+    def method(self) -> None:
+        pass
+
+
+class Derived(Holder):
+    pass
+
+
+def _function(a: int = 1, *, b: int = 2) -> int:
+    return a + b
+
+
+def _cell() -> tuple[types.CellType, Callable[[Any], None]]:
+    inside = 1
+
+    def read() -> int:
+        return inside
+
+    def write(value: Any) -> None:
+        nonlocal inside
+        inside = value
+
+    assert read.__closure__ is not None
+    return read.__closure__[0], write
+
+
+_CELL, _write_cell = _cell()
+Case = tuple[Callable[[Facts, Any], Any], Callable[[Any], Any], bool]
+
+# what is read; what changes; whether the fact breaks
+CASES: dict[str, Case] = {
+    "item replaced": (lambda f, h: f.item(h.__dict__, "a"), lambda h: h.__dict__.update(a=[]), True),
+    "item equal": (lambda f, h: f.item(h.__dict__, "number"), lambda h: h.__dict__.update(number=float("1.5")), False),
+    "item of another type": (lambda f, h: f.item(h.__dict__, "one"), lambda h: h.__dict__.update(one=True), True),
+    "item gone": (lambda f, h: f.item(h.__dict__, "a"), lambda h: h.__dict__.pop("a"), True),
+    "tuple equal": (lambda f, h: f.item(h.__dict__, "pair"), lambda h: h.__dict__.update(pair=(1, "b" * 3)), False),
+    "tuple other": (lambda f, h: f.item(h.__dict__, "pair"), lambda h: h.__dict__.update(pair=(1, "c")), True),
+    "another item": (lambda f, h: f.item(h.__dict__, "a"), lambda h: h.__dict__.update(more=1), False),
+    "absent comes": (lambda f, h: f.item(h.__dict__, "late"), lambda h: h.__dict__.update(late=None), True),
+    "empty filled": (lambda f, h: f.is_empty(h.__dict__, "empty"), lambda h: h.empty.update(x=1), True),
+    "empty replaced": (lambda f, h: f.is_empty(h.__dict__, "empty"), lambda h: h.__dict__.update(empty=OrderedDict()), False),
+    "empty replaced, filled": (lambda f, h: f.is_empty(h.__dict__, "empty"), lambda h: h.__dict__.update(empty=OrderedDict(x=1)), True),
+    "full emptied": (lambda f, h: f.is_empty(h.__dict__, "full"), lambda h: h.full.clear(), True),
+    "contents more": (lambda f, h: f.contents(h.full), lambda h: h.full.update(z=3), True),
+    "contents other": (lambda f, h: f.contents(h.full), lambda h: h.full.update(x=[]), True),
+    "contents same": (lambda f, h: f.contents(h.full), lambda h: h.full.update(x=1), False),
+    "contents in another order": (lambda f, h: f.contents(h.full), lambda h: h.full.update(x=h.full.pop("x")), True),
+    "ordered moved": (lambda f, h: f.contents(h.ordered), lambda h: h.ordered.move_to_end("x"), True),
+    "ordered same": (lambda f, h: f.contents(h.ordered), lambda h: h.ordered.update(x=1), False),
+    "list longer": (lambda f, h: f.listed(h.a), lambda h: h.a.append(1), True),
+    "list other": (lambda f, h: f.listed(h.a), lambda h: h.a.__setitem__(0, []), True),
+    "class": (lambda f, h: f.class_of(h.inner), lambda h: setattr(h.inner, "__class__", Derived), True),
+    "attributes replaced": (lambda f, h: f.class_of(h.inner), lambda h: setattr(h.inner, "__dict__", {}), True),
+    "attributes changed": (lambda f, h: f.class_of(h.inner), lambda h: setattr(h.inner, "x", 1), False),
+    "base's attribute": (lambda f, h: f.lookup(Derived, "value"), lambda h: setattr(Holder, "value", 2), True),
+    "hidden": (lambda f, h: f.lookup(Derived, "value"), lambda h: setattr(Derived, "value", 1000), True),
+    "not found, comes": (lambda f, h: f.lookup(Derived, "late"), lambda h: setattr(Holder, "late", None), True),
+    "not found, stays": (lambda f, h: f.lookup(Derived, "late"), lambda h: setattr(Holder, "early", None), False),
+    "code": (lambda f, h: f.function(_function), lambda h: setattr(_function, "__code__", _cell.__code__.replace(co_freevars=())), True),
+    "defaults": (lambda f, h: f.function(_function), lambda h: setattr(_function, "__defaults__", (2,)), True),
+    "keyword defaults": (lambda f, h: f.function(_function), lambda h: setattr(_function, "__kwdefaults__", {"b": 3}), True),
+    "cell": (lambda f, h: f.cell(_CELL), lambda h: _write_cell(2), True),
+}
+
+
+@pytest.fixture
+def _restored() -> Any:
+    code = _function.__code__
+    yield
+    _function.__code__, _function.__defaults__, _function.__kwdefaults__ = code, (1,), {"b": 2}
+    Holder.value = 1
+    for cls in (Holder, Derived):
+        for name in ("late", "early", *(("value",) if cls is Derived else ())):
+            if name in cls.__dict__:
+                delattr(cls, name)
+    _write_cell(1)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("_restored")
+def test_a_fact_breaks(name: str) -> None:
+    """The native pass and the one in Python agree, before and after a change."""
+    read, change, breaks = CASES[name]
+    holder: Any = Holder()
+    holder.a, holder.one, holder.number, holder.pair, holder.inner = [0], 1, 1.5, (1, "bbb"), Holder()
+    holder.empty, holder.full, holder.ordered = {}, {"x": 1, "y": 2}, OrderedDict(x=1, y=2)
+    seen = Facts(holder)
+    read(seen, holder)
+    checked = seen.checked()
+    passes = [facts._Plain(checked.rows)] + ([] if _extension.cpu is None else [checked])
+    assert [p.first_broken(holder.__dict__) for p in passes] == [-1] * len(passes)
+    change(holder)
+    found = [p.first_broken(holder.__dict__) for p in passes]
+    assert [n >= 0 for n in found] == [breaks] * len(passes)
+    assert len(set(found)) == 1
+
+
+def test_the_first_broken_fact_is_told() -> None:
+    holder: Any = Holder()
+    holder.a, holder.b = 1, 2
+    seen = Facts(holder)
+    seen.item(holder.__dict__, "a"), seen.item(holder.__dict__, "b")
+    checked = seen.checked()
+    holder.b = 3
+    assert checked.first_broken(holder.__dict__) == 1
+    assert checked.rows[1][2] == "b"
+
+
+# --- sources ---
+
+
+def _module_from(path: Path, text: str) -> Any:
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+BLOCK = """
+from torch import nn
+import torch.nn.functional as F
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return F.relu(self.conv(x) + x)
+"""
+
+
+def test_a_source_that_changed(tmp_path: Path) -> None:
+    """An editor saved the file after its import: what stands there is not what runs."""
+    module = _module_from(tmp_path / "edited_block.py", BLOCK)
+    (tmp_path / "edited_block.py").write_text(BLOCK.replace("+ x", "- x"))
+    (entry,) = fuse_(module.Block()).entries
+    assert not entry.fused
+    assert "the source of Block.forward has changed since it was compiled" in entry.reason
+
+
+def test_a_source_that_moved(tmp_path: Path) -> None:
+    """Lines above were added: the same code, elsewhere."""
+    module = _module_from(tmp_path / "moved_block.py", BLOCK)
+    (tmp_path / "moved_block.py").write_text("\n\n" + BLOCK)
+    (entry,) = fuse_(module.Block()).entries
+    assert not entry.fused
+    assert "has changed" in entry.reason
+
+
+def test_no_source() -> None:
+    scope: dict[str, Any] = {"__name__": "made"}
+    exec(BLOCK, scope)
+    (entry,) = fuse_(scope["Block"]()).entries
+    assert not entry.fused
+    assert entry.reason == "the source of Block.forward cannot be read"
+
+
+def test_lambdas_of_one_line() -> None:
+    pair: Any = (lambda x: x + 1), (lambda x: x + 2), (lambda x: x + 1)
+    if sys.version_info < (3, 11):
+        with pytest.raises(Refused, match="one of several on its line"):
+            source.definition(pair[0])
+        return
+    columns = [source.definition(f).node.col_offset for f in pair]
+    assert len(set(columns)) == 3
+    assert columns == sorted(columns)
+
+
+# --- the analysis ---
+
+
+class Watched(Parts):
+    """Everything through which code of the user's could run says so."""
+
+    ran: list[str] = []  # noqa: RUF012
+
+    def __getattr__(self, name: str) -> Any:
+        Watched.ran.append(name)
+        return super().__getattr__(name)
+
+    def __bool__(self) -> bool:
+        Watched.ran.append("bool")
+        return True
+
+    def forward(self, x: Tensor) -> Tensor:
+        Watched.ran.append("forward")
+        return self.relu(self.main(x) + x)
+
+
+class Compared:
+    def __eq__(self, other: object) -> bool:
+        Watched.ran.append("eq")
+        return True
+
+    def __hash__(self) -> int:
+        Watched.ran.append("hash")
+        return 1
+
+    def __bool__(self) -> bool:
+        Watched.ran.append("bool")
+        return True
+
+    def __len__(self) -> int:
+        Watched.ran.append("len")
+        return 1
+
+
+class UsesCompared(Parts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.thing, self.other = Compared(), Compared()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.thing == self.other:
+            return self.relu(self.main(x) + x)
+        return x
+
+
+class TruthOfThing(UsesCompared):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.main(x) + x) if self.thing else x
+
+
+class KeyThing(UsesCompared):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.main(x) + x) if {"a": 1}.get(self.thing) is None else x  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("block", [Watched, UsesCompared, TruthOfThing, KeyThing])
+def test_nothing_of_the_users_runs(block: type[nn.Module]) -> None:
+    model = block()
+    Watched.ran.clear()
+    (entry,) = fuse_(model).entries
+    assert not entry.fused
+    # Only what looks for the module's children: fuse_ itself, not the analysis.
+    assert not [name for name in Watched.ran if name in ("forward", "bool", "eq", "hash", "len")]
+
+
+class Recursive(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward(x) + x
+
+
+class Yields(Parts):
+    def forward(self, x: Tensor) -> Any:
+        yield self.relu(self.main(x) + x)
+
+
+class Endless(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(1_000_000_000_000):
+            pass
+        return self.relu(self.main(x) + x)
+
+
+class Stranger(Parts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.unregistered = [nn.Conv2d(8, 8, 1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.unregistered[0](x) + x)
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        (Recursive, "its calls are nested too deeply"),
+        (Yields, "a generator"),
+        (Endless, "too long to be followed"),
+        (Stranger, "none of its submodules"),
+    ],
+)
+def test_what_cannot_be_followed(block: type[nn.Module], reason: str) -> None:
+    (entry,) = fuse_(block()).entries
+    assert not entry.fused
+    assert reason in entry.reason
+
+
+def test_a_converted_block_is_freed_at_once() -> None:
+    """Its facts hold its parts, not itself: no collector has to come."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = Functional().eval()
+        assert fuse_(model).fused
+        with torch.no_grad():
+            model(torch.randn(1, 8, 6, 6))
+        alive = weakref.ref(model)
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_a_copy_has_facts_of_its_own() -> None:
+    model: Any = Functional().eval()
+    assert fuse_(model).fused
+    twin = copy.deepcopy(model)
+    x = torch.randn(1, 8, 6, 6)
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(twin(x), expected)
+        twin.nb.eps = 0.5
+        twin.act = nn.SiLU()
+        assert not torch.equal(twin(x), expected)
+        assert torch.equal(model(x), expected)
+    assert model._fused_resnet.current.holds(model)
+    assert not model._fused_resnet.current.holds(twin)
