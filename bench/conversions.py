@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import importlib.metadata
 import importlib.util
 import json
 import re
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_resnet import models
+from fused_resnet import _machine, models
 from fused_resnet.fusion import fuse_
 
 TESTS = Path(__file__).parent.parent / "tests"
@@ -130,7 +131,8 @@ def compare(before: dict[str, Record], after: dict[str, Record]) -> Record:
         if old["stems"] != new["stems"]:
             changes.append(f"{name}: stems {old['stems']} -> {new['stems']}")
     totals = {side: {k: v for k, v in summary(records).items() if k != "reasons"} for side, records in (("before", before), ("after", after))}
-    return {**totals, "changes": changes}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm")}
+    return {"machine": _machine.describe(paths=False), "versions": versions, **totals, "changes": changes}
 
 
 def _status(record: Record, block: str) -> str:

@@ -30,7 +30,7 @@ class FusionEntry:
     """One residual block of the model.
 
     name: its path in the model ("" is the model itself). type: its class.
-    became: what it runs as, "" if refused. reason: why it was refused, "" if fused.
+    became: what it runs as, "" if refused. reason: why it was refused, with the line of the forward that stands against it, "" if fused.
     path: "hot" (our kernels), "general" (the library's convolution, then our pass), "" if refused. It is what is known
     without an input; ``fused_resnet.why_not`` asks for one call. path_reason: why "general".
     """
@@ -86,9 +86,10 @@ class FusionReport:
 def fuse_(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None = None) -> FusionReport:
     """Convert the residual blocks of ``model`` in place.
 
-    A block is recognised by what its forward computes, relu(main(x) + shortcut(x)), not by its class. Nothing is
-    converted that would change the result; whatever looks like a residual block and is not converted is in the report
-    with the reason. The stem of a network with converted blocks (a convolution, batch norm and ReLU at the beginning of its own
+    A block is recognised by what its forward computes, relu(main(x) + shortcut(x)), not by its class: its source is followed, nothing
+    of the model runs and nothing of it is written. What is not understood, or would change the result, is not converted; whatever
+    looks like a residual block and is not converted is in the report with the reason. What was read on the way (attributes, classes,
+    globals, hooks, containers) is checked before each call: after a change the block is looked at again. The stem of a network with converted blocks (a convolution, batch norm and ReLU at the beginning of its own
     forward) becomes one layer too. Batch norm with running statistics (eval) is folded into the convolution, derived anew when a
     parameter changes; in training it stays as it is.
 

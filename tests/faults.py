@@ -25,12 +25,13 @@ from pathlib import Path
 
 import _faults_cpu
 import _faults_cuda
+import _faults_graph
 import _faults_python
 from _fault import Fault
 from _kept import RESULTS, ROOT, Report, digest, machine
 
 PARTS = ("csrc", "fused_resnet", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
-FAULTS: tuple[Fault, ...] = (*_faults_cpu.FAULTS, *_faults_python.FAULTS, *_faults_cuda.FAULTS)
+FAULTS: tuple[Fault, ...] = (*_faults_cpu.FAULTS, *_faults_python.FAULTS, *_faults_graph.FAULTS, *_faults_cuda.FAULTS)
 BUILT = "build/faults"
 GREEN = "without a fault"
 PLANTED = "faults"

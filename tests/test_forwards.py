@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import _forwards_python
 import _forwards_reads
 import _forwards_refused
 import _forwards_usual
@@ -195,7 +196,7 @@ def test_the_table(capsys: Any) -> None:
     with capsys.disabled():
         print("\n" + "\n".join(rows))
     assert len(rows) >= 60
-    files = (_forwards_refused, _forwards_reads, _forwards_usual)
+    files = (_forwards_refused, _forwards_reads, _forwards_python, _forwards_usual)
     assert all(any(inspect.getmodule(case.make) is file for file in files) for case in FORWARDS.values())
 
 

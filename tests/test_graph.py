@@ -345,3 +345,27 @@ def test_a_copy_has_facts_of_its_own() -> None:
         assert torch.equal(model(x), expected)
     assert model._fused_resnet.current.holds(model)
     assert not model._fused_resnet.current.holds(twin)
+
+
+class TwoNames(Parts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.alias = self.conv1
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.alias(x))))) + x)
+
+
+def test_two_names_after_compilation() -> None:
+    """A module that is called by its second name stays what is called when the first becomes another."""
+    original = TwoNames().eval()
+    converted: Any = copy.deepcopy(original)
+    assert fuse_(converted).fused
+    torch.compiler.reset()
+    compiled = torch.compile(converted, backend="eager")
+    x = torch.randn(1, 8, 6, 6)
+    with torch.no_grad():
+        before = compiled(x)
+        converted.conv1 = nn.Conv2d(8, 8, 3, padding=1)
+        torch.testing.assert_close(compiled(x), before)
+        torch.testing.assert_close(compiled(x), original(x))

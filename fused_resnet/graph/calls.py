@@ -258,6 +258,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     **{kind: _conversion(kind) for kind in (int, float, bool, str, abs, min, max)},
     len: lambda run, owner: Known(objects.length(run, owner)),
     isinstance: lambda run, value, classes: Known(objects.is_instance(run, value, classes)),
+    type: lambda run, value: Known(run.kind(value)),
     getattr: _getattr,
     hasattr: _hasattr,
     range: _numbers,
