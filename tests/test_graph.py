@@ -369,3 +369,37 @@ def test_two_names_after_compilation() -> None:
         converted.conv1 = nn.Conv2d(8, 8, 3, padding=1)
         torch.testing.assert_close(compiled(x), before)
         torch.testing.assert_close(compiled(x), original(x))
+
+
+class Strange(type):
+    def __instancecheck__(cls, instance: object) -> bool:
+        raise AssertionError("asked")
+
+    @property
+    def __mro__(cls) -> Any:  # type: ignore[override]
+        raise AssertionError("read")
+
+
+class Odd(metaclass=Strange):
+    pass
+
+
+class ReadsOdd(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.main(x) + x) if isinstance(x, Odd) else x
+
+
+class CallsOdd(Parts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.odd = Odd()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.odd(self.main(x)) + x)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("block", [ReadsOdd, CallsOdd])
+def test_what_was_not_thought_of_is_refused(block: type[nn.Module]) -> None:
+    (entry,) = fuse_(block()).entries
+    assert not entry.fused
+    assert "line " in entry.reason

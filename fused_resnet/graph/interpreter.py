@@ -137,6 +137,10 @@ class Interpreter(Recorder):
         except Refused as error:
             error.where = error.where or frame.where()
             raise
+        except (_Broke, _Continued, RecursionError):
+            raise
+        except Exception as error:  # a case that was not thought of stops neither fuse_ nor a call
+            raise Refused(f"it is not followed: {type(error).__name__}: {error}"[:200], where=frame.where()) from error
         finally:
             self.frames.pop()
         return Known(None)

@@ -153,9 +153,11 @@ def _of_instance(run: Interpreter, owner: Known, name: str) -> Any:
     if in_module:
         assert attributes is not None
         for place in _PLACES:
-            if run.facts.is_empty(attributes, place):
+            if not isinstance(attributes.get(place), dict):
+                raise Refused(f"a {cls.__name__} is no whole module: its __init__ did not run")
+            if not attributes[place] and run.facts.is_empty(attributes, place):
                 continue
-            value = run.facts.item(attributes[place], name)
+            value = run.facts.item(run.facts.item(attributes, place), name)
             if value is not MISSING:
                 return Known(value, owner.step(name))
     return MISSING
