@@ -89,9 +89,9 @@ def fuse_(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None =
     A block is recognised by what its forward computes, relu(main(x) + shortcut(x)), not by its class: its source is followed, nothing
     of the model runs and nothing of it is written. What is not understood, or would change the result, is not converted; whatever
     looks like a residual block and is not converted is in the report with the reason. What was read on the way (attributes, classes,
-    globals, hooks, containers) is checked before each call: after a change the block is looked at again. The stem of a network with converted blocks (a convolution, batch norm and ReLU at the beginning of its own
-    forward) becomes one layer too. Batch norm with running statistics (eval) is folded into the convolution, derived anew when a
-    parameter changes; in training it stays as it is.
+    globals, hooks, containers) is checked before each call: after a change the block is looked at again. The stem of a network with
+    converted blocks (a convolution, batch norm and ReLU at the beginning of its own forward) becomes one layer too. Batch norm with
+    running statistics (eval) is folded into the convolution, derived anew when a parameter changes; in training it stays as it is.
 
     Args:
         model: any module; it may be a block itself.
