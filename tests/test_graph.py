@@ -403,3 +403,13 @@ def test_what_was_not_thought_of_is_refused(block: type[nn.Module]) -> None:
     (entry,) = fuse_(block()).entries
     assert not entry.fused
     assert "line " in entry.reason
+
+
+class Ranges(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.main(x) + x) if len(range(100_000)) > 50_000 else x
+
+
+def test_a_long_range_is_not_cut() -> None:
+    (entry,) = fuse_(Ranges()).entries
+    assert "too long to be followed" in entry.reason

@@ -147,7 +147,7 @@ def check_quiet(facts: Facts, path: str, module: nn.Module) -> None:
     for name, function in objects.ORIGINAL[nn.Module].items():
         found = facts.lookup(cls, name)
         # torch.export and torch.fx put a __call__ of their own into nn.Module while they trace.
-        if found is not function and not (cls.__call__ is nn.Module.__call__ and _is_torchs(found)):
+        if found is not function and not (name == "__call__" and found is lookup(nn.Module, name) and _is_torchs(found)):
             raise Refused(f"{path} ({cls.__name__}) overrides {name}")
     for name, words in _REPLACED.items():
         found = facts.item(attributes, name)

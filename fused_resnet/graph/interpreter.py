@@ -37,7 +37,6 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
 }
-# What tensors' operators and methods are when this package is imported.
 
 
 class _Returned(Exception):
@@ -64,6 +63,7 @@ class Interpreter(Recorder):
         self._source: source.Definition | None = None
 
     def graph_of(self, forward: Any) -> Graph:
+        """The operations of ``forward(owner, x)``."""
         if type(forward) is not types.FunctionType:
             raise Refused("its forward is not a plain Python function", is_block=True)
         self._source = source.definition(forward)

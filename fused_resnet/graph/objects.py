@@ -47,7 +47,9 @@ class Known:
         self.path = path
 
     def step(self, step: Any) -> tuple[Any, ...] | None:
-        return None if self.path is None else (*self.path, step)
+        """The path of what one step leads to."""
+        plain = type(step) is str or type(step[0]) in (str, int, bool)
+        return (*self.path, step) if plain and self.path is not None else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +62,7 @@ class Method:
 
 @dataclass(frozen=True, eq=False)
 class Local:
-    """A function that the forward itself defines: its syntax tree, the call (``analysis.Frame``) that defines it, its defaults."""
+    """A function that the forward itself defines: its syntax tree, the call (``recorder.Frame``) that defines it, its defaults."""
 
     node: Any
     frame: Any
@@ -78,7 +80,7 @@ class Super:
 
 @dataclass(frozen=True, eq=False)
 class Native:
-    """A function whose effect the analysis knows: ``call(analysis, args, kwargs)``."""
+    """A function whose effect is known: ``call(run, args, kwargs)``."""
 
     name: str
     call: Callable[..., Any]
@@ -113,7 +115,8 @@ def attribute(run: Interpreter, owner: Any, name: str, default: Any = MISSING) -
         return run.read(found)
     if default is MISSING:
         raise Refused(f"it reads {name}, which is not there")
-    run.read(Known(None, owner.step((name, "absent"))))
+    if owner.path is not None:
+        run.facts.read((*owner.path, (name, "absent")))
     return default
 
 
@@ -194,7 +197,7 @@ def _of_super(run: Interpreter, owner: Super, name: str) -> Any:
     for base in mro[mro.index(owner.cls) + 1 :]:
         found = run.facts.lookup(base, name)
         if name in base.__dict__:
-            return _bound(run, Known(owner.owner.value), name, found)
+            return _bound(run, owner.owner, name, found)
     raise Refused(f"it reads {name} of super(), which is not there")
 
 
@@ -310,7 +313,9 @@ def values_in(run: Recorder, owner: Any) -> list[Any]:
         return [Known(key) for key in owner]
     obj = owner.value if isinstance(owner, Known) else None
     if type(obj) is range:
-        return [Known(i) for i in obj[: run.MOST_STEPS]]
+        if len(obj) > run.MOST_STEPS:
+            raise Refused("it has a range that is too long to be followed")
+        return [Known(i) for i in obj]
     if type(obj) is tuple:
         return [Known(v, owner.step((i,))) for i, v in enumerate(obj)]
     if type(obj) is list:
