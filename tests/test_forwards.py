@@ -240,8 +240,24 @@ class ThrownStem(Network):
         return self.layer(x)
 
 
-@pytest.mark.parametrize("network", [Network, FrozenStem, CountedStem, ThrownStem])
-@pytest.mark.parametrize("change", [None, lambda m: setattr(m, "scale", 2.0), lambda m: setattr(m.relu, "__class__", nn.SiLU)])
+class DirectStem(Network):
+    """Calls a forward past the hooks of its module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.norm(self.conv(x)))
+        return self.layer.forward(x)
+
+
+@pytest.mark.parametrize("network", [Network, FrozenStem, CountedStem, ThrownStem, DirectStem])
+@pytest.mark.parametrize(
+    "change",
+    [
+        None,
+        lambda m: setattr(m, "scale", 2.0),
+        lambda m: setattr(m.relu, "__class__", nn.SiLU),
+        lambda m: m.layer.register_forward_hook(lambda module, args, output: output * 2),
+    ],
+)
 def test_a_stem(network: type[nn.Module], change: Any, capsys: Any) -> None:
     _seed()
     original = randomise(network()).double()

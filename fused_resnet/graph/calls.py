@@ -80,6 +80,8 @@ def _call_method(run: Interpreter, method: Method, args: tuple[Any, ...], kwargs
             return _sequence(run, owner, args, kwargs)
         if module is not run.owner and run.leaf(module):
             if method.function is lookup(type(module), "forward"):
+                if not run.absorbs:  # what is called as a module is heard by its hooks
+                    raise Refused(f"it calls the forward of {_path(run, module)} itself")
                 return _operation(run, _path(run, module), module, args, kwargs)
             if not str(type(module).__module__).startswith("torch."):
                 raise Refused(f"it calls {method.function.__qualname__} of {_path(run, module)}, which is one operation")

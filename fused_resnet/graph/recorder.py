@@ -123,6 +123,8 @@ class Recorder:
 
     def function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
         """An operation on values that only a call knows; which operations are known is for the matcher to say."""
+        if type(target) not in (types.FunctionType, types.BuiltinFunctionType):  # what answers == by itself could pass for another
+            raise self.not_followed(target)
         for name in _OPERATORS.get(target, ()):
             self.check_tensor(name)
         args, kwargs = self.argument(args), {name: self.argument(v) for name, v in (kwargs or {}).items()}
