@@ -15,6 +15,8 @@ read on every call. What was taken through ``.data`` has a version counter of it
 it was taken from: such a tensor is new to a cache when it is another object, but of a Parameter only storage, state and bytes are known.
 Bytes are read only where the tensor is now, at the address that was compared, and while somebody holds them.
 
+Batch norm in training changes its statistics without raising their versions: the bytes tell, or its counter (``_fold.folded``).
+
 On a GPU no bytes are read, which would wait for it: a write through ``.data`` is not seen there, and nothing is kept for inference
 tensors. A value is made on the current stream; another stream that needs it waits for that. While a CUDA graph is captured,
 values are made inside the graph, so that a replay sees the parameters of its time; but those of frozen parameters

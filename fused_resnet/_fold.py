@@ -10,6 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ._arguments import is_channels_last
 from ._derived import Store, derive
+from ._extension import cpu
 
 _LOW = (torch.bfloat16, torch.float16)
 Sources = tuple[Tensor, "Tensor | None", "Tensor | None", "Tensor | None", Tensor, Tensor]
@@ -40,7 +41,11 @@ def folded(conv: nn.Module, norm: Any, compiling: bool, store: Store | None) -> 
     ):
         return fold(*sources, norm.eps)
     eps = norm.eps
-    return derive((id(conv), "folded", eps), sources, lambda *held: library_fold(*held, eps), store)  # type: ignore[call-arg, arg-type]
+    # Batch norm's update of its statistics raises no version; that of its counter, in the same call, does.
+    counter = norm.num_batches_tracked
+    if counter is None and (cpu is None or not conv.weight.is_cpu):  # nor are bytes read
+        return fold(*sources, eps)
+    return derive((id(conv), "folded", eps), (*sources, counter), lambda *held: library_fold(*held[:-1], eps), store)  # type: ignore[call-arg, arg-type]
 
 
 def _check_dtypes(weight: Tensor, mean: Tensor) -> None:

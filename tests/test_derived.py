@@ -8,8 +8,12 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -308,3 +312,35 @@ def test_a_failed_packing_is_not_kept(no_entries: None) -> None:
         _derived.derive(("packed",), (weight,), fails)
     assert _derived.derive(("packed",), (weight,), lambda held: 5) == 5
     check(weight)
+
+
+_STATISTICS = """
+import copy, sys, torch
+sys.path.insert(0, sys.argv[1])
+from _blocks import Functional, assert_same, randomise
+from fused_resnet.fusion import fuse_
+for counted in (True, False):
+    original = randomise(Functional())
+    if not counted:
+        original.na.num_batches_tracked = original.nb.num_batches_tracked = None
+    converted = copy.deepcopy(original)
+    assert fuse_(converted).fused
+    x = torch.randn(4, 8, 6, 6)
+    with torch.no_grad():
+        for _ in range(2):
+            for training in (False, True, False):
+                if training:
+                    original.train()(x), converted.train()(x)
+                else:
+                    assert_same(converted.eval(), original.eval(), x)
+"""
+
+
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_statistics_that_training_changed(backend: str) -> None:
+    """Batch norm raises no version when it updates them: bytes tell, or where none are read the counter; without a counter nothing is kept."""
+    folder = str(Path(__file__).parent)
+    environment = {**os.environ, "FUSED_RESNET_BACKEND": backend}
+    command = [sys.executable, "-W", "ignore", "-c", _STATISTICS, folder]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -56,7 +56,7 @@ def call(run: Interpreter, function: Any, args: tuple[Any, ...], kwargs: dict[st
     if type(obj) is types.FunctionType:
         if obj is _SEQUENTIAL and args:
             return _sequence(run, args[0], args[1:], kwargs)
-        if _is_torchs(obj):
+        if is_torchs(obj):
             return run.function(obj, args, kwargs)
         return run.inline(obj, args, kwargs)
     if type(obj) is types.MethodType and type(obj.__func__) is types.FunctionType:
@@ -66,7 +66,7 @@ def call(run: Interpreter, function: Any, args: tuple[Any, ...], kwargs: dict[st
         return call(run, Known(obj.func), (*[Known(v) for v in obj.args], *args), {**more, **kwargs})
     if any(nodes_in((args, kwargs))):
         caller = lookup(type(obj), "__call__")
-        if type(caller) is types.FunctionType and not _is_torchs(type(obj)):
+        if type(caller) is types.FunctionType and not is_torchs(type(obj)):
             return _call_method(run, Method(run.facts.lookup(run.class_of(obj), "__call__"), function), args, kwargs)
         return run.function(obj, args, kwargs)
     raise run.not_followed(obj)
@@ -149,7 +149,7 @@ def check_quiet(facts: Facts, path: str, module: nn.Module) -> None:
     for name, function in objects.ORIGINAL[nn.Module].items():
         found = facts.lookup(cls, name)
         # torch.export and torch.fx put a __call__ of their own into nn.Module while they trace.
-        if found is not function and not (name == "__call__" and found is lookup(nn.Module, name) and _is_torchs(found)):
+        if found is not function and not (name == "__call__" and found is lookup(nn.Module, name) and is_torchs(found)):
             raise Refused(f"{path} ({cls.__name__}) overrides {name}")
     for name, words in _REPLACED.items():
         found = facts.item(attributes, name)
@@ -162,7 +162,8 @@ def check_quiet(facts: Facts, path: str, module: nn.Module) -> None:
         raise Refused(f"{path} has a parametrization")
 
 
-def _is_torchs(function: Any) -> bool:
+def is_torchs(function: Any) -> bool:
+    """Whether PyTorch brings it."""
     return str(getattr(function, "__module__", "")).partition(".")[0] == "torch"
 
 

@@ -107,6 +107,8 @@ class Interpreter(Recorder):
         except Refused as error:
             if error.where == frame.where():
                 error.where = decorated(function) or error.where
+            if calls.is_torchs(function) and error.where.endswith(f" of {frame.file}"):  # the user's line calls it
+                raise Refused(f"it calls {function.__qualname__}, which is not followed") from None
             raise
 
     def inline_local(self, local: Local, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -107,7 +107,7 @@ def attribute(run: Interpreter, owner: Any, name: str, default: Any = MISSING) -
         return run.function(getattr, (run.constant(obj), name))
     elif type(obj) in DICTS and name in ("items", "keys", "values", "get"):
         return Native(name, functools.partial(_of_dict, owner, name))
-    elif type(obj) is list or type(obj) in PLAIN or type(obj) is tuple:
+    elif type(obj) in (list, tuple, *DICTS, *PLAIN) or issubclass(type(obj), types.ModuleType):
         raise Refused(f"it reads {name} of a {type(obj).__name__}")
     else:
         found = _of_instance(run, owner, name)
