@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
+from torch.utils._device import DeviceContext
 
 from ._arguments import DTYPES
 from ._derived import Store
@@ -23,7 +24,7 @@ from ._residual import Bound, Residual, bind, execute
 from ._stem import BoundStem, Stem, bind_stem, execute_stem, match_stem
 from .graph.facts import Facts
 from .graph.ir import Refused
-from .graph.match import match, only_input
+from .graph.match import TENSORS, match, only_input
 
 
 class State:
@@ -56,7 +57,9 @@ class Decision:
             else:
                 self.description = match(block, forward, facts, getattr(cls, "_needs_shortcut", True))
         except Refused as error:
-            self.refusal = error.with_traceback(None)
+            self.refusal = Refused(error.reason, error.is_block, error.where)  # without what the other holds: frames, and so the block
+        except Exception as error:  # a case that was not thought of stops neither fuse_ nor a call
+            self.refusal = Refused(f"it cannot be looked at: {type(error).__name__}: {error}"[:200], is_block=True)
         self.facts = facts.checked()
 
     def bind(self, block: Any) -> None:
@@ -105,6 +108,11 @@ class FusedBlock:
                 return _execute(bound, x, False)
         return self._plain_forward(x)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A class that ``fuse_`` makes is none of its author's subclasses, of which a class may keep a register."""
+        if cls.__dict__.get("_fused_original") is None:
+            super().__init_subclass__(**kwargs)
+
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """What ``.to()``, ``.double()`` and their like call: the parameters will be others, so what is derived from them is given back."""
         state = self.__dict__.get("_fused_resnet")
@@ -129,7 +137,7 @@ def _rebuild(original: type[nn.Module], function: Callable[..., Any], args: tupl
     from .fusion import fused_class
 
     block = function(*args)
-    block.__class__ = fused_class(original, stem)
+    object.__setattr__(block, "__class__", fused_class(original, stem))
     return block
 
 
@@ -146,7 +154,9 @@ def forward_like(forward: Callable[..., Any]) -> Callable[..., Any]:
     """``FusedBlock.forward`` with the name and default of forward's one argument, for calls by name and for its errors."""
     model: Any = FusedBlock.forward
     like: Any = forward
-    code = model.__code__.replace(co_varnames=("self", only_input(forward), *model.__code__.co_varnames[2:]))
+    name = only_input(forward)
+    others = [f"{other}_" if other == name else other for other in model.__code__.co_varnames[2:]]
+    code = model.__code__.replace(co_varnames=("self", name, *others))
     function: Any = types.FunctionType(code, model.__globals__, like.__name__, like.__defaults__)
     function.__qualname__, function.__doc__ = like.__qualname__, like.__doc__
     return function  # type: ignore[no-any-return]
@@ -186,9 +196,17 @@ def _read(block: Any, reads: tuple[tuple[Any, ...], ...]) -> None:
                 value = getattr(value, step)
             elif len(step) == 1:
                 value = value[step[0]]
-            else:
+            elif step[1] == "absent":
                 value = hasattr(value, step[0])
+            else:
+                value = step[0] in value if step[1] == "missing" else len(value)
         value is None  # noqa: B015  a value that is not used is not guarded
+
+
+def _is_watched() -> bool:
+    """Whether a mode for functions of torch is active that does more than choose the device of what is made."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(not isinstance(mode, DeviceContext) for mode in modes)
 
 
 _warned: set[str] = set()
@@ -206,6 +224,10 @@ def _obstacle(x: Any) -> bool:
     if isinstance(x, Tensor):
         if x.is_nested:
             reason = "its input is a nested tensor"
+        elif type(x) not in TENSORS:
+            reason = f"its input is a {type(x).__name__}, which may compute otherwise"
+        elif torch._C._len_torch_function_stack() and _is_watched():
+            reason = "a mode of torch.overrides wants to see its operations"
         elif x.dim() != 4 or x.layout is not torch.strided or x.dtype not in DTYPES.get(x.device.type, ()):
             reason = f"its input is {x.dim()}-dimensional, {x.dtype}, {x.layout} on {x.device.type}"
         elif forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:

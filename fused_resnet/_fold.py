@@ -48,8 +48,13 @@ def folded(conv: nn.Module, norm: Any, compiling: bool, store: Store | None) -> 
     return derive((id(conv), "folded", eps), (*sources, counter), lambda *held: library_fold(*held[:-1], eps), store)  # type: ignore[call-arg, arg-type]
 
 
-def _check_dtypes(weight: Tensor, mean: Tensor) -> None:
-    """What eager batch norm accepts behind a convolution: the same dtype, or float32 behind a low-precision one."""
+def _check(weight: Tensor, mean: Tensor, eps: float, **vectors: Tensor | None) -> None:
+    """What eager batch norm accepts behind a convolution: the same dtype, or float32 behind a low-precision one; one value for each channel."""
+    for name, t in {"running_mean": mean, **vectors}.items():
+        if t is not None and t.shape != weight.shape[:1]:
+            raise RuntimeError(f"{name} must have shape [{weight.shape[0]}], got {[*t.shape]}")
+    if eps < 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
     if mean.dtype != weight.dtype and not (weight.dtype in _LOW and mean.dtype == torch.float32):
         names = [str(t.dtype).removeprefix("torch.") for t in (weight, mean)]
         raise TypeError(f"running_mean must have the convolution's dtype {names[0]}, got {names[1]}")
@@ -69,7 +74,7 @@ def fold(
     The formula of ``torch.nn.utils.fusion.fuse_conv_bn_weights``, which cuts the graph, in the same order: the results
     are bitwise the same. Low precision folds in float32.
     """
-    _check_dtypes(weight, mean)
+    _check(weight, mean, eps, running_var=var, bias=bias, norm_weight=gamma, norm_bias=beta)
     dtype = torch.float32 if weight.dtype in _LOW else weight.dtype
     scale = torch.rsqrt(var.to(dtype) + eps)
     shift = -mean.to(dtype) if bias is None else bias.to(dtype) - mean.to(dtype)
@@ -92,7 +97,7 @@ def library_fold(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """As ``fold``, by torch's own function; not differentiable."""
-    _check_dtypes(weight, mean)
+    _check(weight, mean, eps, running_var=var, bias=bias, norm_weight=gamma, norm_bias=beta)
     dtype = torch.float32 if weight.dtype in _LOW else weight.dtype
     b, g, t = (None if s is None else s.to(dtype) for s in (bias, gamma, beta))
     new_weight, new_bias = fuse_conv_bn_weights(weight.to(dtype), b, mean.to(dtype), var.to(dtype), eps, g, t)

@@ -6,6 +6,7 @@ a subclass whose forward runs the block fused. ``state_dict``, ``isinstance``, d
 
 from __future__ import annotations
 
+import abc
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from . import _extension, _gpu
 from ._block import Decision, FusedBlock, State, forward_like
 from ._residual import Call, Layer, Residual
 from .graph.ir import Refused
+from .graph.recorder import find, walk
 
 __all__ = ["FusionEntry", "FusionReport", "fuse_", "unfuse_"]
 
@@ -119,11 +121,11 @@ def unfuse_(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    for module in model.modules():
+    for _, module in walk(model):
         original = getattr(type(module), "_fused_original", None)
         if original is not None:
             module.__dict__.pop("_fused_resnet", None)
-            module.__class__ = original
+            object.__setattr__(module, "__class__", original)
     return model
 
 
@@ -166,7 +168,7 @@ def _convert(
     if isinstance(module, FusedBlock) and not module._fused_stem:
         yield _already(name, module)
         return
-    if not any(isinstance(m, nn.Conv2d) for m in module.modules()):
+    if not any(issubclass(type(m), nn.Conv2d) for _, m in walk(module)):
         return
     refusal = None
     own = cls.forward not in _NO_BLOCK and not cls.__module__.startswith("torch.nn.")
@@ -176,7 +178,9 @@ def _convert(
             yield refusal
             return
     found, fused = False, False
-    for child_name, child in module.named_children():
+    for child_name, child in module.__dict__["_modules"].items():
+        if child is None:
+            continue
         for entry in _convert(f"{name}.{child_name}" if name else child_name, child, accept, seen, stems):
             found, fused = True, fused or entry.fused
             yield entry
@@ -200,11 +204,13 @@ def _convert_stem(module: nn.Module) -> bool:
 
 def _become(module: nn.Module, decision: Decision, stem: bool = False) -> str:
     """Give a module the class of a fused one, and what was found of it; why not, or ""."""
-    decision.bind(module)
+    if type(type(module)) not in (type, abc.ABCMeta):
+        return f"it has the metaclass {type(type(module)).__name__}"
     try:
-        module.__class__ = fused_class(type(module), stem)
+        object.__setattr__(module, "__class__", fused_class(type(module), stem))
     except TypeError as error:
         return str(error)
+    decision.bind(module)
     state = State(decision.description)
     state.current = decision
     module.__dict__["_fused_resnet"] = state
@@ -264,7 +270,7 @@ def became(description: Residual) -> str:
 def _why_general(module: nn.Module, description: Residual) -> str:
     """What is known without an input about the convolutions that take the general path; "" if nothing is."""
     steps = [*description.main, *(description.shortcut or ())]
-    convs: list[Any] = [module.get_submodule(step.conv) for step in steps if isinstance(step, Layer)]
+    convs: list[Any] = [find(module, step.conv) for step in steps if isinstance(step, Layer)]
     devices = {conv.weight.device for conv in convs}
     for device in sorted(devices, key=str):
         if device.type == "cuda" and _gpu.why_no_kernels(device):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import _forwards_found
 import _forwards_python
 import _forwards_reads
 import _forwards_refused
@@ -38,7 +39,7 @@ BOUND = 1e-12
 MODES = ("eval", "train", "mixed")
 # Refused for a graph as a whole: the line is where it ends.
 WITHOUT_LINE = {"NoGradBlock", "Noisy", "ReluOfInput", "ByMode"}
-FILES = (_forwards_refused, _forwards_reads, _forwards_python, _forwards_usual, _forwards_state, _forwards_world)
+FILES = (_forwards_found, _forwards_refused, _forwards_reads, _forwards_python, _forwards_usual, _forwards_state, _forwards_world)
 
 
 @pytest.fixture(autouse=True)
@@ -364,16 +365,36 @@ def test_a_stem(network: type[nn.Module], change: Any, capsys: Any) -> None:
 # --- torch.compile ---
 
 
+def _closed_over() -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    inside: Any = None
+
+    def read() -> Any:
+        return inside
+
+    def write(value: Any) -> None:
+        nonlocal inside
+        inside = value
+
+    return read, write
+
+
+_read, _write = _closed_over()
+
+
 class Steered(Parts):
     def __init__(self) -> None:
         super().__init__()
         self.flag, self.act, self.options = False, torch.relu, {"double": False}
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1))
+        self.list, self.several = nn.ModuleList([nn.ReLU()]), [0]
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
-        if self.flag or self.options["double"] or _forwards_reads.DOUBLE or hasattr(self, "late"):
+        if self.flag or self.options["double"] or _forwards_reads.DOUBLE or hasattr(self, "late") or _read():
             y = y * 2
-        return self.relu(y + x)
+        if self.options.get("more") or 1 in self.several or len(self.list) > 1:
+            y = y * 3
+        return self.list[0](self.body(x) + x) if self.options is None else self.relu(y + x)
 
 
 COMPILED: dict[str, Any] = {
@@ -386,6 +407,10 @@ COMPILED: dict[str, Any] = {
     "padding": FORWARDS["Plain"].changes["padding"],
     "eps": lambda m: setattr(m.bn1, "eps", 0.5),
     "norm": lambda m: setattr(m, "bn2", nn.Identity()),
+    "more": lambda m: m.options.update(more=True),
+    "item": lambda m: m.several.append(1),
+    "list": lambda m: m.list.append(nn.ReLU()),
+    "closure": Once(lambda patch: _write(True)),
     "global": Once(lambda patch: patch.setattr(_forwards_reads, "DOUBLE", True)),
 }
 
@@ -395,6 +420,7 @@ COMPILED: dict[str, Any] = {
 def test_a_change_after_compilation(change: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled again without conversion is compiled again with it."""
     _seed()
+    _write(None)
     original = randomise(Steered()).double().eval()
     converted = copy.deepcopy(original)
     assert fuse_(converted).fused
@@ -409,6 +435,64 @@ def test_a_change_after_compilation(change: str, backend: str, monkeypatch: pyte
     assert not _differences(theirs, original(x).detach()), "the twin was not compiled again"
     assert not torch.equal(theirs, before)
     assert not _differences(ours, theirs)
+
+
+class Chained(Parts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1))
+        self.list = nn.ModuleList([nn.Conv2d(8, 8, 1), nn.ReLU()])
+        self.last = nn.ModuleDict({"act": nn.ReLU()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for layer in self.list:
+            y = layer(y)
+        return self.last["act"](self.body(y) + x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.body.__setitem__(1, nn.SiLU()),
+        lambda m: m.body.append(nn.Sigmoid()),
+        lambda m: m.list.__setitem__(1, nn.SiLU()),
+        lambda m: m.list.append(nn.Sigmoid()),
+        lambda m: m.list.__delitem__(1),
+        lambda m: m.last.update({"act": nn.SiLU()}),
+    ],
+)
+def test_a_container_changed_after_compilation(change: Callable[[Any], Any]) -> None:
+    _seed()
+    original = Chained().double().eval()
+    converted = copy.deepcopy(original)
+    assert fuse_(converted).fused
+    torch.compiler.reset()
+    models = [torch.compile(model, backend="eager", fullgraph=True) for model in (original, converted)]
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        before = models[0](x)
+        assert not _differences(models[1](x), before)
+        change(original), change(converted)
+        theirs, ours = models[0](x), models[1](x)
+    assert not torch.equal(theirs, before)
+    assert not _differences(ours, theirs)
+
+
+class NamedAsOurs(Parts):
+    def forward(self, state: Tensor) -> Tensor:
+        return self.relu(self.main(state) + state)
+
+
+def test_an_input_named_as_a_variable_of_ours() -> None:
+    original = NamedAsOurs().eval()
+    converted = copy.deepcopy(original)
+    assert fuse_(converted).fused
+    torch.compiler.reset()
+    x = torch.randn(1, 8, 6, 6)
+    with torch.no_grad():
+        for model in (converted, torch.compile(converted, backend="eager", fullgraph=True)):
+            torch.testing.assert_close(model(state=x), original(x))
 
 
 # --- the comparison notices ---

@@ -431,3 +431,99 @@ class Ranges(Parts):
 def test_a_long_range_is_not_cut() -> None:
     (entry,) = fuse_(Ranges()).entries
     assert "too long to be followed" in entry.reason
+
+
+class Register(Parts):
+    """A class that keeps a register of its subclasses, and hears of every attribute that is set."""
+
+    subclasses: list[type] = []  # noqa: RUF012
+    names: list[str] = []  # noqa: RUF012
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Register.subclasses.append(cls)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        Register.names.append(name)
+        super().__setattr__(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.main(x) + x)
+
+
+def test_a_class_does_not_hear_of_its_conversion() -> None:
+    model = Register()
+    Register.names.clear()
+    assert fuse_(model).fused
+    assert type(model) is not Register
+    from fused_resnet.fusion import unfuse_
+
+    assert type(unfuse_(model)) is Register
+    assert not Register.names
+    assert not Register.subclasses
+
+
+class Labelled(Parts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.key = {"a": 1}, "a"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.main(x) + x) if self.table[self.key] else x
+
+
+@pytest.mark.filterwarnings("ignore:.*runs unfused")
+def test_a_block_that_runs_unfused_is_freed_at_once() -> None:
+    """What refused it holds no frame of the analysis, which would hold the block."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = Labelled().eval()
+        assert fuse_(model).fused
+        model.key = "b"
+        with pytest.raises(KeyError):
+            model(torch.randn(1, 8, 6, 6))
+        alive = weakref.ref(model)
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("damage", ["weight", "bias", "running_mean"])
+def test_a_damaged_layer_is_refused(damage: str) -> None:
+    model = Functional()
+    part = model.na if damage == "running_mean" else model.b
+    delattr(part, damage)
+    (entry,) = fuse_(model).entries
+    assert not entry.fused
+    assert "is missing" in entry.reason
+
+
+class Doubles(Tensor):
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs)
+        return result * 2 if func is torch.nn.functional.batch_norm else result
+
+
+class SeesRelu(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return torch.sigmoid(args[0]) if func in (torch.relu, torch.nn.functional.relu) else func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:.*ran as its own forward says")
+def test_who_listens_to_functions_hears_them() -> None:
+    original = Functional().eval()
+    converted = copy.deepcopy(original)
+    assert fuse_(converted).fused
+    x = torch.randn(1, 8, 6, 6)
+    with torch.no_grad():
+        plain = converted(x)
+        twice = x.as_subclass(Doubles)
+        assert torch.equal(converted(twice).as_subclass(Tensor), original(twice).as_subclass(Tensor))
+        with SeesRelu():
+            assert torch.equal(converted(x), original(x))
+            assert not torch.equal(converted(x), plain)
+        with torch.device("cpu"):  # a mode that changes nothing here
+            assert torch.equal(converted(x), plain)

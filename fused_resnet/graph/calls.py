@@ -14,7 +14,7 @@ from torch import nn
 
 from . import objects
 from .facts import MISSING, Facts, lookup
-from .ir import Refused, name_of, nodes_in
+from .ir import Node, Refused, name_of, nodes_in
 from .objects import DICTS, PLAIN, Known, Local, Method, Native, attribute, is_module
 
 if TYPE_CHECKING:
@@ -78,6 +78,12 @@ def _call_method(run: Interpreter, method: Method, args: tuple[Any, ...], kwargs
         module = owner.value
         if method.function is _SEQUENTIAL:
             return _sequence(run, owner, args, kwargs)
+        if (
+            method.function is _CHILDREN
+            and run.facts.lookup(run.class_of(module), "named_children") is _NAMED_CHILDREN
+            and not (args or kwargs)
+        ):
+            return list({id(child.value): child for child in objects.modules_in(run, owner).values() if child.value is not None}.values())
         if module is not run.owner and run.leaf(module):
             if method.function is lookup(type(module), "forward"):
                 if not run.absorbs:  # what is called as a module is heard by its hooks
@@ -117,6 +123,9 @@ def _path(run: Interpreter, module: nn.Module) -> str:
         raise Refused(f"it calls {'itself' if path == '' else f'a {type(module).__name__} that is none of its submodules'}")
     parent: Any = run.owner  # a module with two names is found again by the first
     for name in path.split("."):
+        hidden = run.facts.lookup(run.class_of(parent), name) is not MISSING or run.facts.item(parent.__dict__, name) is not MISSING
+        if hidden:
+            raise Refused(f"it calls {path}, which an attribute hides")
         parent = run.facts.item(parent.__dict__["_modules"], name)
     return path
 
@@ -203,7 +212,9 @@ def keywords_in(run: Interpreter, value: Any) -> dict[str, Any]:
     if isinstance(value, dict):
         return value
     if isinstance(value, Known) and type(value.value) in DICTS:
-        return {name: Known(v) for name, v in run.facts.contents(value.value).items()}
+        values = {name: Known(v, value.step((name,))) for name, v in run.facts.contents(value.value).items()}
+        objects.read_all(run, value, values.values())
+        return values
     raise Refused("it passes keyword arguments that are not followed")
 
 
@@ -252,24 +263,54 @@ def _sequence_of(kind: Callable[[list[Any]], Any]) -> Callable[..., Any]:
     return lambda run, *args: kind(objects.values_in(run, args[0]) if args else [])
 
 
+def _reversed(run: Interpreter, values: Any) -> list[Any]:
+    if is_module(values):
+        raise Refused("it reverses a module")
+    return objects.values_in(run, values)[::-1]
+
+
+def _type(run: Interpreter, value: Any) -> Known:
+    if isinstance(value, Node) or (isinstance(value, Known) and value.value is run.owner):  # whose class will be another
+        raise Refused("it asks for a class that is not followed")
+    return Known(run.kind(value))
+
+
+def _enumerate(run: Interpreter, values: Any, start: Any = None) -> list[Any]:
+    first = start.value if isinstance(start, Known) else 0
+    if type(first) is not int:
+        raise Refused("it enumerates from something that is not followed")
+    return [(Known(i), v) for i, v in enumerate(objects.values_in(run, values), first)]
+
+
+def _zip(run: Interpreter, *several: Any, strict: Any = None) -> list[Any]:
+    values = [objects.values_in(run, v) for v in several]
+    if strict is not None and len({len(v) for v in values}) > 1:
+        raise Refused("it zips sequences of several lengths")
+    return list(zip(*values, strict=False))
+
+
 def _relu_module(run: Interpreter, inplace: Any = None) -> Native:
+    if not objects.computes_as_ever(run.facts, nn.ReLU, nn.ReLU) or run.facts.lookup(nn.ReLU, "__init__") is not _RELU_INIT:
+        raise Refused("nn.ReLU was replaced")
     return Native("ReLU", lambda run, args, kwargs: run.function(F.relu, args, kwargs))
 
 
+_RELU_INIT = lookup(nn.ReLU, "__init__")
+_CHILDREN, _NAMED_CHILDREN = lookup(nn.Module, "children"), lookup(nn.Module, "named_children")
 _SEQUENTIAL = objects.ORIGINAL[nn.Sequential]["forward"]
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     **{kind: _conversion(kind) for kind in (int, float, bool, str, abs, min, max)},
     len: lambda run, owner: Known(objects.length(run, owner)),
     isinstance: lambda run, value, classes: Known(objects.is_instance(run, value, classes)),
-    type: lambda run, value: Known(run.kind(value)),
+    type: _type,
     getattr: _getattr,
     hasattr: _hasattr,
     range: _numbers,
     list: _sequence_of(list),
     tuple: _sequence_of(tuple),
-    reversed: _sequence_of(lambda values: values[::-1]),
-    enumerate: lambda run, values: [(Known(i), v) for i, v in enumerate(objects.values_in(run, values))],
-    zip: lambda run, *several, strict=None: list(zip(*[objects.values_in(run, v) for v in several], strict=False)),
+    reversed: _reversed,
+    enumerate: _enumerate,
+    zip: _zip,
     # A fused block does not run where they are true: see _block._obstacle.
     torch.jit.is_scripting: lambda run: Known(False),  # type: ignore[attr-defined]
     torch.jit.is_tracing: lambda run: Known(False),  # type: ignore[attr-defined]

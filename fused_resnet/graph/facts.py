@@ -134,24 +134,33 @@ class Checked:
     def __init__(self, rows: tuple[Row, ...], reads: tuple[tuple[Any, ...], ...]) -> None:
         self.rows = rows  # they keep alive what the native pass compares with
         self.reads = tuple([path[1:] for path in reads if path[0] == ""])  # from the owner
-        self.readers = _readers([path for path in reads if path[0] != ""])  # each reads globals of one module
+        self.readers = _readers([path for path in reads if path[0] != ""])  # each from the globals of one file, or one cell
         self.first_broken: Callable[[dict[str, Any]], int] = _Plain(rows).first_broken if cpu is None else cpu.Facts(rows, MISSING).first_broken
 
 
 def _readers(paths: list[tuple[Any, ...]]) -> list[Callable[[], Any]]:
-    """Functions that read what ``paths`` lead to, as the forward itself does: from the globals of its own file."""
-    scopes: dict[int, tuple[dict[str, Any], list[str]]] = {}
-    for scope, name, *steps in paths:
-        text = name
+    """Functions that read what ``paths`` lead to as the forward itself does: from the globals of its own file, or its closure."""
+    by_root: dict[int, tuple[Any, list[str]]] = {}
+    for root, *steps in paths:
+        text = "cell" if isinstance(root, types.CellType) else steps.pop(0)
         for step in steps:
             if isinstance(step, str):
                 text = f"getattr({text}, {step!r})"
+            elif len(step) == 1:
+                text = f"{text}[{step[0]!r}]"
             else:
-                text = f"{text}[{step[0]!r}]" if len(step) == 1 else f"hasattr({text}, {step[0]!r})"
-        scopes.setdefault(id(scope), (scope, []))[1].append(f"{text} is None")
-    return [
-        types.FunctionType(compile(f"lambda: ({', '.join(texts)},)", "<facts>", "eval").co_consts[0], scope) for scope, texts in scopes.values()
-    ]
+                text = {"absent": f"hasattr({text}, {step[0]!r})", "missing": f"({step[0]!r} in {text})", "length": f"len({text})"}[step[1]]
+        by_root.setdefault(id(root), (root, []))[1].append(f"{text} is None")
+    return [_reader(root, texts) for root, texts in by_root.values()]
+
+
+def _reader(root: Any, texts: list[str]) -> Callable[[], Any]:
+    source = f"lambda cell: lambda: ({', '.join(texts)},)"
+    outer = next(c for c in compile(source, "<facts>", "eval").co_consts if isinstance(c, types.CodeType))
+    code = next(c for c in outer.co_consts if isinstance(c, types.CodeType))
+    if isinstance(root, types.CellType):
+        return types.FunctionType(code, globals(), "reader", None, (root,))
+    return types.FunctionType(code, root, "reader")
 
 
 class _Plain:

@@ -280,16 +280,15 @@ class Interpreter(Recorder):
                 break
             frame = frame.outer
         function = frame.function
+        path: tuple[Any, ...] | None
         if name in function.__code__.co_freevars:
             cell = (function.__closure__ or ())[function.__code__.co_freevars.index(name)]
-            value = self.facts.cell(cell)
-            path = None
+            value, path = self.facts.cell(cell), (cell,)
         else:
             scope = function.__globals__
             value, path = self.facts.item(scope, name), (scope, name)
             if value is MISSING:
-                value = self.facts.item(function.__builtins__, name)  # type: ignore[attr-defined]
-                path = None
+                value, path = self.facts.item(function.__builtins__, name), None  # type: ignore[attr-defined]
         if value is MISSING:
             raise Refused(f"it reads {name}, which is not there")
         return self.read(Known(value, path))
@@ -349,7 +348,10 @@ class Interpreter(Recorder):
         kwargs: dict[str, Any] = {}
         for keyword in e.keywords:
             if keyword.arg is None:
-                kwargs |= calls.keywords_in(self, self.value(keyword.value))
+                more = calls.keywords_in(self, self.value(keyword.value))
+                if kwargs.keys() & more.keys():
+                    raise Refused("it passes a keyword argument twice")
+                kwargs |= more
             else:
                 kwargs[keyword.arg] = self.value(keyword.value)
         self.at(e)
@@ -432,6 +434,9 @@ class Interpreter(Recorder):
         return self._local(e)
 
     def _local(self, node: source.FunctionNode) -> Local:
+        for inner in ast.walk(node):
+            if isinstance(inner, (ast.Nonlocal, ast.Global, ast.Yield, ast.YieldFrom, ast.Await)):
+                raise Refused(f"it defines a function that is not followed: {shown(inner)}")
         defaults = [self.value(d) for d in node.args.defaults]
         named = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
         return Local(node, self.frames[-1], defaults, {a.arg: self.value(d) for a, d in named if d is not None})
@@ -454,6 +459,8 @@ class Interpreter(Recorder):
             return Known(objects.is_in(self, left, right) == isinstance(op, ast.In))
         if isinstance(left, Node) or isinstance(right, Node):
             return self.function(_COMPARE[type(op)], (left, right))
+        if isinstance(op, (ast.Eq, ast.NotEq)) and objects.is_equal_by_identity(self, left, right):
+            return Known((left.value is right.value) == isinstance(op, ast.Eq))
         try:
             return Known(bool(_COMPARE[type(op)](objects.plain(self, left), objects.plain(self, right))))
         except TypeError as error:

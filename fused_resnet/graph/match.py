@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
@@ -17,17 +17,17 @@ from . import analysis
 from .facts import MISSING, Facts
 from .interpreter import decorated
 from .ir import Graph, Node, Refused, name_of
-from .objects import ORIGINAL
-from .recorder import ADDITIONS
+from .objects import PLAIN, computes_as_ever
+from .recorder import ADDITIONS, find
 
 # Fake tensors: torch.export runs a block with them. Other subclasses (quantised, distributed, ...) compute otherwise.
-_TENSORS = (Tensor, nn.Parameter, nn.Buffer, type(None), FakeTensor, FunctionalTensor)
+TENSORS = (Tensor, nn.Parameter, nn.Buffer, type(None), FakeTensor, FunctionalTensor)
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 # Modules that write nowhere and make a new tensor.
 _PURE = (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.ConstantPad2d)
 _RELUS = (F.relu, torch.relu, torch.relu_, F.relu_)
-_HARMLESS_UNUSED = (getattr, "size", "dim")  # reading a shape without using it
+_SHAPES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad")
 
 
 def match(module: nn.Module, forward: Callable[..., Any], facts: Facts, needs_shortcut: bool = True) -> Residual:
@@ -37,8 +37,8 @@ def match(module: nn.Module, forward: Callable[..., Any], facts: Facts, needs_sh
         Refused: with the reason, if it is none or if running it fused could change the result.
     """
     only_input(forward)
-    if isinstance(module, torch.jit.ScriptModule):
-        raise Refused("it is a compiled TorchScript module", is_block=True)
+    if isinstance(module, (torch.jit.ScriptModule, fx.GraphModule)):  # which write into their classes
+        raise Refused("it is a compiled TorchScript module or a graph of torch.fx", is_block=True)
     description: Residual | None = None
     for graph, training in analysis.ways(module, forward, facts, is_leaf, absorbs=True):
         is_block = not needs_shortcut or any(_is_add(node) for node in graph.nodes)
@@ -72,9 +72,9 @@ def only_input(forward: Callable[..., Any]) -> str:
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module is one operation: torch.nn's own modules, and what derives from those that matter here."""
-    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+    if issubclass(type(module), (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return False
-    if isinstance(module, (nn.Conv2d, nn.modules.batchnorm._NormBase, nn.ReLU)):
+    if issubclass(type(module), (nn.Conv2d, nn.modules.batchnorm._NormBase, nn.ReLU)):
         return True
     if getattr(type(module), "_fx_leaf", False):
         return True
@@ -83,6 +83,15 @@ def is_leaf(module: nn.Module) -> bool:
 
 def _is_add(node: Node) -> bool:
     return node.op in ("function", "method") and node.target in ADDITIONS and len(node.inputs) == 2
+
+
+def _is_harmless(node: Node) -> bool:
+    """Whether it only reads a shape, which then is not used, and cannot fail."""
+    if node.target is getattr:
+        return node.args[1:] in [(name,) for name in _SHAPES] and not node.kwargs
+    if node.target is operator.getitem:
+        return False
+    return node.target in ("size", "dim") and len(node.args) + len(node.kwargs) <= 2 and all(a in range(4) for a in node.args[1:])
 
 
 def _is_inplace_add(node: Node) -> bool:
@@ -99,7 +108,7 @@ class Matcher:
         self.needs_shortcut = needs_shortcut
         for node in reversed(graph.nodes.copy()):
             if not node.users and node.op != "output":
-                if node.op != "constant" and node.target not in _HARMLESS_UNUSED:
+                if node.op != "constant" and not _is_harmless(node):
                     known = self.is_relu(node) or self.is_transparent(node) or node.op == "input"
                     raise self.refused(node, f"it does not use {self.say(node)}" if known else self.not_known(node))
                 graph.remove(node)
@@ -110,12 +119,12 @@ class Matcher:
     def is_plain(self, node: Node, base: type[nn.Module]) -> bool:
         """Whether a module computes exactly what torch's class does."""
         module = self.at(node)
-        if not isinstance(module, base) or len(node.args) != 1 or node.kwargs:
+        if not issubclass(type(module), base) or len(node.args) != 1 or node.kwargs:
             return False
-        return all([self.facts.lookup(type(module), name) is function for name, function in ORIGINAL[base].items()])
+        return computes_as_ever(self.facts, type(module), base)
 
     def at(self, node: Node) -> nn.Module:
-        return self.module.get_submodule(str(node.target))
+        return find(self.module, str(node.target))
 
     def say(self, node: Node) -> str:
         """A node in words: "se (SEModule)", "mul in se"."""
@@ -125,7 +134,7 @@ class Matcher:
             return "the block's input"
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", name_of(node.target))
         within = node.within
-        return f"{name} in {within} ({type(self.module.get_submodule(within)).__name__})" if within else str(name)
+        return f"{name} in {within} ({type(find(self.module, within)).__name__})" if within else str(name)
 
     def description(self) -> Residual:
         """The block that the graph is."""
@@ -165,7 +174,7 @@ class Matcher:
         if not _is_add(total):
             raise self.refused(total, f"its last ReLU follows {self.say(total)}, not an addition")
         self.check_used_once(total)
-        if len(total.args) != 2 or {k: v for k, v in total.kwargs.items() if (k, v) != ("alpha", 1)}:
+        if len(total.args) != 2 or {k: v for k, v in total.kwargs.items() if k != "alpha" or type(v) not in (int, float) or v != 1}:
             raise self.refused(total, "its addition has other arguments than its two operands")
         return self.join(total, start)
 
@@ -187,6 +196,8 @@ class Matcher:
         self.check_shared((*main, *shortcut))
         self.check_channels(main, shortcut)
         inplace = _is_inplace_add(total)
+        if inplace and not left_is_main and shortcut and isinstance(shortcut[-1], Layer) and shortcut[-1].relu:
+            raise self.refused(total, "its addition writes into what a ReLU needs for its gradient")
         if inplace and not left_is_main and not (shortcut and isinstance(shortcut[-1], Layer)):
             raise self.refused(total, "its addition writes into the shortcut, which may be the block's input")
         return Residual(tuple(main), tuple(shortcut), "main" if left_is_main else "shortcut", inplace)
@@ -230,11 +241,15 @@ class Matcher:
             module = self.at(node)
             if self.is_plain(node, nn.Identity):
                 return True
-            return type(module) in _DROPOUTS and self.is_plain(node, type(module)) and self.setting(str(node.target), "p") == 0
+            if type(module) not in _DROPOUTS or not self.is_plain(node, type(module)):
+                return False
+            p = self.setting(str(node.target), "p")
+            return type(p) in (int, float) and p == 0
         if node.op == "function" and node.target is F.dropout:
             names = ("input", "p", "training", "inplace")
             given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-            return given.get("p") == 0 or given.get("training") is False
+            p = given.get("p", 0.5)
+            return type(p) in (int, float) and (p == 0 or (0 <= p <= 1 and given.get("training") is False))
         return False
 
     def is_relu(self, node: Node) -> bool:
@@ -242,7 +257,7 @@ class Matcher:
             return self.is_plain(node, nn.ReLU)
         if node.op == "function":
             return node.target in _RELUS and len(node.inputs) == 1
-        return node.op == "method" and node.target in ("relu", "relu_")
+        return node.op == "method" and node.target in ("relu", "relu_") and len(node.args) == 1 and not node.kwargs
 
     def is_norm(self, node: Node) -> bool:
         return node.op == "module" and any(self.is_plain(node, base) for base in _NORMS)
@@ -251,7 +266,7 @@ class Matcher:
         if node.op == "module":
             module = self.at(node)
             for base in (nn.Conv2d, *_NORMS, nn.ReLU):
-                if isinstance(module, base):
+                if issubclass(type(module), base):
                     return f"{self.say(node)} overrides how {base.__name__} computes"
         return f"{self.say(node)} is not a convolution, a batch norm or a ReLU"
 
@@ -289,32 +304,46 @@ class Matcher:
 
     def setting(self, path: str, name: str) -> Any:
         """A module's attribute that the decision depends on."""
-        value = self.facts.item(self.module.get_submodule(path).__dict__, name)
+        value = self.facts.item(find(self.module, path).__dict__, name)
         if value is not MISSING:
             self.facts.read(("", *path.split("."), name))
         return value
 
+    def tensor(self, module: nn.Module, name: str) -> Any:
+        """A module's parameter or buffer. An attribute beside it would hide it; where there is none (as in replicas), it is the tensor."""
+        attributes = module.__dict__
+        hiding = self.facts.item(attributes, name)
+        kept = [attributes[place][name] for place in ("_parameters", "_buffers") if name in attributes[place]]
+        if hiding is not MISSING:
+            return MISSING if kept else hiding
+        return kept[0] if kept else MISSING
+
     def check_layer(self, conv: Node, norm_path: str | None) -> None:
         padding = self.setting(str(conv.target), "padding_mode")
-        if padding != "zeros":
+        if type(padding) not in PLAIN or padding != "zeros":
             raise self.refused(conv, f"{conv.target} has padding_mode={padding!r}, not 'zeros'")
         for path in (str(conv.target), norm_path):
             if path is None:
                 continue
-            module = self.module.get_submodule(path)
-            for name in ("weight", "bias"):
-                kind = type(getattr(module, name))
-                if kind not in _TENSORS:
-                    raise self.refused(conv, f"the {name} of {path} is a {kind.__name__}, not a plain tensor")
+            module = find(self.module, path)
+            names = ("weight", "bias") if path != norm_path else ("weight", "bias", "running_mean", "running_var")
+            for name in names:
+                value = self.tensor(module, name)
+                if type(value) not in TENSORS:
+                    what = "missing" if value is MISSING else f"a {type(value).__name__}, not a plain tensor"
+                    raise self.refused(conv, f"the {name} of {path} is {what}")
+        weight = self.tensor(self.at(conv), "weight")
+        if weight is None or weight.dim() != 4:
+            raise self.refused(conv, f"the weight of {conv.target} has not four dimensions")
         if norm_path is not None:
-            norm: Any = self.module.get_submodule(norm_path)
+            norm: Any = find(self.module, norm_path)
             if (norm.running_mean is None) != (norm.running_var is None):
                 raise self.refused(conv, f"{norm_path} has only one of running_mean and running_var")
 
     def check_shared(self, steps: tuple[Step, ...]) -> None:
         seen: dict[int, str] = {}
         for path in _paths(steps):
-            module = self.module.get_submodule(path)
+            module = find(self.module, path)
             if id(module) in seen:
                 raise Refused(f"{path} ({type(module).__name__}) is used twice in the block")
             seen[id(module)] = path
@@ -324,7 +353,7 @@ class Matcher:
         first, last = main[0], main[-1]
         channels = None
         if isinstance(first, Layer):
-            conv: Any = self.module.get_submodule(first.conv)
+            conv: Any = find(self.module, first.conv)
             channels = conv.weight.shape[1] * conv.groups
         for step in shortcut:
             if isinstance(step, Layer):
@@ -332,22 +361,24 @@ class Matcher:
             elif step.function:
                 channels = channels if step.target == "avg_pool2d" else None
             else:
-                channels = getattr(self.module.get_submodule(step.target), "out_channels", channels)
+                channels = getattr(find(self.module, step.target), "out_channels", channels)
         assert isinstance(last, Layer)
         outputs = self.outputs(last)
         if channels is not None and channels != outputs:
             raise Refused(f"its addition would broadcast: {channels} channels in the shortcut, {outputs} in the main path")
 
     def outputs(self, layer: Layer) -> int:
-        conv: Any = self.module.get_submodule(layer.conv)
+        conv: Any = find(self.module, layer.conv)
         return int(conv.weight.shape[0])
 
 
 def plain_value(value: Any) -> Any:
-    """An operation's constant arguments, with tuples for lists."""
+    """An operation's constant arguments."""
     if isinstance(value, Node):
         raise Refused("an argument of it is a tensor", where=value.where)
-    return tuple([plain_value(v) for v in value]) if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):  # which are different indices
+        return type(value)([plain_value(v) for v in value])
+    return value
 
 
 def _paths(steps: tuple[Step, ...]) -> Iterator[str]:

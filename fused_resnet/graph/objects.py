@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 import types
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .facts import MISSING, Facts, attributes_of, lookup
@@ -35,9 +36,9 @@ _PLACES = ("_parameters", "_buffers", "_modules")
 class Known:
     """An object that was there before the call.
 
-    path: how to come to it again, or None: (root, step, ...). The root is the dictionary of globals, or "" for the owner. A step is a
-    name (an attribute; of a root of globals, a global), a tuple of one key (an item), or (name, "absent") for an attribute that is not
-    there.
+    path: how to come to it again, or None: (root, step, ...). The root is a dictionary of globals, a closure's cell, or "" for the owner. A
+    step is a name (an attribute; of a root of globals, a global), a tuple of one key (an item), (name, "absent") for an attribute that is not
+    there, (key, "missing") for an item that is not there, or ("", "length").
     """
 
     __slots__ = ("path", "value")
@@ -107,6 +108,8 @@ def attribute(run: Interpreter, owner: Any, name: str, default: Any = MISSING) -
         return run.function(getattr, (run.constant(obj), name))
     elif type(obj) in DICTS and name in ("items", "keys", "values", "get"):
         return Native(name, functools.partial(_of_dict, owner, name))
+    elif type(obj) is str and name == "format":
+        return Native(name, lambda run, args, kwargs: _format(run, obj, args, kwargs))
     elif type(obj) in (list, tuple, *DICTS, *PLAIN) or issubclass(type(obj), types.ModuleType):
         raise Refused(f"it reads {name} of a {type(obj).__name__}")
     else:
@@ -209,6 +212,7 @@ def _of_dict(owner: Known, name: str, run: Interpreter, args: tuple[Any, ...], k
         return item(run, owner, args[0], args[1] if len(args) == 2 else Known(None))
     entries = run.facts.contents(owner.value)
     keys, values = [Known(k) for k in entries], [Known(v, owner.step((k,))) for k, v in entries.items()]
+    read_all(run, owner, values)
     return {"keys": keys, "values": values, "items": list(zip(keys, values, strict=True))}[name]
 
 
@@ -231,9 +235,11 @@ def item(run: Interpreter, owner: Any, key: Any, default: Any = MISSING) -> Any:
         if type(obj) in DICTS and type(index) is str:
             value = run.facts.item(obj, index)
             if value is MISSING:
-                if default is not MISSING:
-                    return default
-                raise KeyError(index)
+                if default is MISSING:
+                    raise KeyError(index)
+                if owner.path is not None:
+                    run.facts.read((*owner.path, (index, "missing")))
+                return default
             return run.read(Known(value, owner.step((index,))))
         if type(obj) in DICTS and type(index) in PLAIN:
             return run.read(Known(run.facts.contents(obj)[index], owner.step((index,))))
@@ -255,9 +261,14 @@ def _of_container(run: Interpreter, owner: Known, index: Any) -> Any:
         if issubclass(cls, base) and type(index) in kinds:
             check_inherits(run, cls, base, "__getitem__")
             children = modules_in(run, owner)
-            if base is nn.ModuleDict:
-                return children[index]
-            return [*children.values()][index]
+            if type(index) is slice:
+                if cls is not nn.ModuleList:
+                    raise Refused(f"it slices a {cls.__name__}")
+                return [*children.values()][index]
+            if base is nn.ModuleList:  # which finds by name
+                at = index + len(children) if index < 0 else index
+                return children[str(at)]
+            return children[index] if base is nn.ModuleDict else [*children.values()][index]
     raise Refused(f"it reads an item of a {cls.__name__}")
 
 
@@ -270,7 +281,18 @@ def modules_in(run: Recorder, owner: Known) -> dict[str, Known]:
     """A container's children, by name and in order."""
     check_plain_access(run.facts, run.class_of(owner.value))
     modules = run.facts.item(owner.value.__dict__, "_modules")
-    return {name: Known(child, owner.step(name)) for name, child in run.facts.contents(modules).items()}
+    children = {name: Known(child, owner.step(name)) for name, child in run.facts.contents(modules).items()}
+    read_all(run, owner, children.values())
+    return children
+
+
+def read_all(run: Recorder, owner: Known, values: Iterable[Known]) -> None:
+    """Remember, for torch.compile, that a container's values and their number were read."""
+    for value in values:
+        if value.path is not None:
+            run.facts.read(value.path)
+    if owner.path is not None:
+        run.facts.read((*owner.path, ("", "length")))
 
 
 # Attributes that a class may hide, behind a property for instance.
@@ -305,6 +327,28 @@ ORIGINAL: dict[type, dict[str, Any]] = {
 }
 
 
+# The functions through which their forwards compute, as they are in torch.nn.functional when this package is imported.
+COMPUTES: dict[type, tuple[str, Any]] = {
+    nn.Conv2d: ("conv2d", F.conv2d),
+    nn.BatchNorm2d: ("batch_norm", F.batch_norm),
+    nn.SyncBatchNorm: ("batch_norm", F.batch_norm),
+    nn.ReLU: ("relu", F.relu),
+    nn.Dropout: ("dropout", F.dropout),
+    nn.Dropout1d: ("dropout1d", F.dropout1d),
+    nn.Dropout2d: ("dropout2d", F.dropout2d),
+    nn.Dropout3d: ("dropout3d", F.dropout3d),
+    nn.AlphaDropout: ("alpha_dropout", F.alpha_dropout),
+    nn.FeatureAlphaDropout: ("feature_alpha_dropout", F.feature_alpha_dropout),
+}
+
+
+def computes_as_ever(facts: Facts, cls: type, base: type) -> bool:
+    """Whether a subclass of torch's class computes what that did when this package was imported."""
+    name, function = COMPUTES.get(base, ("", None))
+    as_ever = [facts.lookup(cls, n) is value for n, value in ORIGINAL[base].items()]
+    return all(as_ever) and (not name or facts.item(F.__dict__, name) is function)
+
+
 def values_in(run: Recorder, owner: Any) -> list[Any]:
     """What iterating gives."""
     if isinstance(owner, (tuple, list)):
@@ -319,9 +363,12 @@ def values_in(run: Recorder, owner: Any) -> list[Any]:
     if type(obj) is tuple:
         return [Known(v, owner.step((i,))) for i, v in enumerate(obj)]
     if type(obj) is list:
-        return [Known(v, owner.step((i,))) for i, v in enumerate(run.facts.listed(obj))]
+        values = [Known(v, owner.step((i,))) for i, v in enumerate(run.facts.listed(obj))]
+        read_all(run, owner, values)
+        return values
     if type(obj) in DICTS:
         assert obj is not None
+        read_all(run, owner, ())
         return [Known(key) for key in run.facts.contents(obj)]
     if is_module(owner):
         cls = run.class_of(obj)
@@ -379,8 +426,29 @@ def is_same(left: Any, right: Any) -> bool:
         if isinstance(a, (tuple, list, dict, Local, Method, Native)) and isinstance(b, Known) and b.value is None:
             return False
     if isinstance(left, Known) and isinstance(right, Known):
+        if type(left.value) is type(right.value) and type(left.value) in (int, float, str, tuple):
+            raise Refused(f"it compares two values of type {type(left.value).__name__} by identity")
         return left.value is right.value
     raise Refused("its comparison is not followed")
+
+
+def is_equal_by_identity(run: Interpreter, left: Any, right: Any) -> bool:
+    """Whether one is None and the other an object that equals itself alone, as ``module == None`` has it."""
+    if not isinstance(left, Known) or not isinstance(right, Known) or (left.value is None) == (right.value is None):
+        return False
+    cls = run.class_of(left.value if right.value is None else right.value)
+    return run.facts.lookup(cls, "__eq__") is object.__eq__ and run.facts.lookup(cls, "__ne__") is object.__ne__
+
+
+def _format(run: Interpreter, text: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Known:
+    """``str.format`` with numbers and texts."""
+    values = [plain(run, v) for v in args]
+    if kwargs or any(type(v) not in (int, str) for v in values):
+        raise Refused("it formats something that is not followed")
+    try:
+        return Known(text.format(*values))
+    except (LookupError, ValueError, AttributeError) as error:
+        raise Refused(f"its format fails: {error}") from None
 
 
 def is_in(run: Interpreter, left: Any, right: Any) -> bool:
@@ -413,8 +481,9 @@ def is_instance(run: Interpreter, value: Any, classes: Any) -> bool:
         answers = not issubclass(type(cls), type) or lookup(type(cls), "__instancecheck__") is not type.__instancecheck__
         if answers and cls is not Tensor and cls is not nn.Parameter:
             raise Refused("it asks isinstance() in a way that is not followed")
-    kind = run.kind(value)
-    return issubclass(kind, tuple(wanted))
+    if isinstance(value, Node) and any(issubclass(cls, Tensor) and cls is not Tensor for cls in wanted):
+        raise Refused("it asks for the class of a value that only a call knows")
+    return issubclass(run.kind(value), tuple(wanted))
 
 
 def _is_tuple(value: Any) -> bool:

@@ -53,7 +53,7 @@ class Recorder:
         self.owner, self.facts, self.leaf, self.absorbs = owner, facts, leaf, absorbs
         self.owner_class = getattr(type(owner), "_fused_original", None) or type(owner)
         self.graph = Graph()
-        self.paths = dict(_paths(owner))
+        self.paths = {id(module): path for path, module in walk(owner)}
         self.frames: list[Frame] = []
         self.within: list[str] = []  # the paths of the modules whose forwards are followed
         self.modes: list[bool] = []
@@ -151,15 +151,22 @@ class Recorder:
             raise Refused(f"torch.Tensor.{name} was replaced")
 
 
-def _paths(module: nn.Module, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[int, str]]:
-    """The modules in ``module`` and itself: (id, path), each by its first path."""
+def walk(module: nn.Module, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """The modules in ``module`` and itself, each once, by its first path. As ``named_modules``, which a class may override."""
     seen = set() if seen is None else seen
     if id(module) not in seen:
         seen.add(id(module))
-        yield id(module), path
-        for name, child in module.__dict__["_modules"].items():
+        yield path, module
+        for name, child in module.__dict__.get("_modules", {}).items():
             if child is not None:
-                yield from _paths(child, f"{path}.{name}" if path else name, seen)
+                yield from walk(child, f"{path}.{name}" if path else name, seen)
+
+
+def find(module: nn.Module, path: str) -> Any:
+    """A module by its path. As ``get_submodule``, which a class may override."""
+    for name in path.split("."):
+        module = module.__dict__["_modules"][name]
+    return module
 
 
 def shown(node: ast.AST) -> str:
