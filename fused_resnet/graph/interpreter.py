@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import operator
-import os
 import types
 from collections.abc import Callable
 from typing import Any
@@ -106,7 +105,7 @@ class Interpreter(Recorder):
             return self._run(frame, definition.node, args, kwargs, defaults, keyword_defaults)
         except Refused as error:
             if error.where == frame.where():
-                error.where = decorated(function) or error.where
+                error.where = source.decorated(function) or error.where
             if calls.is_torchs(function) and error.where.endswith(f" of {frame.file}"):  # the user's line calls it
                 raise Refused(f"it calls {function.__qualname__}, which is not followed") from None
             raise
@@ -475,15 +474,6 @@ class Interpreter(Recorder):
                 raise Refused(f"it has an expression that is not followed: {shown(e)}")
             parts.append(str(value.value))
         return Known("".join(parts))
-
-
-def decorated(function: Any) -> str:
-    """Where the function stands that ``function`` decorates; "" if it decorates none that it tells of."""
-    inner = function.__dict__.get("__wrapped__")
-    while type(inner) is types.FunctionType and "__wrapped__" in inner.__dict__:
-        inner = inner.__dict__["__wrapped__"]
-    code = getattr(inner, "__code__", None)
-    return "" if code is None else f"line {code.co_firstlineno} of {os.path.basename(code.co_filename)}"
 
 
 def _names_of(node: source.FunctionNode) -> set[str]:

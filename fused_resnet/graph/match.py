@@ -15,10 +15,10 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from .._residual import FUNCTIONS, Call, Layer, Residual, Step
 from . import analysis
 from .facts import MISSING, Facts
-from .interpreter import decorated
 from .ir import Graph, Node, Refused, name_of
 from .objects import PLAIN, computes_as_ever
 from .recorder import ADDITIONS, find
+from .source import decorated
 
 # Fake tensors: torch.export runs a block with them. Other subclasses (quantised, distributed, ...) compute otherwise.
 TENSORS = (Tensor, nn.Parameter, nn.Buffer, type(None), FakeTensor, FunctionalTensor)

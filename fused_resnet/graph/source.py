@@ -42,6 +42,15 @@ def definition(function: types.FunctionType) -> Definition:
     return found
 
 
+def decorated(function: Any) -> str:
+    """Where the function stands that ``function`` decorates; "" if it decorates none that it tells of."""
+    inner = function.__dict__.get("__wrapped__")
+    while type(inner) is types.FunctionType and "__wrapped__" in inner.__dict__:
+        inner = inner.__dict__["__wrapped__"]
+    code = getattr(inner, "__code__", None)
+    return "" if code is None else f"line {code.co_firstlineno} of {os.path.basename(code.co_filename)}"
+
+
 def _find(function: types.FunctionType, code: types.CodeType) -> Definition:
     name = f"the source of {function.__qualname__}"
     linecache.checkcache(code.co_filename)
