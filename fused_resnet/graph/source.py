@@ -9,7 +9,7 @@ import os
 import types
 import weakref
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .ir import Refused
 
