@@ -89,8 +89,6 @@ def _is_harmless(node: Node) -> bool:
     """Whether it only reads a shape, which then is not used, and cannot fail."""
     if node.target is getattr:
         return node.args[1:] in [(name,) for name in _SHAPES] and not node.kwargs
-    if node.target is operator.getitem:
-        return False
     return node.target in ("size", "dim") and len(node.args) + len(node.kwargs) <= 2 and all(a in range(4) for a in node.args[1:])
 
 
