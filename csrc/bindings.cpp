@@ -28,7 +28,7 @@ using fr::strides;
 
 namespace {
 
-constexpr int kInterface = 4;  // fused_resnet/_extension.py holds the same number
+constexpr int kInterface = 5;  // fused_resnet/_extension.py holds the same number
 
 fr::DType dtype(const std::string& name) {
   if (name == "float32") return fr::DType::float32;
@@ -120,7 +120,7 @@ const char* algorithm_name(const fr::Convolution& c) {
 std::unique_ptr<fr::Facts> facts(const std::vector<std::tuple<int, py::handle, py::handle, py::handle>>& rows, py::handle missing) {
   std::vector<fr::Facts::Fact> found;
   for (const auto& [kind, place, name, value] : rows) {
-    if (kind < 0 || kind > static_cast<int>(fr::FactKind::cell)) throw std::invalid_argument("no such kind of fact");
+    if (kind < 0 || kind > static_cast<int>(fr::FactKind::kind)) throw std::invalid_argument("no such kind of fact");
     found.push_back({static_cast<fr::FactKind>(kind), place.is_none() ? nullptr : place.ptr(), name.ptr(),
                      value.is(missing) ? nullptr : value.ptr()});
   }

@@ -43,6 +43,14 @@ bool has_contents(PyObject* dict, PyObject* names, PyObject* values) {
   return true;
 }
 
+// Whether the object is there and of one of these classes, not of one derived from them.
+bool is_one_of(PyObject* object, PyObject* classes) {
+  for (Py_ssize_t i = 0; object != nullptr && i < PyTuple_GET_SIZE(classes); ++i) {
+    if (reinterpret_cast<PyObject*>(Py_TYPE(object)) == PyTuple_GET_ITEM(classes, i)) return true;
+  }
+  return false;
+}
+
 bool has_items(PyObject* list, PyObject* values) {
   if (PyList_GET_SIZE(list) != PyTuple_GET_SIZE(values)) return false;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(values); ++i) {
@@ -84,6 +92,8 @@ bool holds(const Facts::Fact& f, PyObject* place) {
     }
     case FactKind::cell:
       return PyCell_GET(place) == f.value;
+    case FactKind::kind:
+      return is_one_of(item(place, f.name), f.value);
   }
   return false;
 }

@@ -8,7 +8,7 @@
 namespace fused_resnet {
 
 // The kinds of facts; fused_resnet/graph/facts.py numbers them alike and says what each means.
-enum class FactKind { item, absent, empty, contents, list, type, lookup, function, cell };
+enum class FactKind { item, absent, empty, contents, list, type, lookup, function, cell, kind };
 
 // Borrows every object: whoever makes Facts holds the rows that the objects came from for as long.
 //

@@ -94,8 +94,8 @@ class FusedBlock:
             return self._plain_forward(x)
         current = state.current
         if current is None or not current.holds(self):
-            if isinstance(x, fx.Proxy):
-                return self._plain_forward(x)  # somebody traces a twin of it, whose state is not its own
+            if _obstacle(x):
+                return self._plain_forward(x)  # looked at again when it can run fused: a trace records what is read of a tensor
             current = refresh(self, state)
         bound = current.bound
         if bound is not None:
@@ -120,6 +120,11 @@ class FusedBlock:
         if current is not None and current.bound is not None:
             current.bound.clear()
         return super()._apply(*args, **kwargs)  # type: ignore[misc]
+
+    def __prepare_scriptable__(self) -> Any:
+        """What torch.jit.script asks for first."""
+        way = "convert the model back with fused_resnet.unfuse_" if type(self)._fused_original is not None else "use torch.export"
+        raise RuntimeError(f"torch.jit.script compiles a module's own source, which is not what {type(self).__name__} runs: {way}")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A converted block pickles as its original class, to be converted again, because its own class has no name."""

@@ -292,14 +292,16 @@ class Ready:
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """The output for ``x``, a plain tensor outside of torch.compile; or None if something has changed."""
+        now = torch.get_num_threads(), _numerics.setting, _derived.generation
+        if now != self.environment or not is_quiet():
+            return None
         try:
             if not x.is_cpu or x.shape != self.shape or x.stride() != self.strides or x.dtype is not self.dtype:
                 return None
         except RuntimeError:  # sparse and nested tensors have no strides
             return None
         grad = torch.is_grad_enabled()
-        now = torch.get_num_threads(), _numerics.setting, _derived.generation
-        if now != self.environment or not is_quiet() or (grad and x.requires_grad):
+        if grad and x.requires_grad:
             return None
         try:
             for d, get, value in self.settings:

@@ -75,6 +75,37 @@ class Inference(Parts):
         return self.relu(y.clone() + x)
 
 
+@forward("side effects", False)
+class ReluOfClone(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x.clone()
+        y = self.main(x)
+        identity.relu_()  # here
+        return self.relu(y + identity)
+
+
+@forward("side effects", False)
+class ReluBehindClone(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x.clone()
+        x.relu_()  # here
+        return self.relu(self.main(x) + identity)
+
+
+@forward("side effects", None)
+class IntoClone(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x.clone()
+        identity += self.main(x)
+        return self.relu(identity)
+
+
+@forward("side effects", False)
+class CloneOfFormat(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.main(x) + x.clone(memory_format=torch.channels_last))  # here
+
+
 @forward("contexts", False)
 class Recorded(Parts):
     def forward(self, x: Tensor) -> Tensor:

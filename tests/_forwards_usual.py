@@ -39,6 +39,21 @@ class OneExpression(Parts):
 
 
 @use
+class Cloned(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x.clone()
+        x = self.main(x)
+        x += identity
+        return self.relu(x)
+
+
+@use
+class ClonedByFunction(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(torch.clone(x) + self.main(x).clone())
+
+
+@use
 class TorchFunctions(Parts):
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(torch.add(self.main(x), x))

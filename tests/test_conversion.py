@@ -465,16 +465,6 @@ def test_calls_that_need_the_original() -> None:
     assert_close(ours.detach(), eager.detach(), torch.func.functional_call(original, double, (x.double(),)).detach(), 3)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_torchscript_traces_the_original() -> None:
-    original, converted = _block("functional")
-    x = torch.randn(1, 8, 6, 6)
-    with pytest.warns(RuntimeWarning, match="torch.jit.trace"):
-        traced = torch.jit.trace(converted, (x,))
-    assert "fused_resnet" not in str(traced.graph)
-    assert torch.equal(traced(x), original(x))
-
-
 def test_fake_tensors_leave_nothing_behind() -> None:
     """A folded weight made under FakeTensorMode must not be met by a real call."""
     original, converted = _block("functional")

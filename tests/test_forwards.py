@@ -381,6 +381,12 @@ def _closed_over() -> tuple[Callable[[], Any], Callable[[Any], None]]:
 _read, _write = _closed_over()
 
 
+def _scaled(x: Tensor, scale: float = 1, *, more: float = 1) -> Tensor:
+    if scale != 1 or more != 1:
+        x = x * scale * more
+    return x
+
+
 class Steered(Parts):
     def __init__(self) -> None:
         super().__init__()
@@ -388,8 +394,17 @@ class Steered(Parts):
         self.body = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1))
         self.list, self.several = nn.ModuleList([nn.ReLU()]), [0]
 
+    @property
+    def halved(self) -> bool:
+        return False
+
+    def same(self, x: Tensor, times: int = 1) -> Tensor:
+        return x if times == 1 else x * times
+
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
+        y = self.same(_scaled(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))))
+        if self.halved:
+            y = y / 2
         if self.flag or self.options["double"] or _forwards_reads.DOUBLE or hasattr(self, "late") or _read():
             y = y * 2
         if self.options.get("more") or 1 in self.several or len(self.list) > 1:
@@ -411,6 +426,10 @@ COMPILED: dict[str, Any] = {
     "item": lambda m: m.several.append(1),
     "list": lambda m: m.list.append(nn.ReLU()),
     "closure": Once(lambda patch: _write(True)),
+    "default": Once(lambda patch: patch.setattr(_scaled, "__defaults__", (2,))),
+    "keyword default": Once(lambda patch: patch.setattr(_scaled, "__kwdefaults__", {"more": 2})),
+    "default of a method": Once(lambda patch: patch.setattr(Steered.same, "__defaults__", (2,))),
+    "property": Once(lambda patch: patch.setattr(Steered, "halved", property(lambda self: True))),
     "global": Once(lambda patch: patch.setattr(_forwards_reads, "DOUBLE", True)),
 }
 

@@ -93,6 +93,11 @@ CASES: dict[str, Case] = {
     "defaults": (lambda f, h: f.function(_function), lambda h: setattr(_function, "__defaults__", (2,)), True),
     "keyword defaults": (lambda f, h: f.function(_function), lambda h: setattr(_function, "__kwdefaults__", {"b": 3}), True),
     "cell": (lambda f, h: f.cell(_CELL), lambda h: _write_cell(2), True),
+    "another object of the kind": (lambda f, h: f.kind(h.__dict__, "inner", (int, Holder)), lambda h: setattr(h, "inner", Holder()), False),
+    "the other kind": (lambda f, h: f.kind(h.__dict__, "inner", (int, Holder)), lambda h: setattr(h, "inner", 1), False),
+    "a kind derived from it": (lambda f, h: f.kind(h.__dict__, "inner", (int, Holder)), lambda h: setattr(h, "inner", Derived()), True),
+    "of a kind, gone": (lambda f, h: f.kind(h.__dict__, "inner", (int, Holder)), lambda h: delattr(h, "inner"), True),
+    "of no such kind": (lambda f, h: f.kind(h.__dict__, "inner", (int,)), lambda h: setattr(h, "inner", 1), True),
 }
 
 
@@ -527,3 +532,37 @@ def test_who_listens_to_functions_hears_them() -> None:
             assert not torch.equal(converted(x), plain)
         with torch.device("cpu"):  # a mode that changes nothing here
             assert torch.equal(converted(x), plain)
+
+
+@pytest.mark.filterwarnings("ignore:.*runs unfused")
+@pytest.mark.parametrize("path", ["na.weight", "na.running_mean"])
+def test_a_tensor_that_computes_otherwise_comes_later(path: str) -> None:
+    original = Functional().eval()
+    converted = copy.deepcopy(original)
+    assert fuse_(converted).fused
+    x = torch.randn(1, 8, 6, 6)
+    where, name = path.split(".")
+    with torch.no_grad():
+        for _ in range(2):  # the second call repeats the first
+            before = converted(x)
+        for model in (original, converted):
+            norm = model.get_submodule(where)
+            place = norm._parameters if name in norm._parameters else norm._buffers
+            place[name] = torch.ones(8).as_subclass(Doubles)
+        assert torch.equal(*(model(x).as_subclass(Tensor) for model in (original, converted)))
+        assert not torch.equal(converted(x).as_subclass(Tensor), before)
+
+
+def test_parameters_in_another_dictionary() -> None:
+    original = Functional().eval()
+    converted = copy.deepcopy(original)
+    assert fuse_(converted).fused
+    x = torch.randn(1, 8, 6, 6)
+    with torch.no_grad():
+        for _ in range(2):
+            before = converted(x)
+        for model in (original, converted):
+            model.a._parameters = {"weight": nn.Parameter(torch.ones(8, 8, 3, 3)), "bias": None}
+        y = converted(x)
+        torch.testing.assert_close(y, original(x), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(y, before, rtol=1e-2)

@@ -25,6 +25,7 @@ TYPE = 5  # the object is of this class (value) and has this dictionary of attri
 LOOKUP = 6  # the class, or the first of its bases that has this name, has this value for it; or none has it
 FUNCTION = 7  # the function has this code (name) and these defaults (value: of arguments by position, by keyword)
 CELL = 8  # the closure's cell holds this value
+KIND = 9  # the dictionary holds under this name an object of one of these classes (a tuple), not of one derived from them
 
 Row = tuple[int, Any, Any, Any]
 _VALUES = (int, float, str)  # compared by value; bool and None have one object for each
@@ -55,6 +56,7 @@ class Facts:
         self._owner_id = id(owner)
         self._rows: dict[tuple[int, int, Any], Row] = {}
         self._reads: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self._cells: dict[int, types.CellType] = {}  # of the functions
 
     def _write(self, kind: int, place: Any, name: Any, value: Any) -> None:
         self._rows.setdefault((kind, id(place), name), (kind, None if place is self._owner else place, name, value))
@@ -64,6 +66,14 @@ class Facts:
         value = place.get(name, MISSING)
         self._write(ABSENT if value is MISSING else ITEM, place, name, value)
         return value
+
+    def kind(self, place: dict[str, Any], name: str, classes: tuple[type, ...]) -> Any:
+        """What a dictionary holds under a string, or MISSING, for a decision that depends on whether its class is one of ``classes``."""
+        value = place.get(name, MISSING)
+        if type(value) in classes:
+            self._write(KIND, place, name, classes)
+            return value
+        return self.item(place, name)
 
     def contents(self, place: dict[Any, Any]) -> dict[Any, Any]:
         """A dictionary's whole contents."""
@@ -103,6 +113,13 @@ class Facts:
     def function(self, function: types.FunctionType) -> types.CodeType:
         """A function's code, and its defaults."""
         self._write(FUNCTION, function, None, (function.__code__, (function.__defaults__, function.__kwdefaults__)))
+        cell = self._cells.setdefault(id(function), types.CellType(function))  # by which torch.compile comes to it, from wherever it was read
+        for name, keys in (("__defaults__", range(len(function.__defaults__ or ()))), ("__kwdefaults__", function.__kwdefaults__ or ())):
+            self.read((cell, name))
+            for key in keys:
+                self.read((cell, name, (key,)))
+            if keys:
+                self.read((cell, name, ("", "length")))
         return function.__code__
 
     def cell(self, cell: types.CellType) -> Any:
@@ -194,6 +211,8 @@ def _holds(kind: int, place: Any, name: Any, value: Any) -> bool:
         return lookup(place, name) is value
     if kind == FUNCTION:
         return place.__code__ is name and place.__defaults__ is value[0] and place.__kwdefaults__ is value[1]
+    if kind == KIND:
+        return type(place.get(name, MISSING)) in value
     try:
         return place.cell_contents is value
     except ValueError:

@@ -26,6 +26,7 @@ _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 # Modules that write nowhere and make a new tensor.
 _PURE = (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.ConstantPad2d)
+_CLONES = (torch.clone, "clone")
 _RELUS = (F.relu, torch.relu, torch.relu_, F.relu_)
 _SHAPES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad")
 
@@ -243,6 +244,8 @@ class Matcher:
                 return False
             p = self.setting(str(node.target), "p")
             return type(p) in (int, float) and p == 0
+        if node.op in ("function", "method") and node.target in _CLONES:
+            return len(node.args) == 1 and not node.kwargs  # which writes into a clone is refused as if it wrote into the original
         if node.op == "function" and node.target is F.dropout:
             names = ("input", "p", "training", "inplace")
             given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
@@ -310,8 +313,9 @@ class Matcher:
     def tensor(self, module: nn.Module, name: str) -> Any:
         """A module's parameter or buffer. An attribute beside it would hide it; where there is none (as in replicas), it is the tensor."""
         attributes = module.__dict__
-        hiding = self.facts.item(attributes, name)
-        kept = [attributes[place][name] for place in ("_parameters", "_buffers") if name in attributes[place]]
+        hiding = self.facts.kind(attributes, name, TENSORS)
+        places = [self.facts.item(attributes, place) for place in ("_parameters", "_buffers")]
+        kept = [self.facts.kind(place, name, TENSORS) for place in places if name in place]
         if hiding is not MISSING:
             return MISSING if kept else hiding
         return kept[0] if kept else MISSING

@@ -144,6 +144,8 @@ def _of_instance(run: Interpreter, owner: Known, name: str) -> Any:
     if isinstance(found, property):
         if type(found.fget) is not types.FunctionType:
             raise Refused(f"it reads {name}, a property that is not followed")
+        if owner.path is not None:
+            run.facts.read((*owner.path, name))
         return run.call(Method(found.fget, owner), (), {})
     if hasattr(type(found), "__set__") or hasattr(type(found), "__delete__"):
         raise Refused(f"it reads {name} of {cls.__name__}, a {type(found).__name__}")

@@ -23,7 +23,7 @@ _TENSORS = {
     name: lookup(Tensor, name)
     for name in (
         *("__add__", "__radd__", "__iadd__", "__getitem__", "__getattribute__"),
-        *("add", "add_", "relu", "relu_", "flatten", "mean", "size", "dim"),
+        *("add", "add_", "relu", "relu_", "clone", "flatten", "mean", "size", "dim"),
     )
 }
 _OPERATORS = {operator.add: ("__add__", "__radd__"), operator.iadd: ("__iadd__",), operator.getitem: ("__getitem__",)}
