@@ -92,9 +92,11 @@ def test_every_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
 
 
 # The network of the tests that run in processes of their own: two arms of six layers, a second or so for each run. Where HOLD is
-# set, the runs of the last seed never end: such a study waits, on a machine of any speed, until a signal ends it.
+# set, the runs of the last seed never end: such a study waits, on a machine of any speed, until a signal ends it. A shell lets what
+# runs in its background ignore Ctrl-C, and so do the processes that are started there.
 PROGRAM = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from fused_resnet.study import depth
 perform = depth.perform
 def hold(data, **parameters):
