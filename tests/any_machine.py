@@ -1,8 +1,9 @@
 """Runs the suite as other machines would. Run by hand: ``python tests/any_machine.py``.
 
 The configurations: each FUSED_RESNET_ISA that this machine has, OMP_NUM_THREADS of 1, 2 and 3, and under load, beside more busy
-processes than there are cores. ``--list`` prints them and ``--only NAME ...`` chooses. Each runs the whole suite; what is behind
-``--`` goes to pytest, for a quick pass whose results are kept only where ``--report FILE`` says so:
+processes than there are cores. ``--list`` prints them, ``--only NAME ...`` chooses, ``--jobs N`` runs N of them side by side, which
+is one more load; their threads then wait without spinning. Each runs the whole suite; what is behind ``--`` goes to pytest, for a
+quick pass whose results are kept only where ``--report FILE`` says so:
 
     python tests/any_machine.py --only "isa scalar" load -- tests/test_exact.py -k bias
 
@@ -27,6 +28,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +154,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--list", action="store_true", help="print the configurations and end")
     parser.add_argument("--fresh", action="store_true", help="take over no result")
     parser.add_argument("--report", type=Path, help="where results are kept (default: bench/results/any_machine.json)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many configurations side by side (default: 1)")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(own)
     if options.child is not None:
@@ -171,25 +174,31 @@ def main(argv: list[str]) -> int:
         report = Report(path, depends, options.fresh)
         if report.note:
             print(report.note, flush=True)
-        return go_on(report, {name: chosen[name] for name in options.only or chosen}, arguments, 2 * here["cores"] + 1)
+        waiting = {"OMP_WAIT_POLICY": "passive"} if options.jobs > 1 else {}
+        chosen = {name: {**chosen[name], **waiting} for name in options.only or chosen}
+        return go_on(report, chosen, arguments, 2 * here["cores"] + 1, options.jobs)
 
 
-def go_on(report: Report, chosen: dict[str, dict[str, str]], arguments: list[str], most: int) -> int:
+def go_on(report: Report, chosen: dict[str, dict[str, str]], arguments: list[str], most: int, jobs: int) -> int:
     """The exit status when every configuration is in the report or gave none."""
     kept, lost = report.section("configurations"), False
-    for name, changes in chosen.items():
-        note = " kept"
-        if name not in kept:
-            note = ""
-            found = run(name, changes, arguments, most if name == "load" else 0)
+    for name in [name for name in chosen if name in kept]:
+        say(name, kept[name], " kept")
+    with ThreadPoolExecutor(jobs) as pool:
+        missing = {name: changes for name, changes in chosen.items() if name not in kept}
+        running = {
+            pool.submit(run, name, changes, arguments, most if name == "load" else 0): name for name, changes in missing.items()
+        }
+        for future in as_completed(running):
+            name, found = running[future], future.result()
             if digest(PARTS) != report.content["sources"]:
                 found = "the sources changed meanwhile"
             if isinstance(found, str):
                 print(f"{name:<16} NO RESULT: {found}", flush=True)
                 lost = True
                 continue
-            report.keep("configurations", name, {**found, "environment": changes})
-        say(name, kept[name], note)
+            report.keep("configurations", name, {**found, "environment": missing[name], "jobs": jobs})
+            say(name, kept[name])
     failed = any(kept[name]["failed"] for name in chosen if name in kept)
     return 1 if failed else 2 if lost else 0
 
