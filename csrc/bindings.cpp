@@ -238,7 +238,7 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("grad"), py::arg("output"), py::arg("result"), py::arg("bias_grad"), py::arg("threads"));
   py::class_<fr::Facts>(m, "Facts")
       .def(py::init(&facts), py::arg("rows"), py::arg("missing"))
-      .def("first_broken", [](const fr::Facts& f, py::dict owner) { return f.first_broken(owner.ptr()); }, py::arg("owner"));
+      .def("first_broken", [](fr::Facts& f, py::dict owner) { return f.first_broken(owner.ptr()); }, py::arg("owner"));
   py::class_<fr::Guard>(m, "Guard")
       .def(py::init([](Pointer data, i64 bytes, i64 most) {
              auto guard = std::make_unique<fr::Guard>();

@@ -1,5 +1,6 @@
 #include "facts.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace fused_resnet {
@@ -98,14 +99,42 @@ bool holds(const Facts::Fact& f, PyObject* place) {
   return false;
 }
 
+// A number that no other state of this class or of its bases has had, or 0: a change of any attribute of theirs takes it away
+// (Objects/typeobject.c, PyType_Modified), and a lookup gives another.
+unsigned int version_of(PyTypeObject* type) {
+  return PyType_HasFeature(type, Py_TPFLAGS_VALID_VERSION_TAG) ? type->tp_version_tag : 0;
+}
+
 }  // namespace
 
-Facts::Facts(std::vector<Fact> facts) : facts_(std::move(facts)) {}
-
-Py_ssize_t Facts::first_broken(PyObject* owner) const {
+Facts::Facts(std::vector<Fact> facts) : facts_(std::move(facts)) {
   for (std::size_t i = 0; i < facts_.size(); ++i) {
-    if (!holds(facts_[i], facts_[i].place == nullptr ? owner : facts_[i].place)) return static_cast<Py_ssize_t>(i);
+    if (facts_[i].kind != FactKind::lookup) {
+      others_.push_back(static_cast<Py_ssize_t>(i));
+      continue;
+    }
+    auto* type = reinterpret_cast<PyTypeObject*>(facts_[i].place);
+    if (std::none_of(classes_.begin(), classes_.end(), [type](const Class& c) { return c.type == type; })) classes_.push_back({type, 0});
   }
+}
+
+bool Facts::classes_are_as_they_were() const {
+  return std::all_of(classes_.begin(), classes_.end(), [](const Class& c) { return c.version != 0 && version_of(c.type) == c.version; });
+}
+
+Py_ssize_t Facts::first_broken(PyObject* owner) {
+  const auto broken = [this, owner](Py_ssize_t i) {
+    const Fact& f = facts_[static_cast<std::size_t>(i)];
+    return !holds(f, f.place == nullptr ? owner : f.place);
+  };
+  if (classes_are_as_they_were()) {
+    const auto found = std::find_if(others_.begin(), others_.end(), broken);
+    return found == others_.end() ? -1 : *found;
+  }
+  for (Py_ssize_t i = 0; i < static_cast<Py_ssize_t>(facts_.size()); ++i) {
+    if (broken(i)) return i;
+  }
+  for (Class& c : classes_) c.version = version_of(c.type);
   return -1;
 }
 

@@ -26,10 +26,19 @@ class Facts {
   explicit Facts(std::vector<Fact> facts);
 
   // The number of the first fact that does not hold, or -1. owner: the dictionary of the object that the facts are about.
-  Py_ssize_t first_broken(PyObject* owner) const;
+  Py_ssize_t first_broken(PyObject* owner);
 
  private:
+  struct Class {
+    PyTypeObject* type;
+    unsigned int version;  // CPython's, when the lookups in the class held last; 0: not known
+  };
+
+  bool classes_are_as_they_were() const;
+
   std::vector<Fact> facts_;
+  std::vector<Py_ssize_t> others_;  // the numbers of the facts that are no lookups
+  std::vector<Class> classes_;      // of the lookups
 };
 
 }  // namespace fused_resnet

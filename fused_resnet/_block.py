@@ -10,7 +10,7 @@ from __future__ import annotations
 import types
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -95,7 +95,8 @@ class FusedBlock:
         current = state.current
         if current is None or not current.holds(self):
             if _obstacle(x):
-                return self._plain_forward(x)  # looked at again when it can run fused: a trace records what is read of a tensor
+                # It is looked at when a call comes that can run fused: torch.jit.trace would record what is read of its tensors.
+                return self._plain_forward(x)
             current = refresh(self, state)
         bound = current.bound
         if bound is not None:
@@ -121,8 +122,8 @@ class FusedBlock:
             current.bound.clear()
         return super()._apply(*args, **kwargs)  # type: ignore[misc]
 
-    def __prepare_scriptable__(self) -> Any:
-        """What torch.jit.script asks for first."""
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks first: raises, before anything is changed."""
         way = "convert the model back with fused_resnet.unfuse_" if type(self)._fused_original is not None else "use torch.export"
         raise RuntimeError(f"torch.jit.script compiles a module's own source, which is not what {type(self).__name__} runs: {way}")
 
@@ -201,6 +202,8 @@ def _read(block: Any, reads: tuple[tuple[Any, ...], ...]) -> None:
                 value = getattr(value, step)
             elif len(step) == 1:
                 value = value[step[0]]
+            elif step[1] == "class":
+                value = id(getattr(type(value), step[0]))
             elif step[1] == "absent":
                 value = hasattr(value, step[0])
             else:

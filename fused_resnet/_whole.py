@@ -293,7 +293,7 @@ class Ready:
     def __call__(self, x: Tensor) -> Tensor | None:
         """The output for ``x``, a plain tensor outside of torch.compile; or None if something has changed."""
         now = torch.get_num_threads(), _numerics.setting, _derived.generation
-        if now != self.environment or not is_quiet():
+        if now != self.environment or not is_quiet():  # before anything is read of x: torch.jit.trace would record that
             return None
         try:
             if not x.is_cpu or x.shape != self.shape or x.stride() != self.strides or x.dtype is not self.dtype:

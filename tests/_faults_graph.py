@@ -175,15 +175,15 @@ FAULTS = (
     Fault(
         "an attribute that hides a parameter goes unseen",
         ("fused_resnet/graph/match.py",),
-        "        hiding = self.facts.kind(attributes, name, TENSORS)\n",
-        "        hiding = attributes.get(name, MISSING)\n",
+        "            kept.append(self.facts.kind(",
+        "            kept.append(value if place is attributes else self.facts.kind(",
         (_CHANGE,),
     ),
     Fault(
         "a tensor of any class may come later",
         ("fused_resnet/graph/match.py",),
-        "[self.facts.kind(place, name, TENSORS) for place in places if name in place]",
-        "[place[name] for place in places if name in place]",
+        "            kept.append(self.facts.kind(",
+        "            kept.append(value if name in place else self.facts.kind(",
         ("tests/test_graph.py::test_a_tensor_that_computes_otherwise_comes_later",),
     ),
     Fault(
@@ -203,9 +203,23 @@ FAULTS = (
     Fault(
         "torch.compile guards no property",
         _OBJECTS,
-        "            run.facts.read((*owner.path, name))\n        return run.call(Method(found.fget, owner), (), {})\n",
-        "            pass\n        return run.call(Method(found.fget, owner), (), {})\n",
+        '        run.facts.read((*owner.path, (name, "class")))\n',
+        "        pass\n",
         ("tests/test_forwards.py::test_a_change_after_compilation",),
+    ),
+    Fault(
+        "a copy of the input is taken for the input, whatever reads it",
+        ("fused_resnet/graph/match.py",),
+        ' and all(_is_add(user) and user.args[1:] == (node,) for user in users)',
+        "",
+        (_FORWARD,),
+    ),
+    Fault(
+        "a class that has changed is not looked up again",
+        ("csrc/facts.cpp",),
+        "c.version != 0 && version_of(c.type) == c.version",
+        "c.version != 0",
+        ("tests/test_graph.py::test_a_fact_breaks", "tests/test_graph.py::test_a_class_that_changes_again"),
     ),
     Fault(
         "a block is looked at while it is traced",

@@ -92,6 +92,30 @@ class ReluBehindClone(Parts):
         return self.relu(self.main(x) + identity)
 
 
+@forward("side effects", False)
+class ConvolvesClone(Parts):
+    """Whose caller may write into the input afterwards: what the gradient needs is the copy."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.main(x.clone()) + x)  # here
+
+
+@forward("side effects", False)
+class ReturnsClone(Parts):
+    """Whose caller may write into the output: what the gradient needs is the original."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.main(x) + x).clone()  # here
+
+
+@forward("side effects", False)
+class CloneOnTheLeft(Parts):
+    """The copy of an expanded input has other strides than the input, and the sum has those of its left operand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(x.clone() + self.main(x))  # here
+
+
 @forward("side effects", None)
 class IntoClone(Parts):
     def forward(self, x: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class Cloned(Parts):
 @use
 class ClonedByFunction(Parts):
     def forward(self, x: Tensor) -> Tensor:
-        return self.relu(torch.clone(x) + self.main(x).clone())
+        return self.relu(self.main(x) + torch.clone(x))
 
 
 @use

@@ -365,6 +365,10 @@ def test_a_stem(network: type[nn.Module], change: Any, capsys: Any) -> None:
 # --- torch.compile ---
 
 
+def _doubled(x: Tensor) -> Tensor:
+    return x * 2
+
+
 def _closed_over() -> tuple[Callable[[], Any], Callable[[Any], None]]:
     inside: Any = None
 
@@ -381,13 +385,21 @@ def _closed_over() -> tuple[Callable[[], Any], Callable[[Any], None]]:
 _read, _write = _closed_over()
 
 
-def _scaled(x: Tensor, scale: float = 1, *, more: float = 1) -> Tensor:
+_OPTIONS = {"triple": False}
+
+
+def _scaled(x: Tensor, scale: float = 1, options: dict[str, bool] = _OPTIONS, *, more: float = 1) -> Tensor:
     if scale != 1 or more != 1:
         x = x * scale * more
-    return x
+    return x * 3 if options["triple"] else x
 
 
-class Steered(Parts):
+class Same(Parts):
+    def same(self, x: Tensor, times: int = 1) -> Tensor:
+        return x if times == 1 else x * times
+
+
+class Steered(Same):
     def __init__(self) -> None:
         super().__init__()
         self.flag, self.act, self.options = False, torch.relu, {"double": False}
@@ -397,9 +409,6 @@ class Steered(Parts):
     @property
     def halved(self) -> bool:
         return False
-
-    def same(self, x: Tensor, times: int = 1) -> Tensor:
-        return x if times == 1 else x * times
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.same(_scaled(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))))
@@ -426,9 +435,11 @@ COMPILED: dict[str, Any] = {
     "item": lambda m: m.several.append(1),
     "list": lambda m: m.list.append(nn.ReLU()),
     "closure": Once(lambda patch: _write(True)),
-    "default": Once(lambda patch: patch.setattr(_scaled, "__defaults__", (2,))),
+    "default": Once(lambda patch: patch.setattr(_scaled, "__defaults__", (2, _OPTIONS))),
+    "item of a default": Once(lambda patch: patch.setitem(_OPTIONS, "triple", True)),
     "keyword default": Once(lambda patch: patch.setattr(_scaled, "__kwdefaults__", {"more": 2})),
-    "default of a method": Once(lambda patch: patch.setattr(Steered.same, "__defaults__", (2,))),
+    "default of a method": Once(lambda patch: patch.setattr(Same.same, "__defaults__", (2,))),
+    "method of the instance": lambda m: setattr(m, "same", _doubled),
     "property": Once(lambda patch: patch.setattr(Steered, "halved", property(lambda self: True))),
     "global": Once(lambda patch: patch.setattr(_forwards_reads, "DOUBLE", True)),
 }
@@ -454,6 +465,31 @@ def test_a_change_after_compilation(change: str, backend: str, monkeypatch: pyte
     assert not _differences(theirs, original(x).detach()), "the twin was not compiled again"
     assert not torch.equal(theirs, before)
     assert not _differences(ours, theirs)
+
+
+class ByMode(Parts):
+    """Reads a property that only training has."""
+
+    @property
+    def factor(self) -> float:
+        return 1.0 if self.training else self.not_there
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.factor != 1.0:
+            x = x * 2
+        return self.relu(self.main(x) + x)
+
+
+def test_a_property_that_only_training_has() -> None:
+    """A property is guarded, and not run where the forward does not read it."""
+    original = ByMode().double().eval()
+    converted = copy.deepcopy(original)
+    assert fuse_(converted).fused
+    torch.compiler.reset()
+    x = torch.randn(2, 8, 6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        assert not _differences(torch.compile(converted, backend="eager", fullgraph=True)(x), original(x))
+        assert not _differences(torch.export.export(converted, (x,)).module()(x), original(x))
 
 
 class Chained(Parts):

@@ -144,6 +144,27 @@ def test_the_first_broken_fact_is_told() -> None:
     assert checked.rows[1][2] == "b"
 
 
+@pytest.mark.usefixtures("_restored")
+def test_a_class_that_changes_again() -> None:
+    """Lookups in a class are not repeated until it changes: after each change, of them or of others, they are."""
+    holder: Any = Holder()
+    seen = Facts(holder)
+    seen.lookup(Derived, "value"), seen.lookup(Derived, "late"), seen.lookup(Holder, "method")
+    checked = seen.checked()
+    for _ in range(3):
+        assert checked.first_broken(holder.__dict__) == -1
+        Holder.early = 1  # type: ignore[attr-defined]
+        assert checked.first_broken(holder.__dict__) == checked.first_broken(holder.__dict__) == -1
+        Holder.late = 1  # type: ignore[attr-defined]
+        assert checked.first_broken(holder.__dict__) == checked.first_broken(holder.__dict__) == 1
+        del Holder.late  # type: ignore[attr-defined]
+        assert checked.first_broken(holder.__dict__) == -1
+        Derived.value = 1000
+        assert checked.first_broken(holder.__dict__) == 0
+        del Derived.value
+        assert checked.first_broken(holder.__dict__) == -1
+
+
 # --- sources ---
 
 
@@ -551,6 +572,22 @@ def test_a_tensor_that_computes_otherwise_comes_later(path: str) -> None:
             place[name] = torch.ones(8).as_subclass(Doubles)
         assert torch.equal(*(model(x).as_subclass(Tensor) for model in (original, converted)))
         assert not torch.equal(converted(x).as_subclass(Tensor), before)
+
+
+def test_two_tensors_of_one_name() -> None:
+    """Of which nn.Module's own lookup finds one, by its own order."""
+    original = Functional().eval()
+    late = copy.deepcopy(original)
+    assert fuse_(late).fused
+    x = torch.randn(1, 8, 6, 6)
+    with torch.no_grad():
+        late(x), late(x)
+        for model in (original, late):
+            model.na._parameters["running_mean"] = nn.Parameter(torch.ones(8))
+        early = copy.deepcopy(original)
+        assert not fuse_(early).fused
+        with pytest.warns(RuntimeWarning, match="runs unfused"):
+            assert torch.equal(late(x), original(x))
 
 
 def test_parameters_in_another_dictionary() -> None:

@@ -25,7 +25,7 @@ TYPE = 5  # the object is of this class (value) and has this dictionary of attri
 LOOKUP = 6  # the class, or the first of its bases that has this name, has this value for it; or none has it
 FUNCTION = 7  # the function has this code (name) and these defaults (value: of arguments by position, by keyword)
 CELL = 8  # the closure's cell holds this value
-KIND = 9  # the dictionary holds under this name an object of one of these classes (a tuple), not of one derived from them
+KIND = 9  # the dictionary holds under this name an object whose class is one of these (a tuple), not one derived from them
 
 Row = tuple[int, Any, Any, Any]
 _VALUES = (int, float, str)  # compared by value; bool and None have one object for each
@@ -56,7 +56,7 @@ class Facts:
         self._owner_id = id(owner)
         self._rows: dict[tuple[int, int, Any], Row] = {}
         self._reads: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-        self._cells: dict[int, types.CellType] = {}  # of the functions
+        self._cells: dict[int, types.CellType] = {}  # one for each function that was followed, by its id: see ``function``
 
     def _write(self, kind: int, place: Any, name: Any, value: Any) -> None:
         self._rows.setdefault((kind, id(place), name), (kind, None if place is self._owner else place, name, value))
@@ -110,17 +110,22 @@ class Facts:
         self._write(LOOKUP, cls, name, value)
         return value
 
-    def function(self, function: types.FunctionType) -> types.CodeType:
-        """A function's code, and its defaults."""
+    def function(self, function: types.FunctionType) -> tuple[Any, ...]:
+        """A function's code and its defaults, as a fact. Returns the path of the function.
+
+        The path begins at a closure's cell that is made for it: torch.compile guards what a closure holds, and so what is read of the
+        function, wherever the forward has the function from.
+        """
         self._write(FUNCTION, function, None, (function.__code__, (function.__defaults__, function.__kwdefaults__)))
-        cell = self._cells.setdefault(id(function), types.CellType(function))  # by which torch.compile comes to it, from wherever it was read
-        for name, keys in (("__defaults__", range(len(function.__defaults__ or ()))), ("__kwdefaults__", function.__kwdefaults__ or ())):
+        cell = self._cells.setdefault(id(function), types.CellType(function))
+        defaults, keywords = function.__defaults__, function.__kwdefaults__
+        for name, values, keys in (("__defaults__", defaults, range(len(defaults or ()))), ("__kwdefaults__", keywords, keywords or ())):
             self.read((cell, name))
             for key in keys:
                 self.read((cell, name, (key,)))
-            if keys:
+            if values is not None:
                 self.read((cell, name, ("", "length")))
-        return function.__code__
+        return (cell,)
 
     def cell(self, cell: types.CellType) -> Any:
         """What a closure's cell holds, or MISSING."""
@@ -166,7 +171,13 @@ def _readers(paths: list[tuple[Any, ...]]) -> list[Callable[[], Any]]:
             elif len(step) == 1:
                 text = f"{text}[{step[0]!r}]"
             else:
-                text = {"absent": f"hasattr({text}, {step[0]!r})", "missing": f"({step[0]!r} in {text})", "length": f"len({text})"}[step[1]]
+                name = repr(step[0])
+                text = {
+                    "class": f"id(getattr(type({text}), {name}))",
+                    "absent": f"hasattr({text}, {name})",
+                    "missing": f"({name} in {text})",
+                    "length": f"len({text})",
+                }[step[1]]
         by_root.setdefault(id(root), (root, []))[1].append(f"{text} is None")
     return [_reader(root, texts) for root, texts in by_root.values()]
 

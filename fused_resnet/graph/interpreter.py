@@ -94,12 +94,14 @@ class Interpreter(Recorder):
 
     def inline(self, function: types.FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Follow a call of a Python function."""
-        code = self.facts.function(function)
+        path = self.facts.function(function)
+        code = function.__code__
         definition = source.definition(function)
         if code.co_flags & _GENERATOR:
             raise Refused(f"it calls {function.__qualname__}, a generator")
-        defaults = [Known(v) for v in function.__defaults__ or ()]
-        keyword_defaults = {k: Known(v) for k, v in self.facts.contents(function.__kwdefaults__).items()} if function.__kwdefaults__ else {}
+        defaults = [Known(v, (*path, "__defaults__", (i,))) for i, v in enumerate(function.__defaults__ or ())]
+        keywords = self.facts.contents(function.__kwdefaults__) if function.__kwdefaults__ else {}
+        keyword_defaults = {k: Known(v, (*path, "__kwdefaults__", (k,))) for k, v in keywords.items()}
         frame = Frame(function, definition, {*code.co_varnames, *code.co_cellvars})
         try:
             return self._run(frame, definition.node, args, kwargs, defaults, keyword_defaults)

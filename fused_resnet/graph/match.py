@@ -21,7 +21,7 @@ from .recorder import ADDITIONS, find
 from .source import decorated
 
 # Fake tensors: torch.export runs a block with them. Other subclasses (quantised, distributed, ...) compute otherwise.
-TENSORS = (Tensor, nn.Parameter, nn.Buffer, type(None), FakeTensor, FunctionalTensor)
+TENSORS = (Tensor, nn.Parameter, nn.Buffer, FakeTensor, FunctionalTensor)
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 # Modules that write nowhere and make a new tensor.
@@ -244,8 +244,11 @@ class Matcher:
                 return False
             p = self.setting(str(node.target), "p")
             return type(p) in (int, float) and p == 0
-        if node.op in ("function", "method") and node.target in _CLONES:
-            return len(node.args) == 1 and not node.kwargs  # which writes into a clone is refused as if it wrote into the original
+        if node.op in ("function", "method") and node.target in _CLONES and len(node.args) == 1 and not node.kwargs:
+            # A copy of the input that is added on the right: nothing else sees it. In front of a convolution, which keeps it for the gradient,
+            # behind the last ReLU, which keeps what it copies, and on the left, whose strides decide the sum's, a copy is not the original.
+            users = [*node.users]
+            return self.source(node).op == "input" and all(_is_add(user) and user.args[1:] == (node,) for user in users)
         if node.op == "function" and node.target is F.dropout:
             names = ("input", "p", "training", "inplace")
             given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
@@ -311,14 +314,16 @@ class Matcher:
         return value
 
     def tensor(self, module: nn.Module, name: str) -> Any:
-        """A module's parameter or buffer. An attribute beside it would hide it; where there is none (as in replicas), it is the tensor."""
+        """A module's parameter, buffer or, as in replicas, attribute of this name; MISSING if there are none or several, of which one would
+        hide the others. That a later one is None or not, and of a known class, are facts; which tensor it is may change."""
         attributes = module.__dict__
-        hiding = self.facts.kind(attributes, name, TENSORS)
-        places = [self.facts.item(attributes, place) for place in ("_parameters", "_buffers")]
-        kept = [self.facts.kind(place, name, TENSORS) for place in places if name in place]
-        if hiding is not MISSING:
-            return MISSING if kept else hiding
-        return kept[0] if kept else MISSING
+        places = [attributes, *(self.facts.item(attributes, place) for place in ("_parameters", "_buffers"))]
+        kept = []
+        for place in places:
+            value = place.get(name, MISSING)
+            kept.append(self.facts.kind(place, name, (type(None),) if value is None else TENSORS))
+        found = [value for value in kept if value is not MISSING]
+        return found[0] if len(found) == 1 else MISSING
 
     def check_layer(self, conv: Node, norm_path: str | None) -> None:
         padding = self.setting(str(conv.target), "padding_mode")
@@ -331,8 +336,8 @@ class Matcher:
             names = ("weight", "bias") if path != norm_path else ("weight", "bias", "running_mean", "running_var")
             for name in names:
                 value = self.tensor(module, name)
-                if type(value) not in TENSORS:
-                    what = "missing" if value is MISSING else f"a {type(value).__name__}, not a plain tensor"
+                if value is not None and type(value) not in TENSORS:
+                    what = "missing, or there more than once" if value is MISSING else f"a {type(value).__name__}, not a plain tensor"
                     raise self.refused(conv, f"the {name} of {path} is {what}")
         weight = self.tensor(self.at(conv), "weight")
         if weight is None or weight.dim() != 4:

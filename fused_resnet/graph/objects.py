@@ -37,8 +37,8 @@ class Known:
     """An object that was there before the call.
 
     path: how to come to it again, or None: (root, step, ...). The root is a dictionary of globals, a closure's cell, or "" for the owner. A
-    step is a name (an attribute; of a root of globals, a global), a tuple of one key (an item), (name, "absent") for an attribute that is not
-    there, (key, "missing") for an item that is not there, or ("", "length").
+    step is a name (an attribute; of a root of globals, a global), a tuple of one key (an item), (name, "class") for an attribute of the
+    object's class, (name, "absent") for one that is not there, (key, "missing") for an item that is not there, or ("", "length").
     """
 
     __slots__ = ("path", "value")
@@ -144,8 +144,7 @@ def _of_instance(run: Interpreter, owner: Known, name: str) -> Any:
     if isinstance(found, property):
         if type(found.fget) is not types.FunctionType:
             raise Refused(f"it reads {name}, a property that is not followed")
-        if owner.path is not None:
-            run.facts.read((*owner.path, name))
+        _read_of_class(run, owner, name)  # to read the property itself would run it, where the forward perhaps does not
         return run.call(Method(found.fget, owner), (), {})
     if hasattr(type(found), "__set__") or hasattr(type(found), "__delete__"):
         raise Refused(f"it reads {name} of {cls.__name__}, a {type(found).__name__}")
@@ -157,6 +156,9 @@ def _of_instance(run: Interpreter, owner: Known, name: str) -> Any:
         if value is not MISSING:
             return Known(value, owner.step(name))
     if found is not MISSING:
+        if isinstance(found, types.FunctionType) and owner.path is not None:
+            _read_of_class(run, owner, name)
+            run.facts.read((*owner.path, name))
         return _bound(run, owner, name, found)
     if in_module:
         assert attributes is not None
@@ -169,6 +171,12 @@ def _of_instance(run: Interpreter, owner: Known, name: str) -> Any:
             if value is not MISSING:
                 return Known(value, owner.step(name))
     return MISSING
+
+
+def _read_of_class(run: Recorder, owner: Known, name: str) -> None:
+    """Remember, for torch.compile, what an object's class has under this name."""
+    if owner.path is not None:
+        run.facts.read((*owner.path, (name, "class")))
 
 
 def check_plain_access(facts: Facts, cls: type) -> None:
