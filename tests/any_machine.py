@@ -157,6 +157,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many configurations side by side (default: 1)")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(own)
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
     if options.child is not None:
         return child(options.child, arguments)
     here = machine()
