@@ -286,22 +286,28 @@ def _convolution_backward(
     if uneven:
         height, width = input.shape[2:]
         input = F.pad(input, (left, right, top, bottom))
-    grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad,
-        input,
-        weight,
-        None,
-        stride,
-        (0, 0) if uneven else (top, left),
-        dilation,
-        False,
-        (0, 0),
-        groups,
-        (need_input, need_weight, False),
-    )
+    rest = (0, 0) if uneven else (top, left), dilation, False, (0, 0), groups
+    backward = torch.ops.aten.convolution_backward
+    grad_weight = None
+    if need_weight and _writes_beyond_its_buffer(input, weight, stride, rest[0]):
+        # Of the pixels that a 1x1 kernel meets it is a convolution with stride 1.
+        met = input[:, :, :: stride[0], :: stride[1]]
+        _, grad_weight, _ = backward(grad, met, weight, None, (1, 1), *rest, (False, True, False))
+        need_weight = False
+    grad_input = None
+    if need_input or need_weight:
+        grad_input, found, _ = backward(grad, input, weight, None, stride, *rest, (need_input, need_weight, False))
+        grad_weight = found if need_weight else grad_weight
     if uneven and grad_input is not None:
         grad_input = grad_input[:, :, top : top + height, left : left + width]
     return grad_input, grad_weight
+
+
+def _writes_beyond_its_buffer(input: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> bool:
+    """Where oneDNN's gradient of a weight in channels_last is wrong or crashes: a 1x1 kernel with a stride over fewer channels than
+    a register holds (https://github.com/uxlfoundation/oneDNN/issues/6035, in torch 2.13 too)."""
+    _, channels, height, width = weight.shape
+    return input.is_cpu and height == width == 1 and channels < 16 and max(stride) > 1 and max(padding) == 0
 
 
 def _refuse_forward_mode(*tensors: Tensor | None) -> None:

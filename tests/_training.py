@@ -45,6 +45,15 @@ os.replace = hold
 """
 
 
+# `fused-resnet` by direct convolution.
+DIRECT = """
+import sys
+from fused_resnet import _kernels, cli
+_kernels.use_algorithm("direct")
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
 def held(folder: Path) -> dict[str, str]:
     """Environment variables with which a run waits at its first checkpoint for a signal, however fast or slow the machine is; the
     file ``folder / "mark"`` then holds the number of the process."""
@@ -63,13 +72,15 @@ def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-def launch(*options: str, processes: int = 0, restarts: int = 0, limit: Any = None, **changes: str) -> subprocess.Popen[str]:
-    """`fused-resnet train` in a process of its own, or under torchrun; it talks to nobody but this machine."""
+def launch(
+    *options: str, processes: int = 0, restarts: int = 0, limit: Any = None, program: tuple[str, ...] = ("-m", "fused_resnet"), **changes: str
+) -> subprocess.Popen[str]:
+    """`fused-resnet train` in a process of its own, or under torchrun; it talks to nobody but this machine. ``program``: or another."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", str(restarts), "--nproc-per-node", str(processes)]
     return subprocess.Popen(
-        [sys.executable, *(torchrun if processes else ()), "-m", "fused_resnet", *options],
+        [sys.executable, *(torchrun if processes else ()), *program, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

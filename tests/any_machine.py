@@ -118,6 +118,12 @@ def wrong(name: str, changes: dict[str, str], had: dict[str, Any]) -> str:
     return ""
 
 
+def end_of(output: str) -> str:
+    """What a process said last; of one that crashed, where it was, which it says first."""
+    crash = output.rfind("Fatal Python error")
+    return output[-2000:] if crash < 0 else output[crash:][:2000]
+
+
 def run(name: str, changes: dict[str, str], arguments: list[str], busy: int) -> dict[str, Any] | str:
     """What a configuration found, or why it gave no result."""
     others = ("FUSED_RESNET_", "OMP_", "MKL_")
@@ -130,7 +136,7 @@ def run(name: str, changes: dict[str, str], arguments: list[str], busy: int) -> 
             command, cwd=ROOT, env={**environment, **changes}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )
         if done.returncode not in (0, 1) or not file.exists():
-            return f"pytest did not run to its end (exit status {done.returncode}): {done.stdout[-2000:]}"
+            return f"pytest did not run to its end (exit status {done.returncode}): {end_of(done.stdout)}"
         found: dict[str, Any] = json.loads(file.read_text())
     if found.pop("status") != done.returncode:
         return f"pytest ended with another status than its session: {done.stdout[-2000:]}"

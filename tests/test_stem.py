@@ -40,19 +40,20 @@ def randomise(model: nn.Module) -> nn.Module:
 
 
 class Network(nn.Module):
-    """A stem, blocks with every kind of shortcut, pooling in between, and a head."""
+    """A stem, blocks with every kind of shortcut, pooling in between, and a head. 16 channels in front of the projection: with fewer the
+    library's own gradient is wrong (``_operators._writes_beyond_its_buffer``)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(8)
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        projection = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
+        projection = nn.Sequential(nn.Conv2d(16, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
         pooled = nn.Sequential(nn.AvgPool2d(2, 2), nn.Conv2d(16, 24, 1, bias=False), nn.BatchNorm2d(24))
-        self.layer1 = nn.Sequential(_plain.BasicBlock(8, 8), _plain.BasicBlock(8, 8))
+        self.layer1 = nn.Sequential(_plain.BasicBlock(16, 16), _plain.BasicBlock(16, 16))
         self.layer2 = nn.Sequential(
-            _plain.BasicBlock(8, 16, 2, projection),
+            _plain.BasicBlock(16, 16, 2, projection),
             _plain.BasicBlock(16, 24, 2, pooled),
             _plain.BasicBlock(24, 32, 2, _plain.PadShortcut(8, 2)),
         )
@@ -115,7 +116,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "stem eps": lambda m: setattr(m.bn1, "eps", 0.5),
     "stem padding": lambda m: setattr(m.conv1, "padding", (0, 0)),
     "stem stride": lambda m: setattr(m.conv1, "stride", (2, 2)),
-    "stem convolution replaced": lambda m: _replace(m, "conv1", nn.Conv2d(3, 8, 5, padding=2)),
+    "stem convolution replaced": lambda m: _replace(m, "conv1", nn.Conv2d(3, 16, 5, padding=2)),
     "pooling replaced": lambda m: _replace(m, "maxpool", nn.AvgPool2d(2)),
     "pooling changed": lambda m: setattr(m.maxpool, "stride", 1),
     "head replaced": lambda m: _replace(m, "fc", nn.Identity()),

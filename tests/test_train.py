@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from _training import SMALL, assert_same_bits, curve, finish, held, launch, saved, settings, tensors, wait_for
+from _training import DIRECT, SMALL, assert_same_bits, curve, finish, held, launch, saved, settings, tensors, wait_for
 from torch.utils.data import TensorDataset
 
-from fused_resnet import cli
+from fused_resnet import _kernels, cli
 from fused_resnet.training import Training, World
 from fused_resnet.training.data import Augmented, Batches, Data, bundled
 from fused_resnet.training.settings import network
@@ -30,22 +30,42 @@ RELATIVE = 1e-5
 
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     """20 steps over an epoch's end, in float32, of images that are cropped and mirrored at random. Without batch norm, whose
-    statistics are each process's own."""
-    run = (*SMALL, "--norm", "none", "--steps", "20", "--lr", "0.1", "--augment")
-    processes = launch(*run, "--out", str(tmp_path / "two"), processes=2)
-    assert cli.main([*run, "--out", str(tmp_path / "one")]) == 0
+    statistics are each process's own; and by direct convolution, for Winograd's share in a result depends on the batch.
+
+    Where a ReLU's input is within a rounding of zero, the one run may pass its gradient and the other stop it, and they part: no fault,
+    and rare. A wrong gradient parts them with every seed. So another seed is taken then, five in all.
+    """
+    _kernels.use_algorithm("direct")
+    found = []
+    for seed in range(5):
+        found.append(_difference(tmp_path / str(seed), seed))
+        if not found[-1]:
+            return
+    pytest.fail("; ".join(found))
+
+
+def _difference(folder: Path, seed: int) -> str:
+    """Where two processes' run and one's differ by more than RELATIVE, or ''."""
+    run = (*SMALL, "--norm", "none", "--steps", "20", "--lr", "0.1", "--augment", "--seed", str(seed))
+    folder.mkdir()
+    (folder / "direct.py").write_text(DIRECT)
+    processes = launch(*run, "--out", str(folder / "two"), processes=2, program=(str(folder / "direct.py"),))
+    assert cli.main([*run, "--out", str(folder / "one")]) == 0
     out, _ = finish(processes)
     assert out.count("cifar8 (75,050 parameters) on digits") == 1  # rank 0 alone speaks
     assert "20 steps of 96 images, 2 processes" in out
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     start = network(settings(norm="none", zero_init=True), 10).state_dict()
-    one, two = saved(tmp_path / "one"), saved(tmp_path / "two")
+    one, two = saved(folder / "one"), saved(folder / "two")
     for name, expected in one["network"].items():
         allowed = RELATIVE * expected.norm()
         assert (expected - start[name]).norm() > 10 * allowed, name  # or the comparison could not see a wrong gradient
-        assert (two["network"][name] - expected).norm() <= allowed, name
+        if not (two["network"][name] - expected).norm() <= allowed:
+            return f"seed {seed}: {name} differs by {(two['network'][name] - expected).norm() / expected.norm():.1e}"
     for mine, other in zip(one["curve"], two["curve"], strict=True):
-        assert other == pytest.approx(mine, rel=RELATIVE)
+        if other != pytest.approx(mine, rel=RELATIVE):
+            return f"seed {seed}: {other} where {mine} was expected"
+    return ""
 
 
 def test_batches_are_the_same_for_any_number_of_processes() -> None:
