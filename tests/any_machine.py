@@ -8,9 +8,10 @@ quick pass whose results are kept only where ``--report FILE`` says so:
     python tests/any_machine.py --only "isa scalar" load -- tests/test_exact.py -k bias
 
 What a configuration found is kept in bench/results/any_machine.json when it ends: counts, the tests that failed, seconds, and
-the instruction set and threads that its process had, which must be those that were asked for. Started again, the script goes on
-with the configurations that are missing there; with all of them if the sources, the compiled module, the machine or pytest's
-arguments are others, or with ``--fresh``. A pytest that did not run to its end is no result.
+the instruction set and threads that its process had, which must be those that were asked for. Each machine, with its compiled
+module, has a part of its own there. Started again, the script goes on with the configurations that are missing in this machine's
+part; the file begins anew if the sources or pytest's arguments are others, or with ``--fresh``. A pytest that did not run to its
+end is no result.
 
 Exit status 0: no test failed; 1: one did; 2: a configuration gave no result.
 """
@@ -36,6 +37,7 @@ from _kept import RESULTS, ROOT, Report, digest, machine
 
 PARTS = ("csrc", "fused_resnet", "tests", "bench", "setup.py", "pyproject.toml", "README.md")
 THREADS = (1, 2, 3)
+MACHINES = "machines"
 # Each ends when its parent does, however that ends.
 BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    for _ in range(10**6): pass"
 
@@ -52,6 +54,12 @@ def module() -> dict[str, Any]:
         "digest": hashlib.sha256(content).hexdigest()[:16],
         "isas": list(_extension.cpu.available_isas()),
     }
+
+
+def part_of(here: dict[str, Any], compiled: dict[str, Any]) -> str:
+    """The name of a machine's part in the report: the processor, and a digest of all that is known of machine and module."""
+    known = json.dumps([here, compiled], sort_keys=True)
+    return f"{here['cpu']}, {hashlib.sha256(known.encode()).hexdigest()[:8]}"
 
 
 def configurations(isas: list[str]) -> dict[str, dict[str, str]]:
@@ -178,18 +186,19 @@ def main(argv: list[str]) -> int:
         parser.error(f"there is no configuration {', '.join(sorted(unknown))}; there are {', '.join(chosen)}")
     with tempfile.TemporaryDirectory() as folder:
         path = options.report or (Path(folder) if arguments else RESULTS) / "any_machine.json"
-        depends = {"machine": here, "module": compiled, "sources": digest(PARTS), "arguments": arguments}
-        report = Report(path, depends, options.fresh)
+        report = Report(path, {"sources": digest(PARTS), "arguments": arguments}, options.fresh)
         if report.note:
             print(report.note, flush=True)
+        part = part_of(here, compiled)
+        report.keep(MACHINES, part, {"machine": here, "module": compiled})
         waiting = {"OMP_WAIT_POLICY": "passive"} if options.jobs > 1 else {}
         chosen = {name: {**chosen[name], **waiting} for name in options.only or chosen}
-        return go_on(report, chosen, arguments, 2 * here["cores"] + 1, options.jobs)
+        return go_on(report, part, chosen, arguments, 2 * here["cores"] + 1, options.jobs)
 
 
-def go_on(report: Report, chosen: dict[str, dict[str, str]], arguments: list[str], most: int, jobs: int) -> int:
-    """The exit status when every configuration is in the report or gave none."""
-    kept, lost = report.section("configurations"), False
+def go_on(report: Report, part: str, chosen: dict[str, dict[str, str]], arguments: list[str], most: int, jobs: int) -> int:
+    """The exit status when every configuration is in the report's part or gave none."""
+    kept, lost = report.section(part), False
     for name in [name for name in chosen if name in kept]:
         say(name, kept[name], " kept")
     with ThreadPoolExecutor(jobs) as pool:
@@ -205,7 +214,7 @@ def go_on(report: Report, chosen: dict[str, dict[str, str]], arguments: list[str
                 print(f"{name:<16} NO RESULT: {found}", flush=True)
                 lost = True
                 continue
-            report.keep("configurations", name, {**found, "environment": missing[name], "jobs": jobs})
+            report.keep(part, name, {**found, "environment": missing[name], "jobs": jobs})
             say(name, kept[name])
     failed = any(kept[name]["failed"] for name in chosen if name in kept)
     return 1 if failed else 2 if lost else 0

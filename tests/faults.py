@@ -1,6 +1,6 @@
 """Plants known faults in the sources and sees that the tests go red. Run by hand: ``python tests/faults.py [NAME ...]``.
 
-Not part of the suite: most faults compile kernels again. It needs a C++ compiler and takes about an hour on two cores.
+Not part of the suite: most faults compile kernels again. It needs a C++ compiler and takes about two hours on two cores.
 
 A copy of the repository is made in a temporary folder and built there as ``setup.py`` builds it, so that the module lies
 beside the copy's own Python files and is the one that is found. Without a fault the tests must be green there, or red would
@@ -8,7 +8,8 @@ mean nothing. Each fault is a change of text that must be found, so a fault whos
 
 Every result is kept in bench/results/faults.json as it comes. Started again, the script goes on with what is missing there, was an
 error, or belongs to a fault that has changed; with everything, if the sources, the tests or the machine have. ``--fresh`` runs
-everything. Exit status 0: every fault was seen; 1: one was not, or could not be planted, built or judged.
+everything; ``--jobs N`` runs N of them side by side, each in a copy of its own. Exit status 0: every fault was seen; 1: one was
+not, or could not be planted, built or judged.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import TypeVar
 
 import _faults_cpu
 import _faults_cuda
@@ -33,6 +38,7 @@ from _kept import RESULTS, ROOT, Report, digest, machine
 PARTS = ("csrc", "fused_resnet", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 FAULTS: tuple[Fault, ...] = (*_faults_cpu.FAULTS, *_faults_python.FAULTS, *_faults_graph.FAULTS, *_faults_cuda.FAULTS)
 BUILT = "build/faults"
+Item = TypeVar("Item")
 GREEN = "without a fault"
 PLANTED = "faults"
 
@@ -124,19 +130,51 @@ def _line(name: str, words: str, seconds: float) -> None:
     print(f"{name:<75} {words.splitlines()[0]} ({seconds:.0f} s)", flush=True)
 
 
-def _check_green(tests: list[str], copy: Copy, report: Report) -> None:
-    """Each of these tests without a fault, unless it is known to be green."""
-    for test in tests:
-        if report.section(GREEN).get(test, {}).get("verdict") == "green":
-            continue
-        start = time.perf_counter()
+def _over_copies(
+    copies: list[Copy], items: list[Item], judge: Callable[[Item, Copy], tuple[str, str]]
+) -> Iterator[tuple[Item, str, str, float]]:
+    """Each item with its verdict, a sentence without the copy's folder, and seconds, as they come; one item at a time in each copy."""
+    free: queue.SimpleQueue[Copy] = queue.SimpleQueue()
+    for copy in copies:
+        free.put(copy)
+
+    def one(item: Item) -> tuple[Item, str, str, float]:
+        copy = free.get()
         try:
-            verdict, words = ("red", "") if copy.red(test) else ("green", "")
-        except Broken as why:
-            verdict, words = "error", str(why)
-        seconds = time.perf_counter() - start
+            start = time.perf_counter()
+            verdict, words = judge(item, copy)
+            return item, verdict, words.replace(str(copy.folder), ""), time.perf_counter() - start
+        finally:
+            free.put(copy)
+
+    with ThreadPoolExecutor(len(copies)) as pool:
+        try:
+            for future in as_completed([pool.submit(one, item) for item in items]):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _without_fault(test: str, copy: Copy) -> tuple[str, str]:
+    """The verdict on a test where nothing is planted, green, red or error, and a sentence."""
+    try:
+        return ("red", "") if copy.red(test) else ("green", "")
+    except Broken as why:
+        return "error", str(why)
+
+
+def _run(missing: list[Fault], copies: list[Copy], report: Report) -> None:
+    """First the tests without a fault, unless they are known to be green, then the faults; each result is kept as it comes."""
+    green = report.section(GREEN)
+    tests = sorted({test for fault in missing for test in fault.tests if green.get(test, {}).get("verdict") != "green"})
+    for test, verdict, words, seconds in _over_copies(copies, tests, _without_fault):
         report.keep(GREEN, test, {"verdict": verdict, "words": words, "seconds": round(seconds, 1)})
         _line(f"no fault: {test}", words or verdict, seconds)
+    for fault, verdict, words, seconds in _over_copies(copies, missing, lambda fault, copy: _try(fault, copy, green)):
+        result = {"verdict": verdict, "words": words, "seconds": round(seconds, 1), "tests": fault.tests, "key": _key(fault)}
+        report.keep(PLANTED, fault.name, result)
+        _line(fault.name, words, seconds)
 
 
 def _done(fault: Fault, report: Report) -> bool:
@@ -151,7 +189,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="take over no result")
     where = RESULTS / "faults.json"
     parser.add_argument("--report", type=Path, default=where, help="the file in which results are kept (default: bench/results/faults.json)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many faults side by side (default: 1)")
     options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
     faults = [f for f in FAULTS if not options.name or any(word in f.name for word in options.name)]
     report = Report(options.report, {"machine": machine(), "sources": digest(PARTS)}, options.fresh)
     kept = report.section(PLANTED)
@@ -165,19 +206,11 @@ def main(arguments: list[str] | None = None) -> int:
     if missing:
         with tempfile.TemporaryDirectory(prefix="faults-") as folder:
             try:
-                copy = Copy(Path(folder).resolve())
+                copies = [Copy(Path(folder).resolve() / str(number)) for number in range(options.jobs)]
             except Broken as why:
                 print(why)
                 return 1
-            _check_green(sorted({test for fault in missing for test in fault.tests}), copy, report)
-            for fault in missing:
-                start = time.perf_counter()
-                verdict, words = _try(fault, copy, report.section(GREEN))
-                seconds = time.perf_counter() - start
-                words = words.replace(str(copy.folder), "")
-                result = {"verdict": verdict, "words": words, "seconds": round(seconds, 1), "tests": fault.tests, "key": _key(fault)}
-                report.keep(PLANTED, fault.name, result)
-                _line(fault.name, words, seconds)
+            _run(missing, copies, report)
     seen = [fault for fault in faults if kept[fault.name]["verdict"] == "seen"]
     for fault in faults:
         if fault not in seen:
