@@ -90,13 +90,10 @@ Block::Group Block::plan(i64 images, int threads, const Request& request) const 
       s.has_bias = s.has_bias || shape_.projection.has_bias;
     }
     // Chosen for the whole batch: the result depends neither on the size of a group nor on what that depends on.
-    Request wanted = request;
     ConvShape whole = s;
     whole.n = shape_.n;
-    wanted.automatic = false;
-    wanted.algorithm =
-        choose_algorithm(whole, current_table().dtype[int(dtype_)], cache_sizes(), request).algorithm;
-    g.stages.push_back({Convolution::make(s, dtype_, threads, wanted), index, in, shortcut, out});
+    const Choice choice = choose_algorithm(whole, current_table().dtype[int(dtype_)], cache_sizes(), request);
+    g.stages.push_back({Convolution::make(s, dtype_, threads, choice), index, in, shortcut, out});
     g.shared = std::max(g.shared, align64(g.stages.back().convolution->shared_bytes()));
     g.thread = std::max(g.thread, align64(g.stages.back().convolution->thread_bytes()));
   };

@@ -44,7 +44,7 @@ class Block {
   bool run(const BlockOperands& operands) const;
 
   // Main path in order, then the projection; for packing and for what they say. Null: joined.
-  const Convolution* convolution(std::size_t i) const { return groups_.front().stages[stage_of_[i]].convolution.get(); }
+  const Convolution* convolution(std::size_t i) const { return groups_.front().stages[stage_of_.at(i)].convolution.get(); }
   std::size_t convolutions() const { return stage_of_.size(); }
   bool joined() const { return joined_; }
   std::string describe() const;

@@ -20,9 +20,12 @@ Convolution::Convolution(const ConvShape& shape, DType dtype, int threads, const
 
 std::unique_ptr<Convolution> Convolution::make(const ConvShape& shape, DType dtype, int threads, const Request& request) {
   shape.validate();
-  const DTypeKernels& kernels = current_table().dtype[int(dtype)];
-  threads = shape.macs() < serial_macs(kernels) ? 1 : std::max(threads, 1);
-  const Choice choice = choose_algorithm(shape, kernels, cache_sizes(), request);
+  return make(shape, dtype, threads, choose_algorithm(shape, current_table().dtype[int(dtype)], cache_sizes(), request));
+}
+
+std::unique_ptr<Convolution> Convolution::make(const ConvShape& shape, DType dtype, int threads, const Choice& choice) {
+  shape.validate();
+  threads = shape.macs() < serial_macs(current_table().dtype[int(dtype)]) ? 1 : std::max(threads, 1);
   if (choice.algorithm == Algorithm::direct) return std::make_unique<DirectConvolution>(shape, dtype, threads, choice);
   return std::make_unique<WinogradConvolution>(shape, dtype, threads, choice);
 }

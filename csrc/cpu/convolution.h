@@ -29,6 +29,8 @@ class Convolution {
  public:
   // Throws std::invalid_argument or std::overflow_error for a shape that cannot be computed.
   static std::unique_ptr<Convolution> make(const ConvShape& shape, DType dtype, int threads, const Request& request = {});
+  // By a choice that was made for the shape, or for one that differs in its batch alone.
+  static std::unique_ptr<Convolution> make(const ConvShape& shape, DType dtype, int threads, const Choice& choice);
   virtual ~Convolution() = default;
   Convolution(const Convolution&) = delete;
   Convolution& operator=(const Convolution&) = delete;
