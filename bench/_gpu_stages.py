@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
-from fused_resnet import _extension, _gpu, _machine, cases, testing
+from fused_resnet import _extension, _machine, cases, testing
 from fused_resnet.cases import BlockCase, ConvCase
 from fused_resnet.cli import _gpu_contest as contest
 from fused_resnet.cli import _gpu_modules as modules
 from fused_resnet.cli import _gpu_peers as peers
 from fused_resnet.cli._gpu_timing import Turns, compete, release, sentence
+from fused_resnet.ops import cuda, select
 
 Job = tuple[str, Callable[[], dict[str, Any]]]
 BATCHES = (256, 32, 1)
@@ -217,8 +218,8 @@ def tiles(device: torch.device, smoke: bool, compiled: bool, effort: contest.Eff
             if key in seen:
                 continue
             seen.add(key)
-            small = case.flops(batch) <= 2 * 8 * _gpu._SMALL and device.type == "cuda"
-            mine = [tile for tile in _gpu.tiles() if f" {_name(dtype)} " in tile] if device.type == "cuda" else []
+            small = case.flops(batch) <= 2 * 8 * select.SMALL_ON_CUDA and device.type == "cuda"
+            mine = [tile for tile in cuda.tiles() if f" {_name(dtype)} " in tile] if device.type == "cuda" else []
             names = ["auto", *mine, *(["general"] if small else [])]
             yield key, partial(contest.tiles, case.at(batch), dtype, device, names, effort)
 

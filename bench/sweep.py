@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 
 import fused_resnet
-from fused_resnet import _kernels, _machine, _timing
+from fused_resnet import _machine, _timing
 from fused_resnet.cli._common import progress, write_json
+from fused_resnet.ops import plans, spec
 
 CHANNELS = (3, 8, 16, 17, 32, 48, 64, 96, 128, 256, 512)
 SIZES = (4, 7, 8, 14, 16, 28, 31, 56, 112)
@@ -45,15 +46,13 @@ def measure(n: int, c: int, size: int, kernel: int, stride: int, memory_format: 
     if not torch.allclose(eager(), fused(), rtol=1e-3, atol=1e-4):
         raise SystemExit(f"wrong result: {n} x {c} channels @ {size}, kernel {kernel}, stride {stride}")
     timings = _timing.interleave({"eager": eager, "fused": fused}, repeat=9, seconds=most, least=1e-3)
-    plan = _kernels.cached(
-        fused_resnet.ops._plan_of_call, x, w, b, s, stride, pad, 1, 1, True  # what the call above has used
-    )
+    plan = plans.find(spec.geometry_of_call, x, w, b, s, stride, pad, 1, 1, True)  # what the call above has used
     times = {name: timing.as_dict()["median_ms"] for name, timing in timings.items()}
     return {
         **times,
         "ratio": times["eager"] / times["fused"],
         "contested": any(timing.as_dict()["contested"] for timing in timings.values()),
-        "algorithm": "library" if plan is None or plan.kernel is None else plan.kernel.algorithm,  # type: ignore[attr-defined]
+        "algorithm": "library" if plan.kernel is None else plan.kernel.algorithm,
     }
 
 

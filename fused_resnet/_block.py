@@ -14,17 +14,15 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module as nn_module
-from torch.utils._device import DeviceContext
 
-from ._arguments import DTYPES
-from ._derived import Store
+from ._compat import GLOBAL_HOOKS, TENSORS, constant_result, has_function_mode, is_traced, transformed
 from ._residual import Bound, Residual, bind, execute
 from ._stem import BoundStem, Stem, bind_stem, execute_stem, match_stem
 from .graph.facts import Facts
 from .graph.ir import Refused
-from .graph.match import TENSORS, match, only_input
+from .graph.match import match, only_input
+from .ops.derived import Store
+from .ops.spec import LEGAL_DTYPES
 
 
 class State:
@@ -86,7 +84,7 @@ class FusedBlock:
         state = self._fused_resnet
         if torch.compiler.is_compiling():
             reads = _watched(self)
-            if reads is not None and x.dim() == 4 and x.dtype in DTYPES.get(x.device.type, ()):
+            if reads is not None and x.dim() == 4 and x.dtype in LEGAL_DTYPES.get(x.device.type, ()):
                 _read(self, reads)
                 for reader in state.current.facts.readers:  # type: ignore[union-attr]
                     reader()
@@ -101,7 +99,7 @@ class FusedBlock:
         bound = current.bound
         if bound is not None:
             ready = bound.store.ready if type(bound) is Bound and bound.store is not None else None
-            if ready is not None and type(x) is Tensor and not any(_GLOBAL_HOOKS):
+            if ready is not None and type(x) is Tensor and not any(GLOBAL_HOOKS):
                 y: Tensor | None = ready(x)
                 if y is not None:
                     return y
@@ -183,7 +181,7 @@ def refresh(block: Any, state: State) -> Decision:
     return current
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def _watched(block: Any) -> tuple[tuple[Any, ...], ...] | None:
     """What the description depends on if it holds, decided once while torch.compile or torch.export traces the block."""
     state = block._fused_resnet
@@ -211,20 +209,7 @@ def _read(block: Any, reads: tuple[tuple[Any, ...], ...]) -> None:
         value is None  # noqa: B015  a value that is not used is not guarded
 
 
-def _is_watched() -> bool:
-    """Whether a mode for functions of torch is active that does more than choose the device of what is made."""
-    modes = torch.overrides._get_current_function_mode_stack()
-    return any(not isinstance(mode, DeviceContext) for mode in modes)
-
-
 _warned: set[str] = set()
-# torch's own registries: one of them is not empty as long as a global module hook is registered.
-_GLOBAL_HOOKS = (
-    nn_module._global_forward_pre_hooks,
-    nn_module._global_forward_hooks,
-    nn_module._global_backward_pre_hooks,
-    nn_module._global_backward_hooks,
-)
 
 
 def _obstacle(x: Any) -> bool:
@@ -234,15 +219,15 @@ def _obstacle(x: Any) -> bool:
             reason = "its input is a nested tensor"
         elif type(x) not in TENSORS:
             reason = f"its input is a {type(x).__name__}, which may compute otherwise"
-        elif torch._C._len_torch_function_stack() and _is_watched():
+        elif has_function_mode():
             reason = "a mode of torch.overrides wants to see its operations"
-        elif x.dim() != 4 or x.layout is not torch.strided or x.dtype not in DTYPES.get(x.device.type, ()):
+        elif x.dim() != 4 or x.layout is not torch.strided or x.dtype not in LEGAL_DTYPES.get(x.device.type, ()):
             reason = f"its input is {x.dim()}-dimensional, {x.dtype}, {x.layout} on {x.device.type}"
-        elif forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        elif transformed():
             reason = "torch.func transforms and forward-mode gradients need it"
-        elif any(_GLOBAL_HOOKS):
+        elif any(GLOBAL_HOOKS):
             reason = "a global module hook wants to see its submodules"
-        elif torch._C._is_tracing():
+        elif is_traced():
             reason = "torch.jit.trace records its own operations, which run without this package"
         else:
             return False

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ._arguments import is_channels_last
-from ._derived import Store, derive
+from ._compat import dispatch_modes
 from ._extension import cpu
+from .ops.derived import Store, derive
+from .ops.spec import LOW_PRECISION, is_channels_last
 
-_LOW = (torch.bfloat16, torch.float16)
 Sources = tuple[Tensor, "Tensor | None", "Tensor | None", "Tensor | None", Tensor, Tensor]
 
 
@@ -37,7 +37,7 @@ def folded(conv: nn.Module, norm: Any, compiling: bool, store: Store | None) -> 
         return fold(*sources, norm.eps)
     sources = sources_of(conv, norm)
     if (torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in sources])) or (
-        torch._C._len_torch_dispatch_stack()  # a fake or logging mode: its tensors must not outlive it in a cache
+        dispatch_modes()  # a fake or logging mode: its tensors must not outlive it in a cache
     ):
         return fold(*sources, norm.eps)
     eps = norm.eps
@@ -55,7 +55,7 @@ def _check(weight: Tensor, mean: Tensor, eps: float, **vectors: Tensor | None) -
             raise RuntimeError(f"{name} must have shape [{weight.shape[0]}], got {[*t.shape]}")
     if eps < 0:
         raise ValueError(f"eps must not be negative, got {eps}")
-    if mean.dtype != weight.dtype and not (weight.dtype in _LOW and mean.dtype == torch.float32):
+    if mean.dtype != weight.dtype and not (weight.dtype in LOW_PRECISION and mean.dtype == torch.float32):
         names = [str(t.dtype).removeprefix("torch.") for t in (weight, mean)]
         raise TypeError(f"running_mean must have the convolution's dtype {names[0]}, got {names[1]}")
 
@@ -75,7 +75,7 @@ def fold(
     are bitwise the same. Low precision folds in float32.
     """
     _check(weight, mean, eps, running_var=var, bias=bias, norm_weight=gamma, norm_bias=beta)
-    dtype = torch.float32 if weight.dtype in _LOW else weight.dtype
+    dtype = torch.float32 if weight.dtype in LOW_PRECISION else weight.dtype
     scale = torch.rsqrt(var.to(dtype) + eps)
     shift = -mean.to(dtype) if bias is None else bias.to(dtype) - mean.to(dtype)
     shift = shift * scale
@@ -98,7 +98,7 @@ def library_fold(
 ) -> tuple[Tensor, Tensor]:
     """As ``fold``, by torch's own function; not differentiable."""
     _check(weight, mean, eps, running_var=var, bias=bias, norm_weight=gamma, norm_bias=beta)
-    dtype = torch.float32 if weight.dtype in _LOW else weight.dtype
+    dtype = torch.float32 if weight.dtype in LOW_PRECISION else weight.dtype
     b, g, t = (None if s is None else s.to(dtype) for s in (bias, gamma, beta))
     new_weight, new_bias = fuse_conv_bn_weights(weight.to(dtype), b, mean.to(dtype), var.to(dtype), eps, g, t)
     product = new_weight.detach().to(weight.dtype)

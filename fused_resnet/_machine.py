@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from . import _extension, _gpu
+from . import _extension
+from .ops.plans import backends
 
 # Flags of /proc/cpuinfo that matter to a convolution.
 _FLAGS = ("sse4_2", "avx", "f16c", "fma", "avx2", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
@@ -106,7 +107,7 @@ def cuda() -> dict[str, Any]:
     if module is None:
         return {**found, "kernels": False, "why": _extension.cuda_missing()}
     for i, device in enumerate(devices):
-        device["why_not"] = _gpu.why_no_kernels(torch.device("cuda", i))
+        device["why_not"] = backends.cuda.why_no_kernels(torch.device("cuda", i))
     return {**found, "kernels": True, "build": dict(module.BUILD), "tiles": list(module.tiles())}
 
 

@@ -16,13 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _gpu, _whole
-from ._arguments import is_channels_last
-from ._derived import Store
+from . import _whole
+from ._compat import nobody_listens
 from ._extension import cpu
 from ._fold import folded, sources_of
-from .ops import bias_add_relu, conv_bias_add_relu, nobody_listens
+from ._settings import Plans
+from .ops.api import bias_add_relu, conv_bias_add_relu
+from .ops.derived import Store
+from .ops.plans import backends, joined
+from .ops.spec import is_channels_last
 
+_MOST_PLANS = 256  # of one block: beyond, start over
 # Functions without side effects that may stand in a path, by the name under which a description keeps them.
 FUNCTIONS: dict[str, Callable[..., Any]] = {"getitem": operator.getitem, "pad": F.pad, "avg_pool2d": F.avg_pool2d}
 
@@ -91,7 +95,7 @@ class Bound(NamedTuple):
     inplace: bool
     relu: bool
     kind: str | None  # of its shortcut, where it can be executed as a whole: see _whole.run
-    plans: dict[Any, Any]
+    plans: Plans
     store: Store | None  # None while compiling
 
     def clear(self) -> None:
@@ -138,7 +142,7 @@ def bind(module: nn.Module, description: Residual, store: Store | None) -> Bound
         description.inplace,
         description.relu,
         kind,
-        {},
+        Plans(_MOST_PLANS),
         store,
     )
 
@@ -152,7 +156,7 @@ def execute(block: Bound, x: Tensor, compiling: bool) -> Tensor:
     h = run_steps(block.main, x, compiling)
     if block.shortcut is None:
         return _layer(block.last, h, None, block.relu, compiling)
-    if block.kind == "projection" and not compiling and _gpu.serves(h):
+    if block.kind == "projection" and not compiling and backends.of(h).on_gpu:
         y = _joined(block, h, x)
         if y is not None:
             return y
@@ -176,7 +180,8 @@ def _joined(block: Bound, h: Tensor, x: Tensor) -> Tensor | None:
         for layer in (last, step)
     ]
     conv = last.conv
-    return _gpu.joined(h, layers[0], x, layers[1], conv.stride, conv.padding, conv.dilation, conv.groups, step.conv.stride, block.relu)
+    parameters = conv.stride, conv.padding, conv.dilation, conv.groups
+    return joined(h, layers[0], parameters, x, layers[1], step.conv.stride, block.relu)
 
 
 def _is_projection(conv: nn.Conv2d) -> bool:
@@ -185,7 +190,7 @@ def _is_projection(conv: nn.Conv2d) -> bool:
 
 def _execute_whole(block: Bound, x: Tensor) -> Tensor | None:
     """The block as one call, or None where it has to go layer by layer."""
-    if not nobody_listens(x) or _gpu.serves(x):
+    if not nobody_listens(x) or backends.of(x).on_gpu:
         return None
     ready = _ready(block, x)
     layers = []

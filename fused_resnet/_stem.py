@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._derived import Store
 from ._residual import Bound, BoundCall, BoundLayer, Call, Layer, Residual, Step, bind, bind_step, execute, run_steps
 from .graph import analysis, calls
 from .graph.facts import Facts
 from .graph.ir import Graph, Node, Refused
 from .graph.match import Matcher, only_input, plain_value
+from .ops.derived import Store
 
 # Functions of one tensor and constants, by the name under which a description keeps them; methods of tensors under the same.
 FUNCTIONS: dict[str, Callable[..., Any]] = {

@@ -15,16 +15,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _derived, _kernels, _numerics
-from ._arguments import SUSPICIOUS, address, check_convolution, check_operands, is_channels_last, output_format
-from ._derived import Entry, Source, Store, find
+from . import _settings
+from ._compat import is_quiet, nobody_listens
 from ._extension import cpu
 from ._fold import library_fold
-from ._select import cpu_reasons
-from .ops import geometry, is_quiet, nobody_listens
+from .ops import derived
+from .ops.derived import Entry, Source, Store, find
+from .ops.select import why_general_on_cpu
+from .ops.spec import SUSPICIOUS, ConvSpec, address, check_operands, dtype_name, geometry_of_call, spec_of
 
-_UNKNOWN: Any = object()
-_MOST_PLANS = 256  # of one block
 _NO_STRIDES = (0, 0, 0, 0)
 
 
@@ -76,7 +75,7 @@ class Result(NamedTuple):
 
 
 def run(
-    plans: dict[Any, Any],
+    plans: _settings.Plans,
     store: Store | None,
     layers: Sequence[Operand],
     x: Tensor,
@@ -99,16 +98,11 @@ def run(
         None if shortcut is None else (shortcut.shape, shortcut.stride(), shortcut.dtype),
         tuple([layer.key() for layer in layers]),
         torch.get_num_threads(),
-        _numerics.setting,
+        _settings.number,
     )
-    plan = plans.get(key, _UNKNOWN)
-    if plan is _UNKNOWN:
-        changes = _numerics.changes
-        plan = _plan(layers, x, shortcut, kind, main_is_left)
-        if len(plans) >= _MOST_PLANS:
-            plans.clear()
-        if changes == _numerics.changes:
-            plans[key] = plan
+    plan = plans.kept.get(key, _settings.UNKNOWN)
+    if plan is _settings.UNKNOWN:
+        plan = plans.make(key, lambda: _plan(layers, x, shortcut, kind, main_is_left))
     if plan is None:
         return None
     found: Result = plan(store, layers, x, shortcut)
@@ -119,20 +113,23 @@ def _like(t: Tensor) -> Tensor:
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
-def _describe(layer: Operand, h: Tensor) -> tuple[tuple[Any, ...], Tensor] | None:
-    """A layer as the compiled module takes it, and its output as a meta tensor; None if it is not for our kernels."""
+def _spec(layer: Operand, h: Tensor) -> ConvSpec | None:
+    """A layer of the input ``h``; None if it is not for our kernels."""
     weight, bias = (None if t is None else _like(t) for t in layer.sources[:2])
     assert weight is not None
     try:
-        stride, padding, dilation = geometry(weight, layer.stride, layer.padding, layer.dilation, layer.groups)
-        shape = check_convolution(h, weight, bias, None, stride, padding, dilation, layer.groups)
+        geometry = geometry_of_call(weight, layer.stride, layer.padding, layer.dilation, layer.groups)
+        spec = spec_of(h, weight, bias, None, geometry, layer.relu)
     except (TypeError, ValueError):
         return None  # layer by layer, it raises the same error
-    if cpu_reasons("cpu", h.dtype, h.shape, weight.shape, stride, padding, dilation, layer.groups, is_channels_last(h)):
-        return None
-    output = torch.empty(shape, dtype=h.dtype, device="meta", memory_format=output_format(h, weight, shape))
-    has_bias = layer.eps is not None or bias is not None
-    return (tuple(weight.shape), shape, stride, (padding.top, padding.left), dilation, has_bias, layer.relu), output
+    return None if why_general_on_cpu(spec) else spec
+
+
+def _described(layer: Operand, spec: ConvSpec) -> tuple[Any, ...]:
+    """As the compiled module takes a block's layer."""
+    stride, padding, dilation, _ = spec.geometry
+    has_bias = layer.eps is not None or spec.bias is not None
+    return spec.weight.shape, spec.output.shape, stride, (padding.top, padding.left), dilation, has_bias, spec.relu
 
 
 def _plan(
@@ -144,20 +141,21 @@ def _plan(
     main = len(layers) - (kind == "projection")
     added = x if kind == "identity" else shortcut
     for i, layer in enumerate(layers):
-        found = _describe(layer, h if i < main else _like(x))
-        if found is None:
+        spec = _spec(layer, h if i < main else _like(x))
+        if spec is None:
             return None
-        described.append(found[0])
+        described.append(_described(layer, spec))
+        output = torch.empty_strided(*spec.output, dtype=x.dtype, device="meta")
         if i < main:
-            h = found[1]
+            h = output
         else:
-            added = found[1]
+            added = output
     if added is not None and (
         added.shape != h.shape or added.dtype != h.dtype or not (main_is_left or added.stride() == h.stride())
     ):
         return None
     arguments = (
-        _kernels.DTYPES[x.dtype],
+        dtype_name(x.dtype),
         tuple(x.shape),
         x.stride(),
         described[:main],
@@ -167,13 +165,13 @@ def _plan(
         h.stride(),
         torch.get_num_threads(),
     )
-    strict = _numerics.current == "strict"
+    strict = _settings.current.numerics == "strict"
 
     def make(algorithm: str) -> tuple[Any, list[Packer]]:
         block = cpu.Block(*arguments, algorithm, strict)
         return block, [_packer(block, i, main) for i in range(block.convolutions)]
 
-    block, packers = make(_kernels.algorithm())
+    block, packers = make(_settings.current.algorithm)
     direct = functools.cache(lambda: make("direct"))
     shape, strides = h.shape, h.stride()
     as_input = torch.empty_like(_like(x)).stride() == strides and x.shape == shape  # then there is less to parse
@@ -257,7 +255,7 @@ class Ready:
         self.tensors = [d[name] for d, name in places]
         self.settings = [(d, get, get(d)) for d, get in settings]
         self.shape, self.strides, self.dtype = x.shape, x.stride(), x.dtype
-        self.environment = torch.get_num_threads(), _numerics.setting, _derived.generation
+        self.environment = torch.get_num_threads(), _settings.number, derived.generation
         self.shortcut = shortcut
         self.added: Any = None  # the shortcut's layout
 
@@ -292,7 +290,7 @@ class Ready:
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """The output for ``x``, a plain tensor outside of torch.compile; or None if something has changed."""
-        now = torch.get_num_threads(), _numerics.setting, _derived.generation
+        now = torch.get_num_threads(), _settings.number, derived.generation
         if now != self.environment or not is_quiet():  # before anything is read of x: torch.jit.trace would record that
             return None
         try:

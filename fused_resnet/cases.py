@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _plain
-from ._arguments import Pair, output_size
+from .ops.spec import Pair, output_size
 
 __all__ = ["AWKWARD", "BLOCKS", "CONVS", "NETWORKS", "BlockCase", "ConvCase", "Operands", "find"]
 

@@ -14,11 +14,12 @@ from typing import Any
 
 from torch import nn
 
-from . import _extension, _gpu
 from ._block import Decision, FusedBlock, State, forward_like
 from ._residual import Call, Layer, Residual
 from .graph.ir import Refused
 from .graph.recorder import find, walk
+from .ops.plans import backends
+from .ops.select import why_groups
 
 __all__ = ["FusionEntry", "FusionReport", "fuse_", "unfuse_"]
 
@@ -271,13 +272,8 @@ def _why_general(module: nn.Module, description: Residual) -> str:
     """What is known without an input about the convolutions that take the general path; "" if nothing is."""
     steps = [*description.main, *(description.shortcut or ())]
     convs: list[Any] = [find(module, step.conv) for step in steps if isinstance(step, Layer)]
-    devices = {conv.weight.device for conv in convs}
-    for device in sorted(devices, key=str):
-        if device.type == "cuda" and _gpu.why_no_kernels(device):
-            return _gpu.why_no_kernels(device)
-        if device.type not in ("cpu", "cuda"):
-            return f"the block is on {device.type}"
-    if any(device.type == "cpu" for device in devices) and _extension.cpu is None:
-        return _extension.missing
-    groups = sorted({conv.groups for conv in convs} - {1})
-    return f"groups = {groups[0]}" if groups else ""
+    for weight in sorted([conv.weight for conv in convs], key=lambda weight: (weight.is_cpu, str(weight.device))):
+        why = backends.of(weight).why_no_kernels(weight.device)
+        if why:
+            return why
+    return "; ".join(why_groups(min({conv.groups for conv in convs} - {1}, default=1)))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._block import FusedBlock, State
-from .ops import conv_bias_add_relu
+from .ops.api import conv_bias_add_relu
 
 __all__ = ["BasicBlock", "Bottleneck", "ConvBiasAddReLU2d", "PlainBlock", "PlainBottleneck", "ZeroPadShortcut"]
 

@@ -15,9 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_resnet
-from fused_resnet import _kernels, reference, testing, why_not
-from fused_resnet._arguments import check_convolution, pad, pair
+from fused_resnet import _extension, reference, testing, why_not
 from fused_resnet.cases import ConvCase, Operands
+from fused_resnet.ops.cpu import CpuBackend, CpuPlan
+from fused_resnet.ops.spec import geometry_of_call, spec_of
 
 ROOT = Path(__file__).parent.parent
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -47,13 +48,11 @@ def plan_of(
     dilation: Any = 1,
     groups: int = 1,
     relu: bool = True,
-) -> _kernels.Plan:
+) -> CpuPlan:
     """Our kernel for a call, also where the general path is chosen for its speed. ``.kernel`` tells about it."""
     assert groups == 1
-    stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
-    padding = pad(padding, operands.weight, stride, dilation)
-    shape = check_convolution(*operands, stride, padding, dilation, groups)
-    return _kernels._plan(shape, *operands, stride, padding, dilation, relu, torch.get_num_threads())
+    spec = spec_of(*operands, geometry_of_call(operands.weight, stride, padding, dilation, groups), relu)
+    return CpuPlan(spec, CpuBackend(_extension.cpu, _extension.missing))
 
 
 def kernel_function(input: Tensor, weight: Tensor, bias: Any, shortcut: Any, **parameters: Any) -> Tensor:

@@ -26,7 +26,7 @@ import pybind11
 import torch
 from torch import Tensor
 
-from fused_resnet._arguments import check_convolution, is_channels_last, output_format, pad, pair
+from fused_resnet.ops.spec import Geometry, check_convolution, geometry_of_call, is_channels_last, output_format, pair
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("csrc/cuda/host.cpp", "csrc/cuda/general.cpp", "tests/cpp/cuda_host.cpp")
@@ -147,8 +147,7 @@ def call(
     joined: tuple[Tensor, Tensor, Any] | None = None,
 ) -> Any:
     """The module's Convolution for tensors. ``joined``: input, weight [K, C, 1, 1] and stride of a projection that is added."""
-    stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
-    pads = pad(padding, weight, stride, dilation)
+    geometry = geometry_of_call(_stand_in(weight), stride, padding, dilation, groups)
     extra = None
     if joined is not None:
         x, w, steps = joined
@@ -158,9 +157,9 @@ def call(
         _four(input.shape),
         _four(weight.shape),
         _four(output.shape),
-        list(stride),
-        [pads[0], pads[2]],
-        list(dilation),
+        list(geometry.stride),
+        [geometry.padding.top, geometry.padding.left],
+        list(geometry.dilation),
         groups,
         _four(input.stride()),
         _four(weight.stride()),
@@ -193,19 +192,21 @@ def convolution(
     skew: int = 0,
 ) -> Tensor:
     """``conv_bias_add_relu`` by the general CUDA kernel on the host. ``skew``: the output is not aligned."""
-    steps, dilations = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
-    pads = pad(padding, weight, steps, dilations)
-    shape = check_shape(input, weight, steps, pads, dilations, groups)
+    shape = check_shape(input, weight, geometry_of_call(_stand_in(weight), stride, padding, dilation, groups))
     bias = None if bias is None else bias.contiguous()
     with guarded(shape, input.dtype, output_format(input, weight, shape), skew) as output:
         call(output, input, weight, bias, shortcut, stride, padding, dilation, groups, relu, joined).run(tile, wide)
     return output
 
 
-def check_shape(input: Tensor, weight: Tensor, stride: Any, pads: Any, dilation: Any, groups: int) -> Any:
-    """The output's shape, from stand-ins of one element: the check's refusal of float16 on the CPU is not about these kernels."""
-    x, w = (torch.empty(()).expand(t.shape) for t in (input, weight))
-    return check_convolution(x, w, None, None, stride, pads, dilation, groups)
+def _stand_in(t: Tensor) -> Tensor:
+    """Of one element, in float32: the checks' refusal of float16 on the CPU is not about these kernels."""
+    return torch.empty(()).expand(t.shape)
+
+
+def check_shape(input: Tensor, weight: Tensor, geometry: Geometry) -> Any:
+    """The output's shape."""
+    return check_convolution(_stand_in(input), _stand_in(weight), None, None, geometry)
 
 
 def result_format(t: Tensor) -> torch.memory_format:

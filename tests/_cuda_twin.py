@@ -1,4 +1,4 @@
-"""The CUDA module's twin for the host: csrc/cuda/bindings.cpp over the kernels as the host runs them. With ``_gpu.use_twin`` CPU
+"""The CUDA module's twin for the host: csrc/cuda/bindings.cpp over the kernels as the host runs them. With ``CudaBackend(twin)`` CPU
 tensors take the way of CUDA tensors, from the operator down to the device functions."""
 
 from __future__ import annotations

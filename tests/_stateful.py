@@ -20,7 +20,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor, nn
 
 import fused_resnet
-from fused_resnet import _derived, _extension, _kernels, _numerics, _plain, reference
+from fused_resnet import _extension, _plain, _settings, reference
+from fused_resnet.ops import derived
 
 # ||ours - expected|| / ||expected||, per dtype. Winograd F(4x4, 3x3) of 64 channels has 1e-6 (bench/results/numerics.json), a block of two
 # such layers and batch norm over few pixels a few times that; bfloat16 has 2^-9 for each rounding, of which a twin's block has six.
@@ -106,7 +107,7 @@ class Sequences(RuleBasedStateMachine):
         self.call: dict[str, Any] = {"uses": [(7, 1)], "batch": 1, "memory_format": FORMATS[1], "grad": False, "shortcut": False, "seed": 0}
         self.block_call: dict[str, Any] = {"size": 8, "batch": 1, "memory_format": FORMATS[1], "mode": "no_grad", "times": 2, "seed": 0}
         cpu = _extension.cpu
-        self.before = torch.get_num_threads(), _numerics.current, _kernels.algorithm(), None if cpu is None else cpu.isa()
+        self.before = torch.get_num_threads(), _settings.current.numerics, _settings.current.algorithm, None if cpu is None else cpu.isa()
 
     @initialize()
     def start(self) -> None:
@@ -115,10 +116,10 @@ class Sequences(RuleBasedStateMachine):
     def teardown(self) -> None:
         threads, numerics, algorithm, isa = self.before
         torch.set_num_threads(threads)
-        _numerics.set_numerics(numerics)
-        _kernels.use_algorithm(algorithm)
+        _settings.set_numerics(numerics)
+        _settings.change(algorithm=algorithm)
         if isa is not None:
-            _kernels.use_isa(isa)
+            _settings.use_isa(isa)
         self.weights.clear()
         self.blocks.clear()
 
@@ -238,7 +239,7 @@ class Sequences(RuleBasedStateMachine):
                 return block(x), None
         x = x.clone().requires_grad_()
         y = block(x)
-        # Not the weights' gradients: the library's own of a projection of few channels is wrong (``_operators._writes_beyond_its_buffer``).
+        # Not the weights' gradients: the library's own of a projection of few channels is wrong (``ops.autograd._writes_beyond_its_buffer``).
         return y, torch.autograd.grad(y.sum(), x)[0]
 
     def compare_block(self, pair: tuple[Any, Any]) -> None:
@@ -297,12 +298,12 @@ class Sequences(RuleBasedStateMachine):
     )
     def settings(self, numerics: str, algorithm: str, threads: int, isa: int) -> None:
         steps["settings"] += 1
-        _numerics.set_numerics(numerics)
-        _kernels.use_algorithm(algorithm)
+        _settings.set_numerics(numerics)
+        _settings.change(algorithm=algorithm)
         torch.set_num_threads(threads)
         if _extension.cpu is not None and isa < 4:
             names = _extension.cpu.available_isas()
-            _kernels.use_isa(names[isa % len(names)])
+            _settings.use_isa(names[isa % len(names)])
 
     @rule(unseen=st.booleans())
     def clear(self, unseen: bool) -> None:
@@ -312,7 +313,7 @@ class Sequences(RuleBasedStateMachine):
             for t in (*self.weights, *(b.conv1.weight for pair in self.blocks for b in pair)):
                 one_element(t.data)
         fused_resnet.clear_derived()
-        assert not _derived._entries
+        assert not derived._entries
         for weight in self.weights:
             self.compare_operator(weight)
         for pair in self.blocks:
@@ -321,6 +322,6 @@ class Sequences(RuleBasedStateMachine):
     @invariant()
     def nothing_is_kept_of_what_is_gone(self) -> None:
         """Beside no storages but those of the pool's tensors and of what is folded from the blocks' parameters."""
-        if len(_derived._entries) > 8 * MOST:
+        if len(derived._entries) > 8 * MOST:
             gc.collect()
-        assert len(_derived._entries) <= 8 * MOST, "derived values pile up"
+        assert len(derived._entries) <= 8 * MOST, "derived values pile up"

@@ -48,8 +48,8 @@ os.replace = hold
 # `fused-resnet` by direct convolution.
 DIRECT = """
 import sys
-from fused_resnet import _kernels, cli
-_kernels.use_algorithm("direct")
+from fused_resnet import _settings, cli
+_settings.change(algorithm="direct")
 sys.exit(cli.main(sys.argv[1:]))
 """
 

@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from fused_resnet import _extension, _kernels, _numerics
+from fused_resnet import _extension, _settings
 
 
 @pytest.fixture(autouse=True)
@@ -22,17 +22,15 @@ def same_start() -> Iterator[None]:
     threads = torch.get_num_threads()
     cpu = _extension.cpu
     isa = None if cpu is None else cpu.isa()
-    algorithm, numerics = _kernels._algorithm, _numerics.current
+    settings = _settings.current
     torch.manual_seed(0)
     yield
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     if cpu is not None and cpu.isa() != isa:
-        _kernels.use_isa(isa)
-    if _kernels._algorithm != algorithm:
-        _kernels.use_algorithm(algorithm)
-    if _numerics.current != numerics:
-        _numerics.set_numerics(numerics)
+        _settings.use_isa(isa)
+    if _settings.current != settings:
+        _settings.change(**settings._asdict())
 
 
 @pytest.fixture
@@ -70,7 +68,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(params=_extension.cpu.available_isas() if _extension.cpu is not None else ["none"])
 def isa(request: pytest.FixtureRequest, kernels: ModuleType) -> str:
     """Each instruction set of this machine in turn, in force during the test."""
-    _kernels.use_isa(request.param)
+    _settings.use_isa(request.param)
     assert kernels.isa() == request.param
     return str(request.param)
 
@@ -78,17 +76,17 @@ def isa(request: pytest.FixtureRequest, kernels: ModuleType) -> str:
 @pytest.fixture(params=["direct", "winograd2", "winograd4"])
 def algorithm(request: pytest.FixtureRequest, kernels: ModuleType) -> str:
     """Each algorithm in turn, in force wherever it can compute the shape; or those that ``parametrize(..., indirect=True)`` names."""
-    _kernels.use_algorithm(request.param)
+    _settings.change(algorithm=request.param)
     return str(request.param)
 
 
 @pytest.fixture
 def integers_stay_exact(same_start: None) -> None:
     """Strict numerics in force: the algorithm is chosen as ever, and whatever is chosen is exact on small integers."""
-    _numerics.set_numerics("strict")
+    _settings.set_numerics("strict")
 
 
 @pytest.fixture
 def direct(kernels: ModuleType) -> None:
     """Direct convolution in force: for what is promised of it alone."""
-    _kernels.use_algorithm("direct")
+    _settings.change(algorithm="direct")

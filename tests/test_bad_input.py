@@ -285,3 +285,25 @@ assert _extension.cpu is None
     done = run_python(code)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "another version of this package (interface -1" in done.stderr
+
+
+def test_parameters_of_the_operator_are_no_call_s() -> None:
+    """Four numbers of padding are legal for ``torch.ops`` alone, also right after they were seen there."""
+    x, w = torch.ones(1, 4, 6, 6), torch.ones(4, 4, 3, 3)
+    for _ in range(2):
+        torch.ops.fused_resnet.conv_bias_add_relu(x, w, None, None, (1, 1), (1, 1, 1, 1), (1, 1), 1, True)
+        with pytest.raises(ValueError, match="padding must be an int or a pair of ints, got 4 numbers"):
+            fused_resnet.conv_bias_add_relu(x, w, None, None, (1, 1), (1, 1, 1, 1), (1, 1))
+        fused_resnet.conv_bias_add_relu(x, w, None, None, (1, 1), (1, 1), (1, 1))
+        with pytest.raises(ValueError, match="padding must have 4 numbers, got 2"):
+            torch.ops.fused_resnet.conv_bias_add_relu(x, w, None, None, (1, 1), (1, 1), (1, 1), 1, True)
+
+
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_an_output_that_cannot_be_counted(wants_gradient: bool) -> None:
+    for device, channels in itertools.product(("cpu", "meta"), (2**62, 2**61, 2**56)):
+        x = torch.ones(2, 1, 4, 4, requires_grad=wants_gradient, device=device)
+        weight = torch.ones(1, 1, 1, 1, device=device).expand(channels, 1, 1, 1)
+        for function in (fused_resnet.conv_bias_add_relu, fused_resnet.why_not):
+            with pytest.raises(ValueError, match=r"the output must have fewer than 2\*\*63 bytes, got the shape \[2, "):
+                function(x, weight)

@@ -22,9 +22,10 @@ from _calls import CONV, FORMATS, MASK, PASS, laid_out, name
 from torch import Tensor, nn
 
 import fused_resnet
-from fused_resnet import _derived, _extension, _gpu, _kernels, _numerics, _plain, cases, reference, testing
+from fused_resnet import _extension, _plain, _settings, cases, reference, testing
 from fused_resnet.cases import AWKWARD, CONVS, ConvCase, Operands
 from fused_resnet.cli import _gpu_contest, check
+from fused_resnet.ops import cuda, derived, plans
 
 DEVICE = torch.device(os.environ.get("FUSED_RESNET_TEST_DEVICE", "cuda"))
 
@@ -35,7 +36,7 @@ def _missing() -> str:
         return ""
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    return _gpu.why_no_kernels(torch.device("cuda", torch.cuda.current_device()))
+    return plans.backends.cuda.why_no_kernels(torch.device("cuda", torch.cuda.current_device()))
 
 
 MISSING = _missing()
@@ -67,20 +68,20 @@ TILE_CASES = (
     ConvCase(64, 64, (56, 56), (3, 3), padding=(1, 1), shortcut=True, batch=3),
     ConvCase(512, 512, (7, 7), (3, 3), padding=(1, 1), batch=3),
 )
-TILES = _gpu.tiles() if DEVICE.type == "cuda" and not MISSING else []
+TILES = cuda.tiles() if DEVICE.type == "cuda" and not MISSING else []
 
 
 @pytest.fixture(autouse=True)
 def undisturbed(one_thread: None) -> Iterator[None]:
     """Strict numerics (on the CPU direct convolution), no TF32, nothing derived before; what a test changes is put back."""
-    _numerics.set_numerics("strict")
+    _settings.set_numerics("strict")
     if DEVICE.type == "cpu":
-        _kernels.use_algorithm("direct")
-    _derived.clear()
+        _settings.change(algorithm="direct")
+    derived.clear()
     with testing.library():
         yield
-    if _gpu._algorithm != "auto":
-        _gpu.use_algorithm("auto")
+    if _settings.current.cuda_algorithm != "auto":
+        _settings.change(cuda_algorithm="auto")
 
 
 @pytest.fixture
@@ -203,7 +204,7 @@ def test_each_tile_on_little(tile: str) -> None:
 def test_general_kernel_on_little(dtype: torch.dtype) -> None:
     """Without tensor cores: tails, strides, groups, an expanded shortcut."""
     if DEVICE.type == "cuda":
-        _gpu.use_algorithm("general")
+        _settings.change(cuda_algorithm="general")
     little = [case for case in AWKWARD if case.batch][::12]
     for form in FORMATS:
         failures = failures_of(little, lambda case, form=form: integers(case, dtype, form), exact=True)  # type: ignore[misc]
@@ -397,7 +398,7 @@ def test_a_derived_weight_on_another_stream() -> None:
     with torch.cuda.stream(second):
         late = fused_resnet.conv_bias_add_relu(*device_operands, **case.parameters)
     torch.cuda.synchronize()
-    assert len(_derived._entries) == 1
+    assert len(derived._entries) == 1
     assert torch.equal(early.cpu(), expected)
     assert torch.equal(late.cpu(), expected)
 
@@ -558,12 +559,12 @@ def test_a_device_that_is_not_the_current_one() -> None:
 def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     """One sentence that says so, and the general path, which is right."""
     old = SimpleNamespace(capability=lambda index: (7, 5), tiles=list, BUILD={"architectures": "80 90a"})
-    _gpu._why_no_kernels.cache_clear()
+    cuda._why_no_kernels.cache_clear()
     monkeypatch.setattr(_extension, "cuda", lambda: old)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "an old one")
     sentence = "the CUDA kernels of this build are for compute capability 8.0 and later, an old one has 7.5"
-    assert _gpu.why_no_kernels(torch.device("cuda", 0)) == sentence
-    _kernels._plans.clear()
+    assert plans.backends.cuda.why_no_kernels(torch.device("cuda", 0)) == sentence
+    plans.convolution_plans.kept.clear()
     try:
         case = TILE_CASES[6]
         operands = integers(case, torch.bfloat16)
@@ -573,8 +574,8 @@ def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
             result = testing.compare_forward(ours, operands, True, **case.parameters)
         assert result, result.reason
     finally:
-        _kernels._plans.clear()
-        _gpu._why_no_kernels.cache_clear()
+        plans.convolution_plans.kept.clear()
+        cuda._why_no_kernels.cache_clear()
 
 
 def test_out_of_memory() -> None:
@@ -614,7 +615,7 @@ def test_more_than_2_to_31_elements(tensor_cores: bool) -> None:
     chosen = _gpu_contest.planned(case, Operands(x, weight, None, x), "auto").kernel
     assert chosen.tensor_cores
     assert chosen.launches > 1
-    _gpu.use_algorithm(chosen.algorithm if tensor_cores else "general")
+    _settings.change(cuda_algorithm=chosen.algorithm if tensor_cores else "general")
     y = fused_resnet.conv_bias_add_relu(x, weight, None, x)
     masked, _ = MASK(x, y, False)
     for image in (0, 5349, 2**31 // (64 * 56 * 56), 10700, 10719):
@@ -634,7 +635,7 @@ def test_one_image_of_more_than_2_to_31_elements() -> None:
     assert x.numel() > 2**31
     weight = torch.randn(8, 8, 1, 1, device=DEVICE).bfloat16().contiguous(memory_format=torch.channels_last)
     y = fused_resnet.conv_bias_add_relu(x, weight)
-    _gpu.use_algorithm("general")
+    _settings.change(cuda_algorithm="general")
     for row in (0, side // 2, 2**31 // (8 * side) - 1, 2**31 // (8 * side), side - 1):
         part = slice(row, row + 1)
         assert torch.equal(y[:, :, part], fused_resnet.conv_bias_add_relu(x[:, :, part], weight)), row

@@ -9,7 +9,8 @@ import pytest
 import torch
 from _calls import run_python
 
-from fused_resnet import _extension, _gpu
+from fused_resnet import _extension
+from fused_resnet.ops import cuda
 
 pytestmark = pytest.mark.skipif(_extension.cuda() is None, reason=f"no CUDA module: {_extension.cuda_missing()}")
 
@@ -20,7 +21,7 @@ def test_kernels() -> None:
     assert module is not None
     built = module.BUILD["architectures"].split()
     assert built
-    found = set(_gpu.tiles())
+    found = set(cuda.tiles())
     expected = {f"any {dtype} few 128x64" for dtype in ("bfloat16", "float16")}
     for dtype in ("bfloat16", "float16", "float32"):
         if "90a" in built:

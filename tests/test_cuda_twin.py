@@ -20,8 +20,10 @@ from _calls import CONV, DTYPES, FORMATS, laid_out, name
 from torch import Tensor
 
 import fused_resnet
-from fused_resnet import _derived, _gpu, _kernels, cases, reference, testing
+from fused_resnet import _compat, _settings, cases, reference, testing
 from fused_resnet.cases import AWKWARD, BLOCKS, BlockCase, ConvCase, Operands
+from fused_resnet.ops import cuda, derived, plans, select
+from fused_resnet.ops.backend import Backend
 
 BF16 = "sm90 bfloat16 image 128x128"
 # What the stand-ins can compute: channels in multiples of 8.
@@ -39,17 +41,16 @@ WIDE = (
 @pytest.fixture(autouse=True)
 def twin() -> Iterator[ModuleType]:
     module = _cuda_twin.build()
-    with _gpu.use_twin(module):
+    with plans.backends.using(cpu=cuda.CudaBackend(module)):
         yield module
-    _gpu.use_algorithm("auto")
 
 
 def _kernel(operands: Operands, case: ConvCase) -> str:
     """What computes a call: a kernel's name, or "library"."""
-    _kernels._plans.clear()
+    plans.convolution_plans.kept.clear()
     fused_resnet.conv_bias_add_relu(*operands, **case.parameters)
-    (plan,) = _kernels._plans.values()
-    return "library" if plan is None else str(plan.kernel.algorithm)
+    (plan,) = plans.convolution_plans.kept.values()
+    return "library" if plan.kernel is None else str(plan.kernel.algorithm)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name)
@@ -60,7 +61,7 @@ def test_awkward_convolutions(dtype: torch.dtype, memory_format: torch.memory_fo
     for case in AWKWARD:
         operands = laid_out(testing.integer_operands(case, dtype, torch.Generator().manual_seed(0)), memory_format)
         for algorithm in ("auto", "general"):
-            _gpu.use_algorithm(algorithm)
+            _settings.change(cuda_algorithm=algorithm)
             result = testing.compare_forward(fused_resnet.conv_bias_add_relu, operands, True, **case.parameters)
             if not result:
                 failures.append(f"{case.name} ({algorithm}): {result.reason}")
@@ -123,7 +124,7 @@ def test_what_is_chosen() -> None:
         (small, torch.bfloat16, first, general, ""),
         (odd, torch.bfloat16, last, "library", "multiples of 8"),
         (ConvCase(1, 64, (112, 112), (7, 7), padding=(3, 3)), torch.bfloat16, last, "any bfloat16 few", ""),
-        (case, torch.float32, last, "library" if not _gpu.tf32() else "sm90 float32", "" if _gpu.tf32() else "without TF32"),
+        (case, torch.float32, last, "library" if not _compat.tf32() else "sm90 float32", "" if _compat.tf32() else "without TF32"),
         (case, torch.float64, last, general, ""),
     ]
     for chosen, dtype, memory_format, kernel, why in rows:
@@ -154,7 +155,7 @@ def test_tf32_is_the_users_choice() -> None:
     try:
         for allowed, kernel in ((True, "sm90 float32 image 128x64"), (False, "library")):
             torch.backends.cudnn.allow_tf32 = allowed
-            assert _gpu.tf32() == allowed
+            assert _compat.tf32() == allowed
             fused_resnet.conv_bias_add_relu(*operands, **case.parameters)  # a plan of the other setting must not serve
             assert _kernel(operands, case) == kernel
     finally:
@@ -166,11 +167,11 @@ def test_a_packed_weight_follows_its_parameter() -> None:
     case = WIDE[0]
     operands = laid_out(testing.integer_operands(case, torch.bfloat16, torch.Generator().manual_seed(2)), torch.channels_last)
     weight = operands.weight.contiguous()
-    assert _gpu.krsc(operands.weight) is operands.weight
-    packed = _gpu.krsc(weight)
-    assert packed is _gpu.krsc(weight)
+    assert cuda.krsc(operands.weight) is operands.weight
+    packed = cuda.krsc(weight)
+    assert packed is cuda.krsc(weight)
     weight.neg_()
-    again = _gpu.krsc(weight)
+    again = cuda.krsc(weight)
     assert again is not packed
     assert torch.equal(again, weight)
     assert again.is_contiguous(memory_format=torch.channels_last)
@@ -182,7 +183,7 @@ def test_a_packed_weight_follows_its_parameter() -> None:
 def test_an_unknown_algorithm_is_refused() -> None:
     operands = laid_out(testing.integer_operands(WIDE[0], torch.float32, torch.Generator().manual_seed(2)), torch.channels_last)
     for wrong, message in (("sm90 bfloat16 image 7x7", "name of a tile"), (BF16, "not for this dtype")):
-        _gpu.use_algorithm(wrong)
+        _settings.change(cuda_algorithm=wrong)
         with pytest.raises(ValueError, match=message):
             fused_resnet.conv_bias_add_relu(*operands, **WIDE[0].parameters)
 
@@ -233,7 +234,7 @@ PROJECTED = [b for b in BLOCKS if b.network == "resnet50" and b.size[0] <= 14]
 
 
 @pytest.mark.parametrize("block", PROJECTED, ids=name)
-def test_blocks_of_bfloat16_run_on_tensor_cores(block: BlockCase, twin: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_bfloat16_run_on_tensor_cores(block: BlockCase, twin: ModuleType) -> None:
     """Every convolution is a tensor-core kernel's; a projection is a part of the last one."""
     made: list[str] = []
 
@@ -251,14 +252,11 @@ def test_blocks_of_bfloat16_run_on_tensor_cores(block: BlockCase, twin: ModuleTy
     assert fused_resnet.fuse_(fused).fused
     x = block.make(1, torch.bfloat16, torch.channels_last, torch.Generator().manual_seed(0))[:, :, :4, :4]
     x = x.contiguous(memory_format=torch.channels_last)
-    with torch.no_grad(), monkeypatch.context() as patch:
+    with torch.no_grad():
         truth = copy.deepcopy(module).double()(x.double())
-        _gpu._joined_plans.clear()
-        patch.setattr(_gpu, "_twin", Recorder())
-        ours = fused(x)
-        patch.undo()
-        with monkeypatch.context() as without:
-            without.setattr(_gpu, "_twin", None)
+        with plans.backends.using(cpu=cuda.CudaBackend(Recorder())):  # type: ignore[arg-type]
+            ours = fused(x)
+        with plans.backends.using(cpu=Backend()):
             eager = module(x)
     # Fewer roundings than eager's, of which those of folding are new.
     error, peer = testing.norm_error(ours, truth), testing.norm_error(eager, truth)
@@ -331,14 +329,14 @@ def test_large_batches_are_cut_into_launches(twin: ModuleType) -> None:
 
 
 def test_a_gpu_that_is_too_old_is_told() -> None:
-    assert _gpu.too_old((9, 0), ["80", "90a"], "") == _gpu.too_old((8, 0), ["80"], "") == _gpu.too_old((10, 0), ["90a"], "") == ""
-    sentence = _gpu.too_old((8, 6), ["90a"], "NVIDIA A10")
+    assert select.too_old((9, 0), ["80", "90a"], "") == select.too_old((8, 0), ["80"], "") == select.too_old((10, 0), ["90a"], "") == ""
+    sentence = select.too_old((8, 6), ["90a"], "NVIDIA A10")
     assert sentence == "the CUDA kernels of this build are for compute capability 9.0 and later, NVIDIA A10 has 8.6"
-    assert "8.0 and later, Tesla T4 has 7.5" in _gpu.too_old((7, 5), ["80", "90a"], "Tesla T4")
+    assert "8.0 and later, Tesla T4 has 7.5" in select.too_old((7, 5), ["80", "90a"], "Tesla T4")
 
 
 def test_derived_values_are_dropped_by_clear() -> None:
     weight = torch.randn(8, 8, 3, 3)
-    packed = _gpu.krsc(weight)
-    _derived.clear()
-    assert _gpu.krsc(weight) is not packed
+    packed = cuda.krsc(weight)
+    derived.clear()
+    assert cuda.krsc(weight) is not packed

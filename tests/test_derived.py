@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 import fused_resnet
-from fused_resnet import _derived, _kernels, reference
+from fused_resnet import reference
+from fused_resnet.ops import cpu, derived, plans
 
 pytestmark = pytest.mark.usefixtures("one_thread", "kernels")
 
@@ -42,7 +43,7 @@ def check(weight: Tensor) -> None:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Grows by one tag each time that a derived value is made."""
     tags: list[object] = []
-    real = _derived.find
+    real = derived.find
 
     def find(tag: tuple[Any, ...], sources: tuple[Tensor | None, ...], make: Callable[..., Any], *store: Any) -> Any:
         def counted(*held: Tensor | None) -> Any:
@@ -51,8 +52,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
         return real(tag, sources, counted, *store)
 
-    monkeypatch.setattr(_kernels, "find", find)
-    _kernels._plans.clear()
+    monkeypatch.setattr(cpu, "find", find)
+    plans.convolution_plans.kept.clear()
     return tags
 
 
@@ -114,10 +115,10 @@ def test_remade_after(change: str, made: list[object]) -> None:
 @pytest.mark.parametrize("as_parameter", [False, True], ids=["tensor", "parameter"])
 def test_writes_through_data_of_a_large_weight(as_parameter: bool) -> None:
     """Above 64 KiB the fingerprint samples 64 words: a write through ``.data`` that changes most of the tensor, or its ends,
-    is seen. (One that changes a few words may not be: the limit is in ``_derived``'s documentation, and the version counter
+    is seen. (One that changes a few words may not be: the limit is in ``ops/derived.py``'s documentation, and the version counter
     sees everything that does not go through ``.data``.)"""
     weight = torch.randint(-2, 3, (64, 64, 3, 3)).float()
-    assert weight.nbytes > _derived.SOME
+    assert weight.nbytes > derived.SOME
     weight = nn.Parameter(weight) if as_parameter else weight
     x = torch.randint(-2, 3, (1, 64, 4, 4)).float()
 
@@ -192,7 +193,7 @@ def test_nothing_is_saved() -> None:
         block(X)
         with torch.autocast("cpu", torch.bfloat16):
             block(X)
-    assert len(_derived._entries) > 0
+    assert len(derived._entries) > 0
     assert saved(block) == before
     twin = copy.deepcopy(block)
     assert saved(twin) == before
@@ -203,28 +204,28 @@ def test_nothing_is_saved() -> None:
 @pytest.fixture
 def no_entries() -> Iterator[None]:
     """No derived values before the test but those that it makes."""
-    _kernels._plans.clear()
-    _derived.clear()
+    plans.convolution_plans.kept.clear()
+    derived.clear()
     gc.collect()
-    assert len(_derived._entries) == 0
+    assert len(derived._entries) == 0
     yield
-    _derived.clear()
+    derived.clear()
 
 
 def test_entries_die_with_their_tensor(no_entries: None) -> None:
     weights = [_weight(seed) for seed in range(5)]
     for weight in weights:
         check(weight)
-    assert len(_derived._entries) == 5
+    assert len(derived._entries) == 5
     del weights[1:], weight
     gc.collect()
-    assert len(_derived._entries) == 1
+    assert len(derived._entries) == 1
     check(weights[0])
     for seed in range(50):  # new tensors at old addresses, with old ids
         check(_weight(seed))
     gc.collect()
-    assert len(_derived._entries) == 1
-    _derived.clear()
+    assert len(derived._entries) == 1
+    derived.clear()
     check(weights[0])
 
 
@@ -272,14 +273,14 @@ def test_weights_that_are_not_dense(no_entries: None) -> None:
         check(weight)
         buffer.data[..., 2] = 7
         check(weight)
-    assert len(_derived._entries) == 0
+    assert len(derived._entries) == 0
     # Dense in another order of the axes: kept.
     dense = (_weight().permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3), _weight().mT.contiguous().mT)
     for count, weight in enumerate(dense, start=1):
         check(weight)
         weight.data.add_(1)
         check(weight)
-        assert len(_derived._entries) == count
+        assert len(derived._entries) == count
 
 
 def test_what_counts_as_dense() -> None:
@@ -287,8 +288,8 @@ def test_what_counts_as_dense() -> None:
     dense = torch.zeros(4, 3, 2, 2)
     yes = (dense, dense.permute(3, 1, 0, 2), dense[:1], torch.zeros(5, 1, 1, 1), torch.zeros(0, 3, 2, 2))
     no = (dense[:, 1:], dense[..., ::2], dense[:1].expand(4, 3, 2, 2))
-    assert [_derived.is_dense(t) for t in yes] == [True] * len(yes)
-    assert [_derived.is_dense(t) for t in no] == [False] * len(no)
+    assert [derived.is_dense(t) for t in yes] == [True] * len(yes)
+    assert [derived.is_dense(t) for t in no] == [False] * len(no)
 
 
 def test_the_cast_weight_of_autocast_follows_too() -> None:
@@ -309,8 +310,8 @@ def test_a_failed_packing_is_not_kept(no_entries: None) -> None:
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        _derived.derive(("packed",), (weight,), fails)
-    assert _derived.derive(("packed",), (weight,), lambda held: 5) == 5
+        derived.derive(("packed",), (weight,), fails)
+    assert derived.derive(("packed",), (weight,), lambda held: 5) == 5
     check(weight)
 
 

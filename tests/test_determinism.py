@@ -172,7 +172,7 @@ def test_beside_other_callers(isa: str) -> None:
         return [*results, *torch.autograd.grad(y, [leaves.bias, leaves.shortcut], torch.ones_like(y))]
 
     expected = [all_of(number) for number in range(4)]
-    fused_resnet._derived.clear()  # all callers find the shared weight unpacked
+    fused_resnet.ops.derived.clear()  # all callers find the shared weight unpacked
 
     def work(number: int) -> None:
         for _ in range(5):

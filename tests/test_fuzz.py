@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fused_resnet
-from fused_resnet import _kernels, testing, why_not
+from fused_resnet import _settings, testing, why_not
 from fused_resnet._extension import cpu
 from fused_resnet.cases import ConvCase, Operands
 
@@ -55,8 +55,8 @@ class Call:
 def run(call: Call) -> tuple[Operands, str, Tensor, Tensor]:
     """Operands, the algorithm, the result through our kernel and the public function's."""
     torch.set_num_threads(call.threads)
-    _kernels.use_isa(call.isa)
-    _kernels.use_algorithm(call.algorithm)
+    _settings.use_isa(call.isa)
+    _settings.change(algorithm=call.algorithm)
     fused_resnet.set_numerics(call.numerics)
     case = call.case
     operands = testing.float_operands(case, getattr(torch, call.dtype), torch.Generator().manual_seed(call.seed))

@@ -14,9 +14,10 @@ import torch
 from _calls import DTYPES, FORMATS, Calls, laid_out, name, run_python
 
 import fused_resnet
-from fused_resnet import _kernels, reference, testing
+from fused_resnet import _settings, reference, testing
 from fused_resnet._extension import cpu
 from fused_resnet.cases import ConvCase
+from fused_resnet.ops import plans
 
 AT_IMPORT = None if cpu is None else cpu.isa()
 
@@ -26,7 +27,7 @@ CASE = ConvCase(5, 19, (6, 7), (3, 3), padding=(1, 1), shortcut=True, batch=2)
 def _plans_made(case: ConvCase, dtype: torch.dtype, memory_format: torch.memory_format, dispatched: bool) -> list[object]:
     """The kernels of the plans that one call makes; checked against the reference."""
     operands = laid_out(testing.integer_operands(case, dtype, torch.Generator().manual_seed(9)), memory_format)
-    _kernels._plans.clear()
+    plans.convolution_plans.kept.clear()
     if dispatched:
         with Calls():
             ours = fused_resnet.conv_bias_add_relu(*operands, **case.parameters)
@@ -34,7 +35,7 @@ def _plans_made(case: ConvCase, dtype: torch.dtype, memory_format: torch.memory_
         ours = fused_resnet.conv_bias_add_relu(*operands, **case.parameters)
     result = testing.compare_exact(ours, reference.conv_bias_add_relu(*operands, **case.parameters))
     assert result, result.reason
-    return [None if plan is None else plan.kernel for plan in _kernels._plans.values()]
+    return [plan.kernel for plan in plans.convolution_plans.kept.values()]
 
 
 DESCRIPTIONS = {"direct": "direct, input rows packed", "winograd2": "Winograd F(2x2, 3x3)"}
@@ -68,10 +69,10 @@ def test_changing_the_instruction_set_changes_plan_and_packing(kernels: ModuleTy
     expected = reference.conv_bias_add_relu(*operands, **CASE.parameters)
     seen = []
     for isa in (*kernels.available_isas(), *kernels.available_isas()):
-        _kernels.use_isa(isa)
-        _kernels._plans.clear()
+        _settings.use_isa(isa)
+        plans.convolution_plans.kept.clear()
         assert torch.equal(fused_resnet.conv_bias_add_relu(*operands, **CASE.parameters), expected)
-        (plan,) = _kernels._plans.values()
+        (plan,) = plans.convolution_plans.kept.values()
         seen.append(plan.kernel.isa)
     assert seen == [*kernels.available_isas()] * 2
 
@@ -88,10 +89,11 @@ def test_every_instruction_set_of_the_processor_is_there(kernels: ModuleType) ->
 
 CODE = """
 import torch, fused_resnet
-from fused_resnet import _extension, _kernels, reference
+from fused_resnet import _extension, reference
+from fused_resnet.ops import plans
 x, w, b, s = torch.ones(1, 4, 6, 6), torch.ones(20, 4, 3, 3), torch.ones(20), torch.ones(1, 20, 6, 6)
 assert torch.equal(fused_resnet.conv_bias_add_relu(x, w, b, s, padding=1), reference.conv_bias_add_relu(x, w, b, s, padding=1))
-(plan,) = _kernels._plans.values()
+(plan,) = plans.convolution_plans.kept.values()
 print(_extension.cpu.isa(), plan.kernel.isa)
 """
 

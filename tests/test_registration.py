@@ -152,6 +152,27 @@ def test_compile_same_padding_groups_and_autocast() -> None:
     assert counting.count(CONV) == 1
 
 
+class Asks(nn.Module):
+    """A forward that asks which way its convolution takes."""
+
+    def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        fused_resnet.why_not(x, w, padding=1)
+        return fused_resnet.conv_bias_add_relu(x, w, padding=1)
+
+
+def test_why_not_while_compiling() -> None:
+    """A question about sizes that the compiler has not fixed is no guard on them."""
+    for shape in ((6, 4, 3, 3), (3, 2, 3, 3), (17, 5, 1, 1)):
+        x, w = torch.randn(2, shape[1], 7, 9), torch.randn(shape)
+        torch._dynamo.reset()
+        compiled = torch.compile(Asks(), fullgraph=True, dynamic=True, backend="aot_eager")
+        assert torch.equal(compiled(x, w), Asks()(x, w))
+        for strict in (False, True):
+            program = torch.export.export(Asks(), (x, w), dynamic_shapes=({0: torch.export.Dim("batch")}, None), strict=strict)
+            more = torch.randn(5, *x.shape[1:])
+            assert torch.equal(program.module()(more, w), Asks()(more, w))
+
+
 def test_compile_sees_wrong_shapes() -> None:
     """The fake kernel checks as the real one does: the error is raised while compiling, and names the argument."""
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 import fused_resnet
 import fused_resnet.nn as fnn
-from fused_resnet import _derived, _kernels, _plain, _whole, reference, testing
+from fused_resnet import _plain, _settings, _whole, reference, testing
 from fused_resnet.cases import ConvCase
+from fused_resnet.ops import derived, plans
 
 
 def integers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -72,7 +73,7 @@ def test_one_weight_at_several_strides_and_sizes(isa: str, channels: tuple[int, 
             x = integers(1, inputs, size, size, dtype=dtype, seed=2).contiguous(memory_format=torch.channels_last)
             if use not in expected:
                 expected[use] = reference.conv_bias_add_relu(x, weight, stride=stride, padding=1)
-            _kernels.use_algorithm(algorithm)
+            _settings.change(algorithm=algorithm)
             y = fused_resnet.conv_bias_add_relu(x, used, stride=stride, padding=1)
             assert torch.equal(y, expected[use]), (first, second, use)
 
@@ -102,7 +103,7 @@ def test_kernels_that_share_a_packing_read_the_same_bytes(isa: str, dtype: torch
     found: dict[str, bytes] = {}
     shared = 0
     for algorithm, numerics in itertools.product(("auto", "direct", "winograd2", "winograd4"), ("fast", "strict")):
-        _kernels.use_algorithm(algorithm)
+        _settings.change(algorithm=algorithm)
         fused_resnet.set_numerics(numerics)
         for stride, size, batch, memory_format in itertools.product((1, 2, 3), (5, 14, 56), (1, 16), FORMATS):
             case = ConvCase(40, 72, (size, size), (3, 3), (stride, stride), (1, 1), batch=batch)
@@ -125,7 +126,7 @@ def test_kernels_that_share_a_packing_read_the_same_bytes(isa: str, dtype: torch
 
 def unseen(weight: Tensor) -> None:
     """A write that nothing but clear_derived can make known: one element, between two that are compared."""
-    assert weight.nbytes > _derived.SOME
+    assert weight.nbytes > derived.SOME
     weight.data.view(-1)[weight.numel() // 2 + 100] += 1000
 
 
@@ -293,17 +294,17 @@ def test_an_operators_weight_gives_everything_back(kernels: ModuleType, no_garba
     x = torch.randn(1, 64, 14, 14)
     for make in (lambda t: nn.Parameter(t), lambda t: t):
         weight = make(torch.randn(64, 64, 3, 3))
-        before = len(_derived._entries)
+        before = len(derived._entries)
         with torch.no_grad():
             fused_resnet.conv_bias_add_relu(x, weight, padding=1)
-        assert len(_derived._entries) == before + 1
-        (entry,) = _derived._entries[id(weight.untyped_storage())].entries.values()
+        assert len(derived._entries) == before + 1
+        (entry,) = derived._entries[id(weight.untyped_storage())].entries.values()
         packed = weakref.ref(entry.value)
         del entry
         assert packed() is not None
         del weight
         assert packed() is None
-        assert len(_derived._entries) == before
+        assert len(derived._entries) == before
 
 
 @pytest.mark.parametrize("channels", [8, 64])
@@ -321,12 +322,12 @@ def test_aliases_of_one_storage(kernels: ModuleType, channels: int) -> None:
             y = fused_resnet.conv_bias_add_relu(x, alias)
             assert testing.norm_error(y, reference.conv_bias_add_relu(x, weight).double()) <= 1e-5
             weight[middle, middle - 1, 1, 1] += 10
-    assert len(_derived._entries[id(weight.untyped_storage())].entries) == 1
+    assert len(derived._entries[id(weight.untyped_storage())].entries) == 1
 
 
 def test_switching_numerics_to_and_fro_keeps_plans(kernels: ModuleType) -> None:
     """Plans of a setting that is back are used again, and the packed weights of both settings stay the only ones."""
-    _kernels._plans.clear()
+    plans.convolution_plans.kept.clear()
     weight, x = nn.Parameter(torch.randn(64, 64, 3, 3)), torch.randn(1, 64, 28, 28)
     block = fnn.BasicBlock(64, 64).eval()
     with torch.no_grad():
@@ -334,12 +335,12 @@ def test_switching_numerics_to_and_fro_keeps_plans(kernels: ModuleType) -> None:
             fused_resnet.set_numerics("strict" if i % 2 else "fast")
             fused_resnet.conv_bias_add_relu(x, weight, padding=1)
             block(x)
-    assert len(_kernels._plans) == 2
+    assert len(plans.convolution_plans.kept) == 2
     bound = block._fused_resnet.current.bound  # type: ignore[union-attr]
     assert bound is not None
-    assert len(bound.plans) == 2
+    assert len(bound.plans.kept) == 2
     assert len(bound.store.entries) <= 4
-    assert len(_derived._entries[id(weight.untyped_storage())].entries) <= 2
+    assert len(derived._entries[id(weight.untyped_storage())].entries) <= 2
 
 
 GROWTH = """
@@ -446,7 +447,7 @@ def test_the_guard_reads_memory_that_is_held(kernels: ModuleType, no_garbage_col
     with torch.no_grad():
         for weight in (nn.Parameter(torch.randn(64, 64, 3, 3)), torch.randn(64, 64, 3, 3)):
             fused_resnet.conv_bias_add_relu(x, weight, padding=1)
-            (entry,) = _derived._entries[id(weight.untyped_storage())].entries.values()
+            (entry,) = derived._entries[id(weight.untyped_storage())].entries.values()
             source = entry.sources[0]
             assert source is not None
             source.guard = spy = Replacing(source.guard, weight)

@@ -21,7 +21,7 @@ import torch
 from _calls import PATIENCE, ROOT
 from torch import nn
 
-from fused_resnet import _extension, _kernels, cli
+from fused_resnet import _extension, _settings, cli
 from fused_resnet.nn import PlainBlock
 from fused_resnet.study import _agreement, _data, _runner, _store, decay, depth, gradients, identity, shortcut
 from fused_resnet.study._network import Arm, Network, convolutions, make_block, make_identity, parameters
@@ -444,7 +444,7 @@ def test_plain_and_residual_networks_are_the_same_but_for_the_addition(layers: i
 @pytest.mark.parametrize("arm", [Arm(), Arm(layers=3), Arm(norm=True), Arm(plain=True), Arm(shortcut="B")], ids=str)
 def test_networks_start_at_the_identity(arm: Arm) -> None:
     """All blocks but the one that changes the shape. Direct convolution with a Dirac kernel adds zeros to a value, which is exact."""
-    _kernels.use_algorithm("direct")
+    _settings.change(algorithm="direct")
     network = Network(arm, 4 * arm.layers + 2, 8, torch.Generator().manual_seed(0))
     x = torch.randn(2, 1, 8, 8)
     h = network.stem(x)

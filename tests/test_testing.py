@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet import _gpu, cli, ops, reference, testing
+from fused_resnet import _compat, cli, ops, reference, testing
 from fused_resnet.cases import AWKWARD, BLOCKS, CONVS, ConvCase, Operands
 from fused_resnet.cli import check
 from fused_resnet.testing.data import EXACT, MAGNITUDE, terms
@@ -363,14 +363,14 @@ def test_the_library_is_put_back() -> None:
     cudnn = torch.backends.cudnn
 
     def state() -> tuple[Any, ...]:
-        return cudnn.deterministic, cudnn.benchmark, cudnn.enabled, _gpu.tf32()
+        return cudnn.deterministic, cudnn.benchmark, cudnn.enabled, _compat.tf32()
 
     before = state()
     with testing.library():
         assert state() == (True, False, True, False)
         with testing.library(tf32=True, deterministic=False, cudnn=False):
             assert state() == (False, False, False, True)
-        assert not _gpu.tf32()
+        assert not _compat.tf32()
     assert state() == before
 
 

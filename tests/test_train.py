@@ -15,7 +15,7 @@ import torch
 from _training import DIRECT, SMALL, assert_same_bits, curve, finish, held, launch, saved, settings, tensors, wait_for
 from torch.utils.data import TensorDataset
 
-from fused_resnet import _kernels, cli
+from fused_resnet import _settings, cli
 from fused_resnet.training import Training, World
 from fused_resnet.training.data import Augmented, Batches, Data, bundled
 from fused_resnet.training.settings import network
@@ -35,7 +35,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     Where a ReLU's input is within a rounding of zero, the one run may pass its gradient and the other stop it, and they part: no fault,
     and rare. A wrong gradient parts them with every seed. So another seed is taken then, five in all.
     """
-    _kernels.use_algorithm("direct")
+    _settings.change(algorithm="direct")
     found = []
     for seed in range(5):
         found.append(_difference(tmp_path / str(seed), seed))

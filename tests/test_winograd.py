@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 import fused_resnet
 import fused_resnet.nn as fnn
-from fused_resnet import _derived, _kernels, _whole, reference, testing
+from fused_resnet import _settings, _whole, reference, testing
 from fused_resnet.cases import AWKWARD, BLOCKS, CONVS, BlockCase, ConvCase, Operands
+from fused_resnet.ops import cpu, derived
 from fused_resnet.testing.compare import unit_roundoff
 
 WINOGRAD = ("winograd2", "winograd4")
@@ -119,13 +120,13 @@ def test_error_of_the_whole(
 
 def test_the_bound_is_tight() -> None:
     """Half as much error again as F(4x4, 3x3) has is seen: direct convolution of an input that lacks five of its bits."""
-    _kernels.use_algorithm("winograd4")
+    _settings.change(algorithm="winograd4")
     case = ConvCase(64, 64, (28, 28), (3, 3), padding=(1, 1), bias=False, relu=False)
     operands, truth, _, convolution = truth_of(case, torch.float32)
     bound = norm_bound("winograd4", 1, 64, torch.float32) * convolution.norm()
     good = (kernel_function(*operands, **case.parameters).double() - truth).norm()
     assert bound / 2 < good < bound, "no tighter and no looser than it says"
-    _kernels.use_algorithm("direct")
+    _settings.change(algorithm="direct")
     cut = (operands.input.view(torch.int32) & ~0x1F).view(torch.float32)
     assert (kernel_function(cut, operands.weight, None, None, **case.parameters).double() - truth).norm() > bound
 
@@ -180,7 +181,7 @@ def test_bfloat16_is_rounded_once(isa: str, algorithm: str, generator: torch.Gen
     """Half a unit in the last place of the output and float32's error, no more. (AVX512_BF16 also rounds the transforms.)"""
     if rounds_transforms(isa, torch.bfloat16) and algorithm != "direct":
         fused_resnet.set_numerics("strict")
-        _kernels.use_algorithm("auto")
+        _settings.change(algorithm="auto")
     case = ConvCase(64, 64, (9, 10), (3, 3), padding=(1, 1), shortcut=True)
     operands = testing.float_operands(case, torch.bfloat16, generator)
     operands = operands._replace(shortcut=operands.shortcut * 16)  # type: ignore[operator]
@@ -264,12 +265,12 @@ def test_what_is_convolved_directly(isa: str, what: str) -> None:
     assert reason in kernel.reason
     if what not in ("float64", "few channels"):  # nor where it is asked for
         for algorithm in WINOGRAD:
-            _kernels.use_algorithm(algorithm)
+            _settings.change(algorithm=algorithm)
             assert kernel_of(case, dtype).algorithm == "direct"
 
 
 def test_f4_has_no_stride(kernels: ModuleType) -> None:
-    _kernels.use_algorithm("winograd4")
+    _settings.change(algorithm="winograd4")
     assert kernel_of(ConvCase(64, 64, (56, 56), (3, 3), (2, 2), (1, 1))).algorithm == "direct"
 
 
@@ -300,12 +301,30 @@ def test_the_choice_is_a_function_of_the_shape(isa: str) -> None:
         assert dtype != torch.float64 or algorithm == "direct"
 
 
+def test_a_blocks_convolutions_say_why(kernels: ModuleType) -> None:
+    """What was chosen for each of them alone, and the same reason, whatever the size of a group of images."""
+    for batch, size, channels in ((1, 56, 64), (5, 28, 128), (9, 7, 256)):
+        block = fnn.BasicBlock(channels, channels).eval()
+        with torch.no_grad():
+            block(torch.randn(batch, channels, size, size))
+        ((plan, *_),) = [block._fused_resnet.current.bound.plans.kept.values()]  # type: ignore[union-attr]
+        assert plan.block.convolutions == 2
+        for i in range(2):
+            found = plan.block.convolution(i)
+            # The reason has estimates of a whole convolution, to which the shortcut is no matter.
+            alone = kernel_of(ConvCase(channels, channels, (size, size), (3, 3), padding=(1, 1), batch=batch))
+            assert (found.algorithm, found.reason) == (alone.algorithm, alone.reason)
+        for wrong in (2, 2**40):
+            with pytest.raises(IndexError):
+                plan.block.convolution(wrong)
+
+
 def test_algorithms_have_names(kernels: ModuleType) -> None:
     for wrong in ("", "winograd", "Direct", "winograd3"):
-        _kernels.use_algorithm(wrong)
+        _settings.change(algorithm=wrong)
         with pytest.raises(ValueError, match="algorithm must be auto, direct, winograd2 or winograd4, got"):
             kernel_of(CONVS[0])
-    _kernels.use_algorithm("auto")
+    _settings.change(algorithm="auto")
     kernel_of(CONVS[0])
 
 
@@ -323,10 +342,10 @@ def test_numerics_by_name() -> None:
 
 NUMERICS_CODE = """
 import torch, fused_resnet
-from fused_resnet import _kernels
+from fused_resnet.ops import plans
 with torch.no_grad():
     fused_resnet.conv_bias_add_relu(torch.ones(1, 64, 28, 28), torch.ones(64, 64, 3, 3), padding=1)
-(plan,) = _kernels._plans.values()
+(plan,) = plans.convolution_plans.kept.values()
 print(fused_resnet.get_numerics(), plan.kernel.algorithm)
 """
 
@@ -361,12 +380,12 @@ def test_a_switch_changes_the_next_call(kernels: ModuleType, generator: torch.Ge
             assert all(torch.equal(y, results["fast"][0]) for y in results["fast"]), what
             assert all(torch.equal(y, results["strict"][0]) for y in results["strict"]), what
             assert not torch.equal(results["fast"][0], results["strict"][0]), what
-        _kernels.use_algorithm("winograd2")
+        _settings.change(algorithm="winograd2")
         assert torch.equal(calls["operator"](), results_of("strict", calls["operator"]))
 
 
 def results_of(numerics: str, call: Callable[[], Tensor]) -> Tensor:
-    _kernels.use_algorithm("auto")
+    _settings.change(algorithm="auto")
     fused_resnet.set_numerics(numerics)
     return call()
 
@@ -518,7 +537,7 @@ def test_a_weight_that_is_replaced_and_put_back(
     old = conv.weight.data  # type: ignore[union-attr]
     other = -old  # type: ignore[operator]
     x = torch.randn(1, 32, 14, 14)
-    find = _derived.find
+    find = derived.find
 
     def replaced_before(tag: Any, sources: Any, make: Any, *store: Any) -> Any:
         conv.weight.data = other  # type: ignore[union-attr]
@@ -541,7 +560,7 @@ def test_a_weight_that_is_replaced_and_put_back(
         expected = copy.deepcopy(module)(x)
         with monkeypatch.context() as patched:
             replaced = replaced_within if moment == "while it packs" else replaced_before
-            patched.setattr(_whole if whole else _kernels, "find", replaced)
+            patched.setattr(_whole if whole else cpu, "find", replaced)
             y = module(x)
         assert torch.equal(y, expected) == (moment == "while it packs"), "the weight was not replaced at that moment"
         for _ in range(3):
@@ -587,7 +606,7 @@ def test_load_state_dict_while_others_call(algorithm: str, one_thread: None) -> 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_exact_integer_gradients(isa: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     """The mask comes from F(2x2, 3x3)'s output, zeros included: all four gradients equal the reference's."""
-    _kernels.use_algorithm("winograd2")
+    _settings.change(algorithm="winograd2")
     for stride, memory_format in product((1, 2), FORMATS):
         case = ConvCase(17, 19, (7, 10), (3, 3), (stride, stride), (1, 1), shortcut=True, batch=2)
         operands = laid_out(testing.integer_operands(case, dtype, generator), memory_format)
@@ -652,8 +671,8 @@ def test_absurd_numbers_of_threads(algorithm: str, kernels: ModuleType) -> None:
 
 NO_MEMORY = """
 import resource, torch, fused_resnet
-from fused_resnet import _kernels, reference
-_kernels.use_algorithm("ALGORITHM")
+from fused_resnet import _settings, reference
+_settings.change(algorithm="ALGORITHM")
 torch.set_num_threads(THREADS)
 w = torch.ones(1, 2048, 3, 3)
 small = torch.ones(1, 2048, 4, 4)
@@ -686,7 +705,7 @@ def test_no_memory_for_the_workspace(algorithm: str, threads: int, kernels: Modu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=name)
 def test_one_weight_for_inputs_of_every_size(algorithm: str, dtype: torch.dtype, isa: str, generator: torch.Generator) -> None:
     """What was packed for one size and batch is used for all others."""
-    _kernels.use_algorithm(algorithm)
+    _settings.change(algorithm=algorithm)
     for channels, outputs in ((80, 72), (128, 128)):
         base = testing.integer_operands(ConvCase(channels, outputs, (3, 3), (3, 3), padding=(1, 1)), dtype, generator)
         for batch, size in ((1, 14), (2, 12), (1, 28), (1, 3), (5, 9), (1, 7)):
@@ -695,6 +714,8 @@ def test_one_weight_for_inputs_of_every_size(algorithm: str, dtype: torch.dtype,
             truth = reference.conv_bias_add_relu(x.double(), base.weight.double(), padding=1)
             error = testing.norm_error(y, truth)
             assert error <= (5e-2 if dtype == torch.bfloat16 else 1e-5), (batch, size)  # a wrong layout: of order 1; rounding: at most 2e-2
+        if algorithm != "auto":
+            assert len(derived._entries[id(base.weight.untyped_storage())].entries) == 1, "packed anew for another size"
 
 
 @pytest.mark.parametrize("algorithm", ["auto", *WINOGRAD])
@@ -702,7 +723,7 @@ def test_one_weight_for_inputs_of_every_size(algorithm: str, dtype: torch.dtype,
 def test_groups_of_a_block_share_their_weights(algorithm: str, dtype: torch.dtype, kernels: ModuleType) -> None:
     """Also the last group of images, which may be smaller."""
     block = fnn.BasicBlock(128, 128).eval().to(dtype)
-    _kernels.use_algorithm(algorithm)
+    _settings.change(algorithm=algorithm)
     with torch.no_grad():
         for batch, size in ((3, 13), (3, 14), (5, 10), (7, 7)):
             x = torch.randn(batch, 128, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
@@ -716,11 +737,11 @@ def test_derived_values_of_each_algorithm_are_kept_apart(kernels: ModuleType, ge
     """One weight under every algorithm in turn, twice: three packings, each used again."""
     case = ConvCase(5, 19, (6, 7), (3, 3), padding=(1, 1))
     operands = testing.integer_operands(case, torch.float32, generator)
-    _derived.clear()
+    derived.clear()
     expected = reference.conv_bias_add_relu(*operands, **case.parameters)
     for algorithm in ("direct", *WINOGRAD, "direct", *WINOGRAD):
-        _kernels.use_algorithm(algorithm)
+        _settings.change(algorithm=algorithm)
         y = fused_resnet.conv_bias_add_relu(*operands, **case.parameters)
         assert torch.allclose(y, expected, rtol=0, atol=0 if algorithm != "winograd4" else 1e-3)
-    (kept,) = _derived._entries.values()
+    (kept,) = derived._entries.values()
     assert len(kept.entries) == 3

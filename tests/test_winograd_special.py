@@ -22,16 +22,16 @@ from torch import Tensor, nn
 
 import fused_resnet
 import fused_resnet.nn as fnn
-from fused_resnet import _kernels, reference, testing
+from fused_resnet import _settings, reference, testing
 from fused_resnet.cases import ConvCase, Operands
 
 WINOGRAD = ("winograd2", "winograd4")
 
 
 def directly(operands: Operands, algorithm: str, **parameters: Any) -> Tensor:
-    _kernels.use_algorithm("direct")
+    _settings.change(algorithm="direct")
     y = kernel_function(*operands, **parameters)
-    _kernels.use_algorithm(algorithm)
+    _settings.change(algorithm=algorithm)
     return y
 
 
@@ -119,9 +119,9 @@ def test_whole_blocks(kernels: ModuleType, size: float, batch: int, threads: int
             spoilt[-1, 3, 7, 7] = size
             before = block(x)
             ours = [block(spoilt) for _ in range(2)]
-            _kernels.use_algorithm("direct")
+            _settings.change(algorithm="direct")
             direct = copy.deepcopy(block)(spoilt)
-            _kernels.use_algorithm("auto")
+            _settings.change(algorithm="auto")
             for y in ours:
                 assert torch.equal(y.isfinite(), direct.isfinite())
                 assert testing.norm_error(y.nan_to_num(0, 0, 0), direct.nan_to_num(0, 0, 0).double()) <= 1e-5
@@ -176,9 +176,9 @@ def test_weights_without_a_finite_transform(
         kept = operands.weight.clone()
         HUGE[weight](operands.weight)
         ours = [plan(*operands) for _ in range(2)]
-        _kernels.use_algorithm("direct")
+        _settings.change(algorithm="direct")
         direct = kernel_function(*operands, **case.parameters)
-        _kernels.use_algorithm(algorithm)
+        _settings.change(algorithm=algorithm)
         assert not direct.isfinite().all()
         for y in ours:
             result = testing.compare_exact(y, direct)
@@ -199,9 +199,9 @@ def test_blocks_with_weights_without_a_finite_transform(weight: str, kernels: Mo
             kept = conv.weight.clone()
             HUGE[weight](conv.weight)
             ours = [block(x) for _ in range(3)]
-            _kernels.use_algorithm("direct")
+            _settings.change(algorithm="direct")
             direct = block(x)
-            _kernels.use_algorithm("auto")
+            _settings.change(algorithm="auto")
             assert not direct.isfinite().all()
             assert all(testing.compare_exact(y, direct) for y in ours)
             conv.weight.copy_(kept)

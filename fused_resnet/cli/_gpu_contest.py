@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 
-from .. import _gpu, _kernels, reference, testing
-from .._arguments import pad
+from .. import _extension, _settings, reference, testing
+from .._compat import tf32
 from ..cases import ConvCase, Operands
+from ..ops.plans import backends
+from ..ops.spec import ConvSpec, geometry_of_call, spec_of
 from ..testing.compare import accumulator, unit_roundoff
 from . import _gpu_peers as peers
 from ._common import finite
@@ -192,38 +194,35 @@ def tiles(case: ConvCase, dtype: torch.dtype, device: torch.device, names: Seque
 
 def planned(case: ConvCase, given: Operands, algorithm: str) -> Any:
     """Our plan of a convolution with one kernel, or with the one that is chosen ("auto")."""
-    before = _gpu._algorithm
-    if algorithm != before:
-        _gpu.use_algorithm(algorithm)
     try:
-        padding = pad(case.padding, given.weight, case.stride, case.dilation)
-        plan = _kernels.convolution(*given, case.stride, padding, case.dilation, case.groups, case.relu)
+        with _settings.using(cuda_algorithm=algorithm):
+            plan = backends.of(given.input).plan(_spec(case, given))
     except ValueError as refusal:
         raise peers.Left(str(refusal)) from None
-    finally:
-        if algorithm != before:
-            _gpu.use_algorithm(before)
-    if plan is None:
+    if plan.kernel is None:
         raise peers.Left("it takes the general path")
     return plan
 
 
+def _spec(case: ConvCase, given: Operands) -> ConvSpec:
+    return spec_of(*given, geometry_of_call(given.weight, case.stride, case.padding, case.dilation, case.groups), case.relu)
+
+
 def _predicted(case: ConvCase, given: Operands, name: str, plan: Any) -> str:
     """What the choice would say of this kernel alone; of the one that was chosen, the reason."""
-    compiled = _gpu.module()
+    compiled = _extension.cuda()
     kernel = getattr(plan, "kernel", None)
     if compiled is None or kernel is None or len(name.split()) != 4:
         return str(getattr(kernel, "reason", ""))
     architecture, dtype, form, size = name.split()
     rows, columns = map(int, size.split("x"))
-    padding = pad(case.padding, given.weight, case.stride, case.dilation)
+    spec = _spec(case, given)
+    stride, padding, dilation, groups = spec.geometry
     device = given.input.device.index or 0
-    shape = case.output_shape
-    strides = torch.empty(shape, device="meta", memory_format=torch.channels_last).stride()
     try:
         _, reason = compiled.choose(
-            dtype, case.input_shape, case.weight_shape, shape, case.stride, (padding.top, padding.left), case.dilation, case.groups,
-            given.input.stride(), strides, None if given.shortcut is None else given.shortcut.stride(), _gpu.tf32(),
+            dtype, spec.input.shape, spec.weight.shape, spec.output.shape, stride, (padding.top, padding.left), dilation, groups,
+            spec.input.strides, spec.output.strides, None if spec.shortcut is None else spec.shortcut.strides, tf32(),
             (*compiled.capability(device), compiled.multiprocessors(device)), [(architecture, dtype, form, rows, columns)],
         )  # fmt: skip
     except Exception as error:  # what it takes is still to be measured

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .. import _machine, _numerics, cases, ops, testing
+from .. import _machine, _settings, cases, ops, testing
 from ..cases import ConvCase, Operands
 from ._common import CUDA_DTYPES, DTYPES, Usage, add_device, add_json, device, finite, progress, seed, table, threads, write_json
 
@@ -233,7 +233,7 @@ def _channels_last(operands: Operands) -> Operands:
 def _compare(group: str, name: str, operands: Operands, exact: bool, case: ConvCase, device: torch.device) -> Result:
     try:
         # F(4x4, 3x3) is not exact on integers, nor within the envelope of direct convolution; cuDNN's is not exact either.
-        with _numerics.using("strict"), testing.library(cudnn=not exact):
+        with _settings.using(numerics="strict"), testing.library(cudnn=not exact):
             cutting = device.type == "cuda" and operands.input.dtype in (torch.bfloat16, torch.float16)
             result = testing.compare_forward(_operator(device), operands, exact, cutting, **case.parameters)
     except Exception as error:  # as above: one crash must not hide the other results
@@ -249,7 +249,7 @@ def tf32(case: ConvCase, exact: bool, seed: int, device: torch.device) -> Result
     make = testing.integer_operands if exact else testing.float_operands
     operands = _channels_last(make(case, torch.float32, _generator(seed)))
     try:
-        with _numerics.using("strict"), testing.library(tf32=True, cudnn=not exact):
+        with _settings.using(numerics="strict"), testing.library(tf32=True, cudnn=not exact):
             result = _operator(device)(*operands, **case.parameters)
         truth, peer = testing.truth_and_peer(operands, **case.parameters)
         if exact:
@@ -267,7 +267,7 @@ def _fast(case: ConvCase, seed: int) -> Result:
     group = "forward float32, fast numerics"
     operands = testing.float_operands(case, torch.float32, _generator(seed))
     try:
-        with _numerics.using("fast"):
+        with _settings.using(numerics="fast"):
             result = ops.conv_bias_add_relu(*operands, **case.parameters)
         truth, _ = testing.truth_and_peer(operands, **case.parameters)
         error = testing.norm_error(result, truth)
@@ -290,7 +290,7 @@ def _gradients(group: str, case: ConvCase, layout: str, dtype: torch.dtype, seed
     # One gradient in -1, 0, 1 for each output, few of them: for bfloat16 the sums, too, must stay below 257.
     grad = testing.unit_gradient(case.output_shape, dtype, generator)
     try:
-        with _numerics.using("strict"), testing.library(cudnn=False):
+        with _settings.using(numerics="strict"), testing.library(cudnn=False):
             found = testing.compare_gradients(_operator(device), operands, grad, **case.parameters)
     except Exception as error:
         return Result(group, f"{case.name}, {layout}", f"{type(error).__name__}: {error}")

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from .. import _machine
-from .._kernels import explain_convolution
+from .. import _extension, _machine
+from ..ops.cpu import CpuBackend
+from ..ops.spec import geometry_of_call, layout, spec_of
 from ._common import DTYPES, Usage, add_json, megabytes, write_json
 
 HELP = "versions, instruction sets, CUDA, threads and environment variables in force"
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--contiguous", action="store_true", help="--explain for NCHW in memory rather than channels_last")
 
 
-def explain(input_words: str, kernel_words: str, dtype: torch.dtype, memory_format: torch.memory_format) -> dict[str, Any]:
+def _explain(input_words: str, kernel_words: str, dtype: torch.dtype, memory_format: torch.memory_format) -> dict[str, Any]:
     """What ``env --explain`` prints: the path, the algorithm, the reason, the blocking and the memory it takes.
 
     Raises:
@@ -41,11 +42,14 @@ def explain(input_words: str, kernel_words: str, dtype: torch.dtype, memory_form
         raise Usage(f"--explain: the kernel must be KxRxS or KxRxS/STRIDE, such as 128x3x3/2, got {kernel_words!r}")
     n, c, h, w = map(int, sizes.groups())
     k, r, s, stride = (int(group or 1) for group in kernels.groups())
-    x = torch.empty(n, c, h, w, dtype=dtype, device="meta").contiguous(memory_format=memory_format)
-    weight = torch.empty(k, c, r, s, dtype=dtype, device="meta").contiguous(memory_format=memory_format)
     try:
-        return {"input": input_words, "kernel": kernel_words, **explain_convolution(x, weight, stride, (r // 2, s // 2))}
-    except (TypeError, ValueError) as error:
+        x = torch.empty(n, c, h, w, dtype=dtype, device="meta").contiguous(memory_format=memory_format)
+        weight = torch.empty(k, c, r, s, dtype=dtype, device="meta").contiguous(memory_format=memory_format)
+        spec = spec_of(x, weight, None, None, geometry_of_call(weight, stride, (r // 2, s // 2)), relu=True)
+        bias = torch.empty(k, dtype=dtype, device="meta")
+        backend = CpuBackend(_extension.cpu, _extension.missing)
+        return {"input": input_words, "kernel": kernel_words, **backend.explain(spec._replace(bias=layout(bias), shortcut=spec.output))}
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: more elements than can be counted
         raise Usage(f"--explain: {error}") from None
 
 
@@ -53,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.explain is not None:
         memory_format = torch.contiguous_format if arguments.contiguous else torch.channels_last
         first, second = arguments.explain
-        told = explain(first, second, DTYPES[arguments.dtype], memory_format)
+        told = _explain(first, second, DTYPES[arguments.dtype], memory_format)
         for name, value in told.items():
             print(f"{name:<10}  {value}")
         write_json(arguments.json, told)

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
+from torch import fx, nn
 
+from .._compat import BATCH_OR_INSTANCE_NORM, TENSORS
 from .._residual import FUNCTIONS, Call, Layer, Residual, Step
 from . import analysis
 from .facts import MISSING, Facts
@@ -20,8 +19,6 @@ from .objects import PLAIN, computes_as_ever
 from .recorder import ADDITIONS, find
 from .source import decorated
 
-# Fake tensors: torch.export runs a block with them. Other subclasses (quantised, distributed, ...) compute otherwise.
-TENSORS = (Tensor, nn.Parameter, nn.Buffer, FakeTensor, FunctionalTensor)
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 # Modules that write nowhere and make a new tensor.
@@ -75,7 +72,7 @@ def is_leaf(module: nn.Module) -> bool:
     """Whether a module is one operation: torch.nn's own modules, and what derives from those that matter here."""
     if issubclass(type(module), (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return False
-    if issubclass(type(module), (nn.Conv2d, nn.modules.batchnorm._NormBase, nn.ReLU)):
+    if issubclass(type(module), (nn.Conv2d, BATCH_OR_INSTANCE_NORM, nn.ReLU)):
         return True
     if getattr(type(module), "_fx_leaf", False):
         return True

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._compat import using_tf32
+
 Storages = dict[int, tuple[Any, Any]]  # address -> (a storage, its copy on the device)
 
 
@@ -86,20 +88,9 @@ def library(tf32: bool = False, deterministic: bool = True, cudnn: bool = True) 
     """
     flags = torch.backends.cudnn
     before = flags.deterministic, flags.benchmark, flags.enabled
-    # torch 2.9: the older setting raises where the newer one has been used, so only one of the two is touched.
-    newer = hasattr(torch._C, "_set_fp32_precision_setter")
-    precision: Any = torch._C._get_fp32_precision_getter("cuda", "conv") if newer else torch._C._get_cudnn_allow_tf32()
-
-    def put(value: Any) -> None:
-        if newer:
-            torch._C._set_fp32_precision_setter("cuda", "conv", value)
-        else:
-            torch._C._set_cudnn_allow_tf32(value)
-
     try:
         flags.deterministic, flags.benchmark, flags.enabled = deterministic, False, cudnn
-        put(("tf32" if tf32 else "ieee") if newer else tf32)
-        yield
+        with using_tf32(tf32):
+            yield
     finally:
         flags.deterministic, flags.benchmark, flags.enabled = before
-        put(precision)

@@ -1,25 +1,29 @@
-"""Arguments of the operators: what is legal, and the one sentence that says so when something is not.
+"""The ``ConvSpec`` of a call: its parameters and how its operands and its output lie.
 
-Every check runs before any work. ``TypeError`` is for a wrong type or dtype, ``ValueError`` for a wrong value or shape.
+And what is legal, with the one sentence that says so when something is not. Every check runs before any work. ``TypeError`` is
+for a wrong type or dtype, ``ValueError`` for a wrong value or shape.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 Pair = tuple[int, int]
 
-DTYPES = {
+LEGAL_DTYPES = {
     "cpu": (torch.float64, torch.float32, torch.bfloat16),
     "cuda": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
     "meta": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
 }
 _INTS = (int, torch.SymInt)
 _LONGEST = 2**62 - 1  # pixels of a padded side: beyond this 64-bit offsets cannot be formed
+# The dtypes that accumulate in float32.
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 # Below this an address is looked at: memory that was freed has none, so that a tensor's address is only its offset in the storage.
 SUSPICIOUS = 1 << 40
 
@@ -31,6 +35,80 @@ class Padding(NamedTuple):
     bottom: int
     left: int
     right: int
+
+    @property
+    def is_symmetric(self) -> bool:
+        return self.top == self.bottom and self.left == self.right
+
+
+NO_PADDING = Padding(0, 0, 0, 0)
+
+
+class Geometry(NamedTuple):
+    """How a convolution's kernel moves: stride and dilation (height, width) and padding in pixels, and the groups of channels."""
+
+    stride: Pair = (1, 1)
+    padding: Padding = NO_PADDING
+    dilation: Pair = (1, 1)
+    groups: int = 1
+
+
+class Layout(NamedTuple):
+    """A tensor's shape and strides."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def is_channels_last(self) -> bool:
+        """As ``is_channels_last`` of such a tensor."""
+        return _channels_last_strides(self.shape, self.strides)
+
+    @property
+    def is_dense_channels_last(self) -> bool:
+        """Channels_last without gaps; strides of axes of length 1 do not count."""
+        return self.meta().is_contiguous(memory_format=torch.channels_last)
+
+    def meta(self) -> Tensor:
+        """A float32 tensor without memory that lies so."""
+        return torch.empty_strided(self.shape, self.strides, device="meta")
+
+
+def layout(t: Tensor) -> Layout:
+    return Layout(tuple(t.shape), t.stride())
+
+
+class ConvSpec(NamedTuple):
+    """One call of ``conv_bias_add_relu`` without its values: what is computed, on tensors that lie how. ``spec_of`` makes it, of legal calls.
+
+    Layouts: input [N, C, H, W], weight [K, C / groups, R, S], bias [K], shortcut and output [N, K, P, Q]; None: there is none.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    input: Layout
+    weight: Layout
+    bias: Layout | None
+    shortcut: Layout | None
+    output: Layout
+    geometry: Geometry
+    relu: bool
+
+    @property
+    def dtype_name(self) -> str:
+        return dtype_name(self.dtype)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds."""
+        n, k, p, q = self.output.shape
+        _, c, r, s = self.weight.shape
+        return n * k * p * q * c * r * s
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """"float32" of ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def pair(value: int | Sequence[int], name: str, least: int) -> Pair:
@@ -52,11 +130,11 @@ def pair(value: int | Sequence[int], name: str, least: int) -> Pair:
     return both[0], both[1]
 
 
-def pad(padding: int | str | Sequence[int], weight: Tensor, stride: Pair, dilation: Pair) -> Padding:
+def _pad(padding: int | str | Sequence[int], weight: Tensor, stride: Pair, dilation: Pair) -> Padding:
     """conv2d's ``padding`` argument as four numbers. 'same' puts the odd pixel at the bottom and at the right."""
     if isinstance(padding, str):
         if padding == "valid":
-            return Padding(0, 0, 0, 0)
+            return NO_PADDING
         if padding != "same":
             raise ValueError(f"padding must be an int, a pair of ints, 'same' or 'valid', got {padding!r}")
         if stride != (1, 1):
@@ -65,6 +143,26 @@ def pad(padding: int | str | Sequence[int], weight: Tensor, stride: Pair, dilati
         return Padding(total_h // 2, total_h - total_h // 2, total_w // 2, total_w - total_w // 2)
     h, w = pair(padding, "padding", 0)
     return Padding(h, h, w, w)
+
+
+def geometry_of_call(weight: Tensor, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: Any = 1) -> Geometry:
+    """``conv2d``'s arguments: a number for a pair, 'same'."""
+    stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
+    if type(groups) is not int and not isinstance(groups, torch.SymInt):
+        raise TypeError(f"groups must be an int, got {groups!r}")
+    if isinstance(padding, str):
+        check_tensor(weight, "weight", 4)
+    return Geometry(stride, _pad(padding, weight, stride, dilation), dilation, groups)  # type: ignore[arg-type]  # a SymInt is as good
+
+
+def geometry_of_operator(
+    weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
+) -> Geometry:
+    """The registered operator's arguments; their schema lets lists of other lengths through. ``weight``: as of a call, not asked."""
+    for name, values, count in (("stride", stride, 2), ("padding", padding, 4), ("dilation", dilation, 2)):
+        if len(values) != count:
+            raise ValueError(f"{name} must have {count} numbers, got {len(values)}: {tuple(values)}")
+    return Geometry((stride[0], stride[1]), Padding(*padding), (dilation[0], dilation[1]), groups)
 
 
 def output_size(size: int, kernel: int, stride: int, before: int, after: int, dilation: int) -> int:
@@ -116,6 +214,12 @@ def output_format(input: Tensor, weight: Tensor, shape: Sequence[int]) -> torch.
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
+def empty_as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialised, dense, contiguous or channels_last as ``t`` is."""
+    memory_format = torch.channels_last if is_channels_last(t) else torch.contiguous_format
+    return torch.empty(t.shape, dtype=dtype, device=t.device, memory_format=memory_format)
+
+
 def check_tensor(t: object, name: str, rank: int, like: Tensor | None = None) -> None:
     """One operand: a dense floating-point tensor of the given rank that shares dtype and device with ``like``."""
     if not isinstance(t, Tensor):
@@ -124,18 +228,14 @@ def check_tensor(t: object, name: str, rank: int, like: Tensor | None = None) ->
         raise TypeError(f"{name} must be a dense tensor, got a nested one")
     if t.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {t.layout}")
-    if t.dtype not in DTYPES.get(t.device.type, ()):
-        if t.device.type not in DTYPES:
+    if t.dtype not in LEGAL_DTYPES.get(t.device.type, ()):
+        if t.device.type not in LEGAL_DTYPES:
             raise ValueError(f"{name} must be on a CPU or CUDA device, got {t.device}")
-        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES[t.device.type])
-        got = str(t.dtype).removeprefix("torch.")
-        raise TypeError(f"{name} must have one of the dtypes {names} on {t.device.type}, got {got}")
+        names = ", ".join(map(dtype_name, LEGAL_DTYPES[t.device.type]))
+        raise TypeError(f"{name} must have one of the dtypes {names} on {t.device.type}, got {dtype_name(t.dtype)}")
     if like is not None:
         if t.dtype != like.dtype:
-            raise TypeError(
-                f"{name} must have input's dtype {str(like.dtype).removeprefix('torch.')}, "
-                f"got {str(t.dtype).removeprefix('torch.')}"
-            )
+            raise TypeError(f"{name} must have input's dtype {dtype_name(like.dtype)}, got {dtype_name(t.dtype)}")
         if t.device != like.device:
             raise ValueError(f"{name} must be on input's device {like.device}, got {t.device}")
     if t.dim() != rank:
@@ -187,16 +287,10 @@ def check_shortcut(shortcut: Tensor | None, shape: Sequence[int], like: Tensor) 
 
 
 def check_convolution(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shortcut: Tensor | None,
-    stride: Pair,
-    padding: Padding,
-    dilation: Pair,
-    groups: int,
+    input: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Tensor | None, geometry: Geometry
 ) -> tuple[int, int, int, int]:
     """Check one call of the operator; returns the output's shape [N, K, P, Q]."""
+    stride, padding, dilation, groups = geometry
     check_tensor(input, "input", 4)
     check_tensor(weight, "weight", 4, input)
     n, c, h, w = input.shape
@@ -224,9 +318,41 @@ def check_convolution(
             f"{[dilation[0] * (r - 1) + 1, dilation[1] * (s - 1) + 1]} with dilation, padded input "
             f"{[h + padding.top + padding.bottom, w + padding.left + padding.right]}"
         )
+    _check_size((n, k, p, q), input.dtype)
     check_bias(bias, k, input)
     check_shortcut(shortcut, (n, k, p, q), input)
     return n, k, p, q
+
+
+def _check_size(shape: Sequence[int], dtype: torch.dtype) -> None:
+    """That an output can be counted. Sizes that a compiler has not fixed are not asked: the answer would be a guard."""
+    if torch.compiler.is_compiling() or not all([type(size) is int for size in shape]):
+        return
+    if math.prod(shape) * dtype.itemsize >= 2**63:
+        raise ValueError(f"the output must have fewer than 2**63 bytes, got the shape {list(shape)} in {dtype_name(dtype)}")
+
+
+def spec_of(
+    input: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Tensor | None, geometry: Geometry, relu: bool
+) -> ConvSpec:
+    """The spec of one call with these tensors, which is checked.
+
+    Raises:
+        TypeError, ValueError: for arguments that are not legal.
+    """
+    shape = check_convolution(input, weight, bias, shortcut, geometry)
+    strides = torch.empty(shape, device="meta", memory_format=output_format(input, weight, shape)).stride()
+    return ConvSpec(
+        input.dtype,
+        input.device,
+        layout(input),
+        layout(weight),
+        None if bias is None else layout(bias),
+        None if shortcut is None else layout(shortcut),
+        Layout(shape, strides),
+        geometry,
+        relu,
+    )
 
 
 def check_pass(input: Tensor, bias: Tensor | None, shortcut: Tensor | None) -> None:

@@ -27,7 +27,6 @@ parameters on a GPU that want a gradient.
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -35,8 +34,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._arguments import check_allocated
-from ._extension import cpu
+from .._compat import PLAIN, in_graph_trees
+from .._extension import cpu
+from .spec import check_allocated
 
 T = TypeVar("T")
 # What a change of a tensor's values or memory changes, unless it is a write through ``.data``: version, address, shape, strides, dtype.
@@ -45,7 +45,6 @@ _graphs_train = False  # a graph that was captured may write parameters when it 
 _for_graphs: dict[int, Any] = {}  # values whose addresses a captured graph may hold, by id
 _ALL = 1 << 62  # fingerprint every byte
 SOME = 1 << 16  # ... or at most this many
-_PLAIN = (Tensor, nn.Parameter)
 _MOST = 1024  # values beside one storage: beyond that many, start over
 
 generation = 0  # how often ``clear`` was called
@@ -236,11 +235,11 @@ def find(tag: tuple[Hashable, ...], sources: Sequence[Tensor | None], make: Call
     """
     owner = sources[0]
     assert owner is not None
-    if not all([t is None or type(t) in _PLAIN for t in sources]):  # a subclass may have no memory to look at
+    if not all([t is None or type(t) in PLAIN for t in sources]):  # a subclass may have no memory to look at
         return Entry((), _made(make, snapshots(sources)), None, False)
     if not isinstance(owner, nn.Parameter):
         store = None
-    capturing = owner.is_cuda and (torch.cuda.is_current_stream_capturing() or _in_graph_trees(owner.device))
+    capturing = owner.is_cuda and (torch.cuda.is_current_stream_capturing() or in_graph_trees(owner.device))
     if (capturing or (_graphs_train and owner.is_cuda)) and any([t is not None and t.requires_grad for t in sources]):
         return _make(tag, sources, make, store)  # of a graph: a part of it, made anew at each replay
     kept = _beside(tag, owner) if store is None else store.entries.get(tag)
@@ -326,13 +325,6 @@ def _forget(owner: Tensor, tag: Hashable) -> Callable[[Any], None]:
                 entries.pop(key, None)
 
     return gone
-
-
-def _in_graph_trees(device: torch.device) -> bool:
-    """Whether Inductor warms up or records a graph of its own (mode="reduce-overhead"): what is allocated then is the graph's."""
-    trees = sys.modules.get("torch._inductor.cudagraph_trees")
-    manager = None if trees is None else trees.get_manager(device.index, create_if_none_exists=False)
-    return manager is not None and bool(manager.in_warmup or manager.in_recording)
 
 
 def training_captured(t: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The public functions: ``conv_bias_add_relu``, ``bias_add_relu``, ``why_not``.
 
 They turn convenient arguments (a number for a pair, 'same') into the registered operators' plain ones, report what is wrong with
-them, and take the shortest way to the kernel. ``_operators.py`` holds the operators; ``reference.py`` the definition.
+them, and take the shortest way to the kernel. ``registration.py`` holds the operators; ``reference.py`` the definition.
 """
 
 from __future__ import annotations
@@ -9,19 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from . import _kernels, _operators
-from ._arguments import Padding, Pair, check_convolution, check_pass, check_tensor, pad, pair
-from ._select import reasons
+from .._compat import nobody_listens
+from . import registration, schema  # noqa: F401  registration: for what it does
+from .plans import backends, find
+from .spec import check_convolution, check_pass, check_tensor, geometry_of_call, spec_of
 
 __all__ = ["bias_add_relu", "conv_bias_add_relu", "why_not"]
 
-_PLAIN = (Tensor, torch.nn.Parameter)
 # What the dispatcher, or a kernel that gets None for a tensor, raises before any work.
 _REFUSALS = (AttributeError, NotImplementedError, RuntimeError, TypeError)
+
 
 def conv_bias_add_relu(
     input: Tensor,
@@ -59,59 +58,16 @@ def conv_bias_add_relu(
         TypeError: for a wrong type or dtype. ValueError: for a wrong value or shape. Both before any work.
     """
     if input is not None and nobody_listens(input, weight, bias, shortcut) and _plain(stride, padding, dilation, groups, relu):
-        plan = _kernels.cached(
-            _plan_of_call, input, weight, bias, shortcut, stride, padding, dilation, groups, relu
-        )
-        if plan is not None:
-            return plan(input, weight, bias, shortcut)
-        stride, padding, dilation = geometry(weight, stride, padding, dilation, groups)
-        return _operators.general_path(input, weight, bias, shortcut, stride, padding, dilation, groups, relu)
-    stride, padding, dilation = geometry(weight, stride, padding, dilation, groups)
+        plan = find(geometry_of_call, input, weight, bias, shortcut, stride, padding, dilation, groups, relu)
+        return plan(input, weight, bias, shortcut)
+    geometry = geometry_of_call(weight, stride, padding, dilation, groups)
     try:
-        return _operators.conv(input, weight, bias, shortcut, stride, padding, dilation, groups, bool(relu))
+        output: Tensor = schema.conv_bias_add_relu(input, weight, bias, shortcut, *geometry, bool(relu))
     except _REFUSALS:
         # The dispatcher refused before any work: not a tensor, sparse, quantized, ... Say it in our words if it is that.
-        check_convolution(input, weight, bias, shortcut, stride, padding, dilation, groups)
+        check_convolution(input, weight, bias, shortcut, geometry)
         raise
-
-
-def geometry(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: Any) -> tuple[Pair, Padding, Pair]:
-    """Stride, padding and dilation as the operator takes them."""
-    stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
-    if type(groups) is not int and not isinstance(groups, torch.SymInt):
-        raise TypeError(f"groups must be an int, got {groups!r}")
-    if isinstance(padding, str):
-        check_tensor(weight, "weight", 4)
-    return stride, pad(padding, weight, stride, dilation), dilation
-
-
-def is_quiet() -> bool:
-    """Whether nothing outside of its tensors keeps a call from going straight to the kernel: no autocast, no
-    tracing, no mode, no profiler. (torch.compile traces this function's caller: that is to be asked before.)"""
-    return not (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch.is_autocast_enabled("cpu")
-        or torch.is_autocast_enabled("cuda")
-        or torch._C._autograd._profiler_enabled()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    )
-
-
-def nobody_listens(*tensors: Any) -> bool:
-    """Whether a call with these tensors (None: no tensor) may go straight to the kernel: it ``is_quiet``, and these are plain CPU or CUDA
-    tensors that want no gradient. The dispatcher and the way back into Python take longer than a small convolution."""
-    if torch.compiler.is_compiling() or not is_quiet():
-        return False
-    grad = torch.is_grad_enabled()
-    for t in tensors:
-        if t is not None and (
-            type(t) not in _PLAIN or t.layout is not torch.strided or not (t.is_cpu or t.is_cuda) or (grad and t.requires_grad)
-        ):
-            return False
-    return True
+    return output
 
 
 def _plain(stride: Any, padding: Any, dilation: Any, groups: Any, relu: Any) -> bool:
@@ -121,21 +77,6 @@ def _plain(stride: Any, padding: Any, dilation: Any, groups: Any, relu: Any) -> 
         if kind is not int and kind is not str and not (kind is tuple and all(type(v) is int for v in value)):
             return False
     return type(groups) is int and type(relu) is bool
-
-
-def _plan_of_call(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shortcut: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    relu: bool,
-) -> _kernels.Plan | None:
-    stride, padding, dilation = geometry(weight, stride, padding, dilation, groups)
-    return _kernels.convolution(input, weight, bias, shortcut, stride, padding, dilation, groups, bool(relu))
 
 
 def bias_add_relu(
@@ -153,10 +94,11 @@ def bias_add_relu(
         TypeError, ValueError: as ``conv_bias_add_relu``.
     """
     try:
-        return _operators.bias_add_relu(input, bias, shortcut, bool(relu))
+        output: Tensor = schema.bias_add_relu(input, bias, shortcut, bool(relu))
     except _REFUSALS:
         check_pass(input, bias, shortcut)
         raise
+    return output
 
 
 def why_not(
@@ -173,6 +115,5 @@ def why_not(
     """Why this call of ``conv_bias_add_relu`` would not take the hot path: a list of sentences, empty when it will."""
     check_tensor(input, "input", 4)
     check_tensor(weight, "weight", 4)
-    stride, padding, dilation = geometry(weight, stride, padding, dilation, groups)
-    shape = check_convolution(input, weight, bias, shortcut, stride, padding, dilation, groups)
-    return reasons(input, weight, shortcut, stride, padding, dilation, groups, shape)
+    geometry = geometry_of_call(weight, stride, padding, dilation, groups)
+    return backends.of(input).why_general(spec_of(input, weight, bias, shortcut, geometry, relu))

@@ -1,0 +1,10 @@
+"""The operators: ``api.py`` is what users call.
+
+A call goes ``api`` -> ``plans`` (the plan for such a call) -> the plan, of ``cpu``, ``cuda`` or ``backend``. Where autograd, autocast,
+torch.compile or a mode has to see it, the dispatcher is asked in between: ``schema``, ``registration``, ``autograd``. What a call is
+given is a ``spec``; which way it takes, and why, is ``select``'s.
+"""
+
+from .api import bias_add_relu, conv_bias_add_relu, why_not
+
+__all__ = ["bias_add_relu", "conv_bias_add_relu", "why_not"]

@@ -1,0 +1,160 @@
+"""What computes for the tensors of one kind of device. ``Backend`` itself has no kernels: everything is the library's.
+
+``cpu.py`` and ``cuda.py`` have one each with the kernels of the compiled modules.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .derived import derive
+from .spec import LOW_PRECISION, NO_PADDING, ConvSpec, Geometry, check_allocated, check_operands, empty_as, is_channels_last, output_format
+
+_SMALL = 1 << 16  # elements: a pass less saves less than our call costs more
+
+
+class Plan(Protocol):
+    """One convolution, ready to run on any tensors of its spec. It does not change once made."""
+
+    kernel: Any  # of the compiled module: what tests and benchmarks ask. None: the library's
+
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Tensor | None) -> Tensor: ...
+
+
+class Backend:
+    """The operations for one kind of device. Operands have been checked, but for storages that were freed."""
+
+    on_gpu = False
+
+    def why_no_kernels(self, device: torch.device) -> str:
+        """Why none of our kernels can run on this device; "" if they can."""
+        return f"there are no kernels for {device.type} tensors in this build"
+
+    def state(self, *tensors: Tensor | None) -> Hashable:
+        """What a plan for these tensors depends on besides its spec and the settings."""
+        return torch.get_num_threads()
+
+    def why_general(self, spec: ConvSpec) -> list[str]:
+        """Why a convolution takes the general path; none: ``kernel_plan`` has a kernel for it."""
+        return [self.why_no_kernels(spec.device)]
+
+    def kernel_plan(self, spec: ConvSpec) -> Plan:
+        """The plan of a convolution on the hot path."""
+        raise NotImplementedError
+
+    def plan(self, spec: ConvSpec) -> Plan:
+        """The plan of a convolution: a kernel's, or the general path."""
+        return GeneralPlan(spec, self) if self.why_general(spec) else self.kernel_plan(spec)
+
+    def bias_add_relu(
+        self, input: Tensor, bias: Tensor | None, shortcut: Tensor | None, relu: bool, dtype: torch.dtype, owned: bool
+    ) -> Tensor:
+        """relu(input + bias + shortcut) as ``dtype``; writes over ``input`` where that is ``owned`` (nobody else's) and fits.
+
+        ``input`` may be float32 where ``dtype`` is narrower: it is then rounded once, here.
+
+        Raises:
+            RuntimeError: for an operand whose storage was freed.
+        """
+        check_operands(input, bias=bias, shortcut=shortcut)
+        memory_format = torch.channels_last if is_channels_last(input) else torch.contiguous_format
+        in_place = owned and input.dtype == dtype and input.is_contiguous(memory_format=memory_format)
+        if bias is None and shortcut is None and not relu and in_place:
+            return input
+        if self.why_no_kernels(input.device) or not self.has_passes(dtype):
+            return _bias_add_relu(input, bias, shortcut, relu, dtype, owned)
+        output = input if in_place else empty_as(input, dtype)
+        self.run_bias_add_relu(input, None if bias is None else bias.contiguous(), shortcut, relu, output)
+        return output
+
+    def relu_backward(self, grad: Tensor, output: Tensor, bias_grad: bool) -> tuple[Tensor, Tensor]:
+        """grad where not (output <= 0), else 0, in output's memory format; and its sum over N, P, Q [K], or an empty tensor.
+
+        Raises:
+            RuntimeError: for an operand whose storage was freed.
+        """
+        check_allocated(grad, "grad")
+        check_allocated(output, "output")
+        result = empty_as(output, output.dtype)
+        if self.why_no_kernels(output.device):
+            torch.where(output <= 0, grad.new_zeros(()), grad, out=result)
+            return result, result.sum((0, 2, 3)) if bias_grad else output.new_empty(0)
+        sums = output.new_empty(output.shape[1] if bias_grad else 0)
+        self.run_relu_backward(grad, output, result, sums if bias_grad else None)
+        return result, sums
+
+    def has_passes(self, dtype: torch.dtype) -> bool:
+        """Whether ``run_bias_add_relu`` gives this dtype."""
+        return True
+
+    def run_bias_add_relu(self, input: Tensor, bias: Tensor | None, shortcut: Tensor | None, relu: bool, output: Tensor) -> None:
+        """output = relu(input + bias + shortcut), rounded to output's dtype; output may be input. bias is contiguous."""
+        raise NotImplementedError
+
+    def run_relu_backward(self, grad: Tensor, output: Tensor, result: Tensor, sums: Tensor | None) -> None:
+        """result = grad where not (output <= 0), else 0; sums [K], if there is one, its sum over N, P, Q."""
+        raise NotImplementedError
+
+
+def _bias_add_relu(
+    input: Tensor, bias: Tensor | None, shortcut: Tensor | None, relu: bool, dtype: torch.dtype, owned: bool
+) -> Tensor:
+    """``Backend.bias_add_relu`` by the library's operations."""
+    wide = torch.float32 if dtype in LOW_PRECISION else dtype
+    output = input.to(wide)
+    if bias is not None:
+        output = output + bias.to(wide)[:, None, None]
+    if shortcut is not None:
+        output = output + shortcut.to(wide)
+    if relu:
+        output = torch.relu(output)
+    output = output.to(dtype)
+    if output is input and not owned:
+        output = output.clone()
+    # A new tensor also where the strides are ambiguous and the format's own are expected.
+    result = empty_as(input, dtype)
+    return output if output.stride() == result.stride() else result.copy_(output)
+
+
+class GeneralPlan:
+    """The library's convolution, then addition and ReLU in place: our one pass, or where a map is small the library's two."""
+
+    kernel = None
+
+    def __init__(self, spec: ConvSpec, backend: Backend) -> None:
+        self.geometry, self.relu, self.dtype, self.backend = spec.geometry, spec.relu, spec.dtype, backend
+        self.wide = spec.dtype in LOW_PRECISION and (spec.bias is not None or spec.shortcut is not None)  # so that the sum is rounded once
+        self.adds_bias = not backend.on_gpu and spec.dtype not in LOW_PRECISION  # the library's convolution does
+        self.small = self.adds_bias and math.prod(spec.output.shape) < _SMALL
+
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Tensor | None) -> Tensor:
+        check_operands(input, weight, bias, shortcut)
+        if self.wide:
+            input = input.float()
+            weight = weight.float() if weight.is_cpu else derive(("wide",), (weight,), lambda held: held.float())
+        output = _convolution(input, weight, bias if self.adds_bias else None, self.geometry)
+        if self.backend.on_gpu:  # some of the library's convolutions give other strides than its rule says
+            output = output.contiguous(memory_format=output_format(input, weight, output.shape))
+        if self.adds_bias:
+            bias = None
+        if shortcut is not None and self.small:
+            output.add_(shortcut)
+            return output.relu_() if self.relu else output
+        if shortcut is None and bias is None and output.dtype == self.dtype:
+            return output.relu_() if self.relu else output
+        return self.backend.bias_add_relu(output, bias, shortcut, self.relu, self.dtype, owned=True)
+
+
+def _convolution(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """The library's convolution; it pads both sides alike, so padding='same' with an even kernel pads first."""
+    stride, padding, dilation, groups = geometry
+    if not padding.is_symmetric:
+        input = F.pad(input, (padding.left, padding.right, padding.top, padding.bottom))
+        padding = NO_PADDING
+    return F.conv2d(input, weight, bias, stride, (padding.top, padding.left), dilation, groups)

@@ -1,0 +1,167 @@
+"""Calls into the compiled module for the CPU: plans, packed weights, pointers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _settings
+from . import select
+from .backend import Backend
+from .derived import find, unchanged
+from .spec import SUSPICIOUS, ConvSpec, check_allocated, check_operands, dtype_name
+
+Packer = Callable[[Tensor], "Tensor | None"]
+
+
+class CpuBackend(Backend):
+    """The compiled module's kernels; without it, the library's."""
+
+    def __init__(self, module: ModuleType | None, missing: str) -> None:
+        self.module, self.missing = module, missing
+
+    def why_no_kernels(self, device: torch.device) -> str:
+        return self.missing if self.module is None else ""
+
+    def why_general(self, spec: ConvSpec) -> list[str]:
+        return [self.missing] if self.module is None else select.why_general_on_cpu(spec)
+
+    def convolution(self, spec: ConvSpec, algorithm: str) -> Any:
+        """The compiled convolution."""
+        assert self.module is not None
+        geometry = spec.geometry
+        return self.module.Convolution(
+            spec.dtype_name,
+            spec.input.shape,
+            spec.weight.shape,
+            spec.output.shape,
+            geometry.stride,
+            (geometry.padding.top, geometry.padding.left),
+            geometry.dilation,
+            spec.input.strides,
+            spec.output.strides,
+            None if spec.shortcut is None else spec.shortcut.strides,
+            spec.bias is not None,
+            spec.relu,
+            torch.get_num_threads(),
+            algorithm,
+            _settings.current.numerics == "strict",
+        )
+
+    def kernel_plan(self, spec: ConvSpec) -> CpuPlan:
+        return CpuPlan(spec, self)
+
+    def explain(self, spec: ConvSpec) -> dict[str, str]:
+        """How a convolution would be computed, and why."""
+        why = self.why_general(spec)
+        if why:
+            return {"path": "general: the library's convolution, then addition and ReLU in one pass", "reason": "; ".join(why)}
+        threads = torch.get_num_threads()
+        kernel = self.convolution(spec, _settings.current.algorithm)
+        return {
+            "path": f"hot: one kernel, {kernel.isa}, {threads} thread{'s' if threads > 1 else ''}",
+            "algorithm": kernel.algorithm,
+            "reason": kernel.reason,
+            "blocking": kernel.describe(),
+            "workspace": f"{kernel.workspace_bytes / 1024:.0f} KiB",
+            "weights": f"{kernel.packed_bytes / 1024:.0f} KiB packed",
+        }
+
+    def has_passes(self, dtype: torch.dtype) -> bool:
+        return dtype != torch.float16
+
+    def run_bias_add_relu(self, input: Tensor, bias: Tensor | None, shortcut: Tensor | None, relu: bool, output: Tensor) -> None:
+        assert self.module is not None
+        self.module.bias_add_relu(
+            dtype_name(output.dtype),
+            tuple(input.shape),
+            output.stride(),
+            input.stride(),
+            input.stride() if shortcut is None else shortcut.stride(),
+            relu,
+            input.dtype != output.dtype,
+            input.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if shortcut is None else shortcut.data_ptr(),
+            output.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    def run_relu_backward(self, grad: Tensor, output: Tensor, result: Tensor, sums: Tensor | None) -> None:
+        assert self.module is not None
+        self.module.relu_backward(
+            dtype_name(output.dtype),
+            tuple(output.shape),
+            result.stride(),
+            grad.stride(),
+            output.stride(),
+            grad.data_ptr(),
+            output.data_ptr(),
+            result.data_ptr(),
+            0 if sums is None else sums.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+
+class CpuPlan:
+    """A convolution by one kernel, and directly where Winograd's transforms of a weight or an input are not finite."""
+
+    __slots__ = ("_bias_is_strided", "_directly", "_dtype", "_packed", "_run", "_shape", "_strides", "kernel")
+
+    def __init__(self, spec: ConvSpec, backend: CpuBackend) -> None:
+        self.kernel = backend.convolution(spec, _settings.current.algorithm)
+        self._run, self._packed = self.kernel.run, _packer(self.kernel, spec.weight.strides)
+        self._shape, self._strides = spec.output
+        self._dtype = spec.dtype
+        self._bias_is_strided = spec.bias is not None and spec.bias.strides != (1,)
+
+        @functools.cache
+        def directly() -> tuple[Any, Packer]:
+            kernel = backend.convolution(spec, "direct")
+            return kernel.run, _packer(kernel, spec.weight.strides)
+
+        self._directly = directly
+
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Tensor | None) -> Tensor:
+        x = input.data_ptr()
+        b = 0 if bias is None else bias.data_ptr()
+        s = 0 if shortcut is None else shortcut.data_ptr()
+        if x < SUSPICIOUS or (b < SUSPICIOUS and bias is not None) or (s < SUSPICIOUS and shortcut is not None):
+            check_operands(input, weight, bias, shortcut)
+        if self._bias_is_strided:
+            assert bias is not None
+            bias = bias.contiguous()
+            b = bias.data_ptr()
+        packed = self._packed(weight)
+        output = torch.empty_strided(self._shape, self._strides, dtype=self._dtype)
+        if packed is None or not self._run(x, packed.data_ptr(), b, s, output.data_ptr()):
+            run, packer = self._directly()
+            packed = packer(weight)
+            assert packed is not None
+            run(x, packed.data_ptr(), b, s, output.data_ptr())
+        return output
+
+
+def _packer(kernel: Any, strides: tuple[int, ...]) -> Packer:
+    """The packed weight of a kernel, of a weight with these strides, kept until that changes; None where it is of no use: see ``pack``."""
+    packed_bytes, pack = kernel.packed_bytes, kernel.pack
+    tag = (f"packed: {kernel.packing}, strides {strides}",)
+
+    def make(held: Tensor) -> Tensor | None:
+        buffer = torch.empty(packed_bytes, dtype=torch.uint8)
+        return buffer if pack(held.data_ptr(), strides, buffer.data_ptr()) else None
+
+    def packed(weight: Tensor) -> Tensor | None:
+        kept = unchanged(tag, weight)
+        if kept is None:
+            check_allocated(weight, "weight")
+            kept = find(tag, (weight,), make)
+        value: Tensor | None = kept.value
+        return value
+
+    return packed

@@ -1,0 +1,108 @@
+"""Which way a convolution takes, and why: the hot path (our kernels) or the general path (the library's convolution, then our pass).
+
+The only place where one of the two is preferred; the backends ask here, and add what is known of their modules (``why_general``). Calls,
+``why_not``, the report of ``fuse_`` and ``env --explain`` get the same answer. Each function is pure, of the call and of what was read from
+the machine; the sentences that it returns are the choice, and none of them is the hot path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .spec import ConvSpec, Layout, dtype_name
+
+# A stem (7x7 on 3 channels): runs of 21 values keep the FMA units at 60 % of their rate, the library's kernel at 70 %.
+_FEW_CHANNELS, _LARGE_KERNEL = 4, 25
+# As few outputs leave most of a register empty; a call on a small map is all overhead, and ours has less.
+_LARGE_MAP = 512
+# Contiguous, a 1x1 convolution is a product of matrices as they lie; ours turns input and output, which pays from here on.
+_REGISTER, _FEW_OUTPUTS = 16, 24
+
+# Multiply-adds up to which a call on a GPU is taken to be all launches, so that one kernel without tensor cores beats the library's
+# several. Not measured yet, as little as what follows from it: bench/gpu_report.py will tell.
+SMALL_ON_CUDA = 1 << 24
+STEM_CHANNELS = 4  # to which a stem's 1 to 3 are padded on a GPU: csrc/cuda/config.h holds the same number
+
+
+def why_groups(groups: int) -> list[str]:
+    return [] if groups == 1 else [f"groups = {groups}: our fast kernels are for groups = 1"]
+
+
+def why_general_on_cpu(spec: ConvSpec) -> list[str]:
+    """Why the compiled module for the CPU leaves this convolution to the library."""
+    why = why_groups(spec.geometry.groups)
+    outputs, _, height, width = spec.weight.shape
+    channels = spec.input.shape[1]
+    if channels <= _FEW_CHANNELS and height * width >= _LARGE_KERNEL and spec.dtype == torch.float32:
+        why.append(
+            f"{channels} input channels under a {height}x{width} kernel: for a network's stem the library's convolution is faster"
+        )
+    large = spec.input.shape[2] * spec.input.shape[3] >= _LARGE_MAP
+    if large and height * width == 1 and _leaves_registers_empty(outputs) and not spec.input.is_channels_last:
+        why.append(f"{outputs} output channels of a contiguous 1x1 convolution: too few to fill registers, the library's is faster")
+    elif large and height * width > 1 and max(channels, outputs) <= _FEW_CHANNELS and spec.geometry.groups == 1:
+        why.append(f"{channels} input and {outputs} output channels: too few to fill registers, the library's kernel is faster")
+    return why
+
+
+def _leaves_registers_empty(outputs: int) -> bool:
+    return outputs <= _FEW_OUTPUTS and 1 <= outputs % _REGISTER <= _REGISTER // 2
+
+
+def why_general_on_cuda(spec: ConvSpec, tf32: bool) -> list[str]:
+    """The same of the CUDA module. tf32: whether float32 may be rounded to TF32."""
+    why = why_groups(spec.geometry.groups)
+    if why or spec.macs <= SMALL_ON_CUDA or spec.dtype == torch.float64:
+        return why  # none: the kernel without tensor cores serves, if need be
+    if spec.dtype == torch.float32 and not tf32:
+        return ["float32 without TF32 (torch.backends.cudnn.allow_tf32): no tensor-core kernel can, and the library serves large ones"]
+    outputs, channels = spec.weight.shape[:2]
+    vector = 16 // spec.dtype.itemsize
+    if (channels % vector and not is_stem_on_cuda(spec)) or outputs % vector:
+        name = dtype_name(spec.dtype)
+        return [f"{channels} input and {outputs} output channels: the tensor cores want multiples of {vector} in {name}"]
+    return []
+
+
+def is_stem_on_cuda(spec: ConvSpec) -> bool:
+    """Whether a tensor-core kernel for a network's stem is for as few channels."""
+    return spec.weight.shape[1] <= STEM_CHANNELS and spec.dtype.itemsize == 2
+
+
+def as_tensor_cores_read(spec: ConvSpec) -> ConvSpec | None:
+    """The convolution of rearranged operands that the tensor cores may compute instead, if they compute it: a large one turned to
+    channels_last, a stem's channels padded. None where it is computed as it is."""
+    if spec.geometry.groups != 1 or not spec.output.shape[0]:
+        return None
+    dense = all([part is None or part.is_dense_channels_last for part in (spec.input, spec.shortcut, spec.output)])
+    if spec.macs > SMALL_ON_CUDA and not dense:
+        shortcut = None if spec.shortcut is None else turned(spec.shortcut.shape)
+        return spec._replace(input=turned(spec.input.shape), shortcut=shortcut, output=turned(spec.output.shape))
+    if dense and spec.input.shape[1] < STEM_CHANNELS and is_stem_on_cuda(spec):
+        return spec._replace(input=padded(spec.input.shape), weight=padded(spec.weight.shape))
+    return None
+
+
+def turned(shape: Sequence[int]) -> Layout:
+    """Channels_last in its strides too where they are ambiguous: of one channel, say."""
+    n, c, h, w = shape
+    return Layout((n, c, h, w), (c * h * w, 1, w * c, c))
+
+
+def padded(shape: Sequence[int]) -> Layout:
+    """Channels_last, with a stem's channels."""
+    n, _, h, w = shape
+    return turned((n, STEM_CHANNELS, h, w))
+
+
+def too_old(capability: tuple[int, int], architectures: Sequence[str], name: str) -> str:
+    """A sentence for a GPU that is older than what a build is for; "" for any other. What was built runs on later ones too."""
+    first = min(int(a.rstrip("a")) for a in architectures)
+    if capability >= (first // 10, first % 10):
+        return ""
+    return (
+        f"the CUDA kernels of this build are for compute capability {first // 10}.{first % 10} and later, "
+        f"{name} has {capability[0]}.{capability[1]}"
+    )
