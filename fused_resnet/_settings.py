@@ -26,7 +26,7 @@ class Settings(NamedTuple):
     """One value for each thing that can be set, and all that a plan depends on besides its call.
 
     algorithm: auto, direct, winograd2 or winograd4, on the CPU. cuda_algorithm: auto, general, or a tile's name (``ops.cuda.tiles``).
-    backends: how often a test has put other kernels in the place of a device's.
+    backends: another number for each time that a test has put other kernels in the place of a device's; 0: none are there.
     """
 
     numerics: str

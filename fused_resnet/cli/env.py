@@ -32,7 +32,7 @@ def _explain(input_words: str, kernel_words: str, dtype: torch.dtype, memory_for
     """What ``env --explain`` prints: the path, the algorithm, the reason, the blocking and the memory it takes.
 
     Raises:
-        Usage: for words that are no shape. TypeError, ValueError: for a convolution that is not legal.
+        Usage: for words that are no shape, and for a convolution that is not legal.
     """
     sizes = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)", input_words)
     kernels = re.fullmatch(r"(\d+)x(\d+)x(\d+)(?:/(\d+))?", kernel_words)
