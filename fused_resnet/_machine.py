@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from . import _extension
+from ._version import __version__
 from .ops.plans import backends
 
 # Flags of /proc/cpuinfo that matter to a convolution.
@@ -114,8 +115,6 @@ def cuda() -> dict[str, Any]:
 def describe(paths: bool = True) -> dict[str, Any]:
     """Everything that a measurement depends on and that this process can see. Without ``paths`` files lose their folders:
     what is published need not name them."""
-    from . import __version__
-
     machine: dict[str, Any] = {
         "fused_resnet": __version__,
         "torch": torch.__version__,

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._block import FusedBlock, State
 from .ops.api import conv_bias_add_relu
+from .runtime.fused import FusedModule, State
 
 __all__ = ["BasicBlock", "Bottleneck", "ConvBiasAddReLU2d", "PlainBlock", "PlainBottleneck", "ZeroPadShortcut"]
 
@@ -84,7 +84,7 @@ def _conv(inplanes: int, planes: int, kernel: int, norm: nn.Module, **kwargs: An
     return nn.Conv2d(inplanes, planes, kernel, padding=padding, bias=isinstance(norm, nn.Identity), **kwargs)
 
 
-class BasicBlock(FusedBlock, nn.Module):
+class BasicBlock(FusedModule, nn.Module):
     """The block of two 3x3 layers: torchvision's ``BasicBlock``, fused.
 
     norm_layer: ``nn.Identity`` makes the block without normalisation, whose convolutions have biases.
@@ -122,7 +122,7 @@ class BasicBlock(FusedBlock, nn.Module):
         self.bn2 = norm2
         self.downsample = downsample
         self.stride = stride
-        self._fused_resnet = State(None)
+        self._fused_resnet = State()
 
     def _plain_forward(self, x: Tensor) -> Tensor:
         """The definition, from which the fused form is derived by tracing."""
@@ -142,7 +142,7 @@ class PlainBlock(BasicBlock):
         return self.relu(self.bn2(self.conv2(out)))  # type: ignore[no-any-return]
 
 
-class Bottleneck(FusedBlock, nn.Module):
+class Bottleneck(FusedModule, nn.Module):
     """The block of three layers, 1x1, 3x3 (which has the stride: v1.5) and 1x1: torchvision's ``Bottleneck``, fused.
 
     ``groups`` and ``base_width`` make ResNeXt and wide ResNets. ``norm_layer`` and ``downsample`` as in ``BasicBlock``.
@@ -177,7 +177,7 @@ class Bottleneck(FusedBlock, nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
         self.stride = stride
-        self._fused_resnet = State(None)
+        self._fused_resnet = State()
 
     def _plain_forward(self, x: Tensor) -> Tensor:
         """The definition, from which the fused form is derived by tracing."""

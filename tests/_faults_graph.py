@@ -139,14 +139,14 @@ FAULTS = (
     ),
     Fault(
         "torch.compile guards no attribute",
-        ("fused_resnet/_block.py",),
+        ("fused_resnet/runtime/fused.py",),
         "                _read(self, reads)\n",
         "",
         ("tests/test_forwards.py::test_a_change_after_compilation",),
     ),
     Fault(
         "torch.compile guards no global",
-        ("fused_resnet/_block.py",),
+        ("fused_resnet/runtime/fused.py",),
         "                    reader()\n",
         "                    pass\n",
         ("tests/test_forwards.py::test_a_change_after_compilation",),
@@ -210,7 +210,7 @@ FAULTS = (
     Fault(
         "a copy of the input is taken for the input, whatever reads it",
         ("fused_resnet/graph/match.py",),
-        ' and all(_is_add(user) and user.args[1:] == (node,) for user in users)',
+        ' and all(_is_add(user) and user.args[1:] == (op,) for user in users)',
         "",
         (_FORWARD,),
     ),
@@ -223,14 +223,14 @@ FAULTS = (
     ),
     Fault(
         "a block is looked at while it is traced",
-        ("fused_resnet/_block.py",),
+        ("fused_resnet/runtime/fused.py",),
         "            if _obstacle(x):\n                # It is looked at",
         "            if isinstance(x, fx.Proxy):\n                # It is looked at",
         ("tests/test_torchscript.py::test_torchscript_traces_what_was_called_or_exported",),
     ),
     Fault(
         "a refusal keeps what refused it, and so the block",
-        ("fused_resnet/_block.py",),
+        ("fused_resnet/runtime/fused.py",),
         "            self.refusal = Refused(error.reason, error.is_block, error.where)",
         "            self.refusal = error",
         ("tests/test_graph.py::test_a_block_that_runs_unfused_is_freed_at_once",),

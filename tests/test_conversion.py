@@ -24,9 +24,8 @@ from _torchvision import import_timm, import_torchvision
 from torch import Tensor, nn
 
 import fused_resnet.nn
-from fused_resnet import _block as _block_module
-from fused_resnet import _residual, _whole
 from fused_resnet.fusion import FusionReport, fuse_, unfuse_
+from fused_resnet.runtime import executor, fused, whole
 
 SPELLINGS = sorted(blocks.SPELLINGS)
 
@@ -35,7 +34,7 @@ SPELLINGS = sorted(blocks.SPELLINGS)
 def _quiet_and_seeded() -> Any:
     """A fused block that runs unfused says so; here that is an error unless a test expects it."""
     torch.manual_seed(0)
-    _block_module._warned.clear()
+    fused._warned.clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*runs unfused")
         yield
@@ -450,7 +449,7 @@ def test_calls_that_need_the_original() -> None:
         assert torch.equal(converted(x[0]), original(x[0]))
     for f in (torch.func.vmap, torch.func.jacrev):
         batch = x[:1, :, :2, :2] if f is torch.func.jacrev else x[:, None]
-        _block_module._warned.clear()
+        fused._warned.clear()
         with pytest.warns(RuntimeWarning, match="torch.func transforms"):
             assert torch.equal(f(converted)(batch), f(original)(batch))
     with torch.autograd.forward_ad.dual_level():
@@ -590,7 +589,7 @@ def _drop_relu(*arguments: Any) -> Tensor:
     return _operator(*arguments[:-1], False)
 
 
-_operator = _residual.conv_bias_add_relu
+_operator = executor.conv_bias_add_relu
 
 
 @pytest.mark.parametrize("fault", [_drop_bias, _drop_shortcut, _drop_relu])
@@ -598,20 +597,20 @@ _operator = _residual.conv_bias_add_relu
 def test_planted_faults(monkeypatch: pytest.MonkeyPatch, fault: Callable[..., Tensor], kind: str) -> None:
     """Layer by layer."""
     original, converted = _block(kind)
-    monkeypatch.setattr(_residual, "_execute_whole", lambda block, x: None)
-    monkeypatch.setattr(_residual, "conv_bias_add_relu", fault)
+    monkeypatch.setattr(executor, "_execute_whole", lambda graph, block, x: [])
+    monkeypatch.setattr(executor, "conv_bias_add_relu", fault)
     with torch.no_grad(), pytest.raises(AssertionError, match="bound"):
         assert_same(converted, original, torch.randn(2, 8, 6, 6))
 
 
-_whole_run = _whole.run
+_whole_run = whole.run
 
 
 def _whole_without_bias(plans: Any, store: Any, layers: Any, *rest: Any) -> Any:
     return _whole_run(plans, store, [layer._replace(sources=_without_bias(layer)) for layer in layers], *rest)
 
 
-def _without_bias(layer: _whole.Operand) -> tuple[Tensor | None, ...]:
+def _without_bias(layer: whole.Operand) -> tuple[Tensor | None, ...]:
     weight, _, *norm = layer.sources
     if not norm:
         return weight, None
@@ -640,7 +639,7 @@ def test_planted_faults_in_whole_blocks(
         runs.append((fault or _whole_run)(*arguments))
         return runs[-1]
 
-    monkeypatch.setattr(_whole, "run", run)
+    monkeypatch.setattr(whole, "run", run)
     x = torch.randn(2, 8, 6, 6)
     with torch.no_grad():
         if fault is None:

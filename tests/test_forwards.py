@@ -30,8 +30,8 @@ from _blocks import randomise
 from _forwards import FORWARDS, WORLD, Once, Parts
 from torch import Tensor, nn
 
-from fused_resnet import _block
 from fused_resnet.fusion import FusionEntry, fuse_
+from fused_resnet.runtime import fused
 
 # Two convolutions of 72 products, each sum rounded as often, folding with three roundings more: some 2**8 half units. Statistics of unit
 # size amplify little: measured, at most 2e-15.
@@ -45,7 +45,7 @@ FILES = (_forwards_found, _forwards_refused, _forwards_reads, _forwards_python, 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
     """Changed blocks may run as they are written, and say so."""
-    _block._warned.clear()
+    fused._warned.clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*runs unfused")
         warnings.filterwarnings("ignore", message=".*ran as its own forward says")

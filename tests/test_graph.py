@@ -23,7 +23,7 @@ from fused_resnet import _extension
 from fused_resnet.fusion import fuse_
 from fused_resnet.graph import facts, source
 from fused_resnet.graph.facts import Facts
-from fused_resnet.graph.ir import Refused
+from fused_resnet.graph.trace import Refused
 
 # --- facts ---
 

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 import fused_resnet
 import fused_resnet.nn as fnn
-from fused_resnet import _plain, _settings, _whole, reference, testing
+from fused_resnet import _plain, _settings, reference, testing
 from fused_resnet.cases import ConvCase
 from fused_resnet.ops import derived, plans
+from fused_resnet.runtime import whole
 
 
 def integers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -171,7 +172,7 @@ def test_clear_derived_makes_everything_anew(kernels: ModuleType, what: str, thr
 def test_clear_derived_while_a_call_runs(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was made before, and would be kept after it, is not."""
     block = fnn.BasicBlock(64, 64).eval()
-    x, whole_run = torch.randn(1, 64, 14, 14), _whole.run
+    x, whole_run = torch.randn(1, 64, 14, 14), whole.run
 
     def run(*arguments: Any) -> Any:
         result = whole_run(*arguments)
@@ -181,7 +182,7 @@ def test_clear_derived_while_a_call_runs(kernels: ModuleType, monkeypatch: pytes
 
     with torch.no_grad():
         with monkeypatch.context() as patched:
-            patched.setattr(_whole, "run", run)
+            patched.setattr(whole, "run", run)
             before = block(x)
         expected = copy.deepcopy(block)(x)
         assert not torch.equal(before, expected)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,13 +19,14 @@ import torch.nn.functional as F
 from _blocks import assert_close, assert_same, layers, truth_of
 from torch import Tensor, nn
 
-from fused_resnet import _block, _plain, models, testing
+from fused_resnet import _plain, models, testing
 from fused_resnet.fusion import fuse_, unfuse_
+from fused_resnet.runtime import fused
 
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Any:
-    _block._warned.clear()
+    fused._warned.clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*runs unfused")
         yield
@@ -89,7 +91,7 @@ def pair(x: Tensor) -> tuple[Any, Any]:
             assert_same(converted, original, x)
     blocks = [*converted.layer1, *converted.layer2]
     repeated = [block._fused_resnet.current.bound.store.ready for block in blocks]
-    repeated.append(converted._fused_resnet.current.bound.layer.store.ready)
+    repeated.append(converted._fused_resnet.current.bound.store.ready)
     assert None not in repeated, "a call that is not repeated"
     return original, converted
 
@@ -138,6 +140,22 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "mean beside a padded shortcut": lambda m: _write(m.layer2[2].bn2.running_mean),
     "loaded": lambda m: m.load_state_dict({k: v * 1.25 for k, v in m.state_dict().items()}),
 }
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_value_is_given_back_when_nothing_reads_it_any_more(mode: str, x: Tensor) -> None:
+    """Whichever way the network runs, and when a call is repeated: else it would need the memory of all its layers at once."""
+    _, converted = pair(x)
+    converted.train(mode == "train")
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[list[bool]] = []
+    converted.maxpool.register_forward_hook(lambda m, args, output: made.extend([weakref.ref(args[0]), weakref.ref(output)]))
+    converted.layer2.register_forward_pre_hook(lambda m, args: alive.append([t() is not None for t in made]))
+    with torch.no_grad():
+        for _ in range(3):
+            made.clear()
+            converted(x)
+    assert alive == [[False, False]] * 3
 
 
 @pytest.mark.parametrize("change", CHANGES)

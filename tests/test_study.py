@@ -551,8 +551,9 @@ def test_plain_blocks_run_fused(layers: int, norm: Any, recwarn: pytest.Warnings
     block: Any = make_block(Arm(plain=True, layers=layers, norm=norm is nn.BatchNorm2d), 8, 16, 2, norm).double()
     x = torch.randn(3, 8, 9, 9, dtype=torch.float64, requires_grad=True)
     ours, definition = block(x), block._plain_forward(x)
-    assert block._fused_resnet.description.shortcut is None
-    assert len(block._fused_resnet.description.main) == layers
+    graph = block._fused_resnet.current.graph
+    assert graph.shortcut() is None
+    assert len(graph.main()) == layers
     arriving = torch.randn_like(ours)
     found = [torch.autograd.grad(y, [x, *block.parameters()], arriving) for y in (ours, definition)]
     for a, b in zip((ours, *found[0]), (definition, *found[1]), strict=True):

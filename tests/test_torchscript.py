@@ -10,14 +10,15 @@ import torch
 from _blocks import Functional, randomise
 from torch import nn
 
-from fused_resnet import _block, models
+from fused_resnet import models
 from fused_resnet.fusion import fuse_, unfuse_
+from fused_resnet.runtime import fused
 
 
 @pytest.fixture(autouse=True)
 def warnings_are_new() -> None:
     """Each reason is warned of once in a process, whichever test came first."""
-    _block._warned.clear()
+    fused._warned.clear()
 
 
 def _pair() -> tuple[Any, Any]:

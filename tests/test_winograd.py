@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 import fused_resnet
 import fused_resnet.nn as fnn
-from fused_resnet import _settings, _whole, reference, testing
+from fused_resnet import _settings, reference, testing
 from fused_resnet.cases import AWKWARD, BLOCKS, CONVS, BlockCase, ConvCase, Operands
 from fused_resnet.ops import cpu, derived
+from fused_resnet.runtime import whole as native_block
 from fused_resnet.testing.compare import unit_roundoff
 
 WINOGRAD = ("winograd2", "winograd4")
@@ -496,7 +497,7 @@ def test_a_weight_that_is_replaced_while_eight_threads_use_it(algorithm: str, wh
 def test_a_weight_that_changes_during_a_blocks_call(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the kernels run, other threads may. What they change is seen at the next call, also where it would be repeated."""
     x = torch.randn(1, 16, 8, 8)
-    whole_run = _whole.run
+    whole_run = native_block.run
     for change in ("in place", ".data =", "running_mean", "eps"):
         block = fnn.BasicBlock(16, 16).eval()
 
@@ -517,7 +518,7 @@ def test_a_weight_that_changes_during_a_blocks_call(kernels: ModuleType, monkeyp
 
         with torch.no_grad():
             with monkeypatch.context() as patched:
-                patched.setattr(_whole, "run", run)
+                patched.setattr(native_block, "run", run)
                 before = block(x)
             expected = copy.deepcopy(block)(x)
             assert not torch.equal(before, expected)
@@ -560,7 +561,7 @@ def test_a_weight_that_is_replaced_and_put_back(
         expected = copy.deepcopy(module)(x)
         with monkeypatch.context() as patched:
             replaced = replaced_within if moment == "while it packs" else replaced_before
-            patched.setattr(_whole if whole else cpu, "find", replaced)
+            patched.setattr(native_block if whole else cpu, "find", replaced)
             y = module(x)
         assert torch.equal(y, expected) == (moment == "while it packs"), "the weight was not replaced at that moment"
         for _ in range(3):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
-from .. import __version__
+from .._version import __version__
 from . import bench, check, demo, env, study, train
 from ._common import Usage
 

@@ -6,7 +6,7 @@ import ast
 import functools
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,10 @@ from torch import nn
 
 from . import objects
 from .facts import MISSING, Facts, lookup
-from .ir import Node, Refused, name_of, nodes_in
-from .objects import DICTS, PLAIN, Known, Local, Method, Native, attribute, is_module
-
-if TYPE_CHECKING:
-    from .interpreter import Interpreter
+from .objects import attribute
+from .recorder import Recorder
+from .trace import Operation, Refused, name_of, operations_in
+from .values import DICTS, PLAIN, Known, Local, Method, Native, Super, is_module
 
 # Hooks by where a module keeps them.
 HOOKS = {
@@ -34,7 +33,7 @@ _REPLACED = {
 }
 
 
-def call(run: Interpreter, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call(run: Recorder, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a call gives, for a function that was read or made in this call."""
     if isinstance(function, Native):
         return function.call(run, args, kwargs)
@@ -64,7 +63,7 @@ def call(run: Interpreter, function: Any, args: tuple[Any, ...], kwargs: dict[st
     if type(obj) is functools.partial:
         more = {name: Known(v) for name, v in run.facts.contents(obj.keywords).items()}
         return call(run, Known(obj.func), (*[Known(v) for v in obj.args], *args), {**more, **kwargs})
-    if any(nodes_in((args, kwargs))):
+    if any(operations_in((args, kwargs))):
         caller = lookup(type(obj), "__call__")
         if type(caller) is types.FunctionType and not is_torchs(type(obj)):
             return _call_method(run, Method(run.facts.lookup(run.class_of(obj), "__call__"), function), args, kwargs)
@@ -72,7 +71,7 @@ def call(run: Interpreter, function: Any, args: tuple[Any, ...], kwargs: dict[st
     raise run.not_followed(obj)
 
 
-def _call_method(run: Interpreter, method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _call_method(run: Recorder, method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     owner = method.owner
     if is_module(owner):
         module = owner.value
@@ -97,7 +96,7 @@ def _call_method(run: Interpreter, method: Method, args: tuple[Any, ...], kwargs
 # --- modules ---
 
 
-def call_module(run: Interpreter, owner: Known, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call_module(run: Recorder, owner: Known, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A module that is called as an operation, or whose forward is followed."""
     module = owner.value
     path = _path(run, module)
@@ -117,7 +116,7 @@ def call_module(run: Interpreter, owner: Known, args: tuple[Any, ...], kwargs: d
         run.within.pop()
 
 
-def _path(run: Interpreter, module: nn.Module) -> str:
+def _path(run: Recorder, module: nn.Module) -> str:
     path = run.paths.get(id(module))
     if not path:
         raise Refused(f"it calls {'itself' if path == '' else f'a {type(module).__name__} that is none of its submodules'}")
@@ -130,17 +129,17 @@ def _path(run: Interpreter, module: nn.Module) -> str:
     return path
 
 
-def _operation(run: Interpreter, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _operation(run: Recorder, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if run.absorbs:
         check_quiet(run.facts, path, module)
     if not args and kwargs.keys() == {"input"}:
         args, kwargs = (kwargs["input"],), {}
-    if not any(nodes_in((args, kwargs))):
+    if not any(operations_in((args, kwargs))):
         raise Refused(f"it calls {path} without a tensor that the call brings")
-    return run.node("module", path, run.argument(args), {name: run.argument(v) for name, v in kwargs.items()})
+    return run.operation("module", path, run.argument(args), {name: run.argument(v) for name, v in kwargs.items()})
 
 
-def _sequence(run: Interpreter, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _sequence(run: Recorder, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``nn.Sequential.forward``."""
     if len(args) + len(kwargs) != 1:
         raise Refused("a Sequential takes one input")
@@ -207,7 +206,7 @@ def bound(
     return values
 
 
-def keywords_in(run: Interpreter, value: Any) -> dict[str, Any]:
+def keywords_in(run: Recorder, value: Any) -> dict[str, Any]:
     """What ``**value`` brings."""
     if isinstance(value, dict):
         return value
@@ -222,7 +221,7 @@ def keywords_in(run: Interpreter, value: Any) -> dict[str, Any]:
 
 
 def _conversion(kind: Callable[..., Any]) -> Callable[..., Any]:
-    def convert(run: Interpreter, *args: Any) -> Known:
+    def convert(run: Recorder, *args: Any) -> Known:
         values = [a.value if isinstance(a, Known) else a for a in args]
         if not all(type(v) in PLAIN for v in values):
             raise Refused(f"it calls {kind.__name__}() on something that is not followed")
@@ -240,19 +239,19 @@ def _name(value: Any) -> str:
     return value.value
 
 
-def _getattr(run: Interpreter, owner: Any, name: Any, *default: Any) -> Any:
-    if not isinstance(owner, (Known, objects.Super)):
+def _getattr(run: Recorder, owner: Any, name: Any, *default: Any) -> Any:
+    if not isinstance(owner, (Known, Super)):
         return run.function(getattr, (owner, name, *default))
     return attribute(run, owner, _name(name), *default)
 
 
-def _hasattr(run: Interpreter, owner: Any, name: Any) -> Known:
+def _hasattr(run: Recorder, owner: Any, name: Any) -> Known:
     if not isinstance(owner, Known):
         raise Refused("it calls hasattr() on something that is not followed")
     return Known(attribute(run, owner, _name(name), None) is not None)
 
 
-def _numbers(run: Interpreter, *args: Any) -> Known:
+def _numbers(run: Recorder, *args: Any) -> Known:
     values: list[Any] = [a.value if isinstance(a, Known) else None for a in args]
     if not all(type(v) in (int, bool) for v in values):
         raise Refused("it calls range() on something that is not followed")
@@ -263,33 +262,33 @@ def _sequence_of(kind: Callable[[list[Any]], Any]) -> Callable[..., Any]:
     return lambda run, *args: kind(objects.values_in(run, args[0]) if args else [])
 
 
-def _reversed(run: Interpreter, values: Any) -> list[Any]:
+def _reversed(run: Recorder, values: Any) -> list[Any]:
     if is_module(values):
         raise Refused("it reverses a module")
     return objects.values_in(run, values)[::-1]
 
 
-def _type(run: Interpreter, value: Any) -> Known:
-    if isinstance(value, Node) or (isinstance(value, Known) and value.value is run.owner):  # whose class will be another
+def _type(run: Recorder, value: Any) -> Known:
+    if isinstance(value, Operation) or (isinstance(value, Known) and value.value is run.owner):  # whose class will be another
         raise Refused("it asks for a class that is not followed")
     return Known(run.kind(value))
 
 
-def _enumerate(run: Interpreter, values: Any, start: Any = None) -> list[Any]:
+def _enumerate(run: Recorder, values: Any, start: Any = None) -> list[Any]:
     first = start.value if isinstance(start, Known) else 0
     if type(first) is not int:
         raise Refused("it enumerates from something that is not followed")
     return [(Known(i), v) for i, v in enumerate(objects.values_in(run, values), first)]
 
 
-def _zip(run: Interpreter, *several: Any, strict: Any = None) -> list[Any]:
+def _zip(run: Recorder, *several: Any, strict: Any = None) -> list[Any]:
     values = [objects.values_in(run, v) for v in several]
     if strict is not None and len({len(v) for v in values}) > 1:
         raise Refused("it zips sequences of several lengths")
     return list(zip(*values, strict=False))
 
 
-def _relu_module(run: Interpreter, inplace: Any = None) -> Native:
+def _relu_module(run: Recorder, inplace: Any = None) -> Native:
     if not objects.computes_as_ever(run.facts, nn.ReLU, nn.ReLU) or run.facts.lookup(nn.ReLU, "__init__") is not _RELU_INIT:
         raise Refused("nn.ReLU was replaced")
     return Native("ReLU", lambda run, args, kwargs: run.function(F.relu, args, kwargs))

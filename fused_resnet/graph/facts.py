@@ -137,7 +137,7 @@ class Facts:
         return value
 
     def read(self, path: tuple[Any, ...]) -> None:
-        """Remember how to come to something that was read: see ``objects.Known``."""
+        """Remember how to come to something that was read: see ``values.Known``."""
         root, *steps = path
         self._reads[(id(root), *steps)] = path
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from . import calls, objects, source
 from .facts import MISSING
-from .ir import Graph, Node, Refused, nodes_in
-from .objects import PLAIN, Known, Local, Super, truth
+from .objects import truth
 from .recorder import ADDITIONS, Frame, Recorder, shown
+from .trace import Operation, Refused, Trace, operations_in
+from .values import PLAIN, Known, Local, Super
 
 _GENERATOR = 0x20 | 0x80 | 0x200  # the flags of generators, coroutines and asynchronous generators
 
@@ -52,7 +53,7 @@ class _Continued(Exception):
 
 
 class Interpreter(Recorder):
-    """Values are nodes, ``Known`` objects, and what the forward itself makes: tuples, lists, dictionaries, slices, functions."""
+    """Values are operations, ``Known`` objects, and what the forward itself makes: tuples, lists, dictionaries, slices, functions."""
 
     MOST_CALLS = 40  # within each other
 
@@ -61,22 +62,22 @@ class Interpreter(Recorder):
         self._steps = 0
         self._source: source.Definition | None = None
 
-    def graph_of(self, forward: Any) -> Graph:
+    def trace_of(self, forward: Any) -> Trace:
         """The operations of ``forward(owner, x)``."""
         if type(forward) is not types.FunctionType:
             raise Refused("its forward is not a plain Python function", is_block=True)
         self._source = source.definition(forward)
-        x = self.graph.add(Node("input", "", (), {}, "", ""))
+        x = self.trace.add(Operation("input", "", (), {}, "", ""))
         try:
             output = self.inline(forward, (Known(self.owner, ("",)), x), {})
         except RecursionError:
             raise Refused("its forward is nested too deeply") from None
-        self.graph.add(Node("output", "", (output,), {}, "", ""))
-        return self.graph
+        self.trace.add(Operation("output", "", (output,), {}, "", ""))
+        return self.trace
 
     def adds(self) -> bool:
         """Whether the forward, followed or not, contains an addition, as a residual block's does."""
-        if any(node.target in ADDITIONS for node in self.graph.nodes if node.op in ("function", "method")):
+        if any(op.target in ADDITIONS for op in self.trace.operations if op.kind in ("function", "method")):
             return True
         if self._source is None:
             return True
@@ -88,6 +89,9 @@ class Interpreter(Recorder):
         return False
 
     # --- calls ---
+
+    def values_in(self, owner: Any) -> list[Any]:
+        return objects.values_in(self, owner)
 
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return calls.call(self, function, args, kwargs)
@@ -193,7 +197,7 @@ class Interpreter(Recorder):
         plain, in_place = self._operators(s.op)
         if isinstance(left, list):
             raise Refused(f"it changes the list {s.target.id}")
-        value = self.function(in_place, (left, right)) if isinstance(left, Node) else self.binary(plain, left, right)
+        value = self.function(in_place, (left, right)) if isinstance(left, Operation) else self.binary(plain, left, right)
         self.assign(s.target, value)
 
     def assign(self, target: ast.expr, value: Any) -> None:
@@ -213,15 +217,15 @@ class Interpreter(Recorder):
             raise Refused(f"it sets {shown(target)}")
 
     def unpacked(self, value: Any, count: int) -> list[Any]:
-        if isinstance(value, Node):
+        if isinstance(value, Operation):
             return [self.function(operator.getitem, (value, Known(i))) for i in range(count)]
-        return objects.values_in(self, value)
+        return self.values_in(value)
 
     def _If(self, s: ast.If) -> None:
         self.block(s.body if truth(self, self.value(s.test)) else s.orelse)
 
     def _For(self, s: ast.For) -> None:
-        for value in objects.values_in(self, self.value(s.iter)):
+        for value in self.values_in(self.value(s.iter)):
             self.assign(s.target, value)
             try:
                 self.block(s.body)
@@ -297,13 +301,13 @@ class Interpreter(Recorder):
     def _Attribute(self, e: ast.Attribute) -> Any:
         owner, name = self.value(e.value), _mangled(e.attr, self.frames[-1].class_name)
         self.at(e)
-        if isinstance(owner, Node):
+        if isinstance(owner, Operation):
             return self.function(getattr, (owner, Known(name)))
         return objects.attribute(self, owner, name)
 
     def _Subscript(self, e: ast.Subscript) -> Any:
         owner, key = self.value(e.value), self.value(e.slice)
-        if isinstance(owner, Node) or any(nodes_in(key if not isinstance(key, Known) else None)):
+        if isinstance(owner, Operation) or any(operations_in(key if not isinstance(key, Known) else None)):
             return self.function(operator.getitem, (owner, key))
         return objects.item(self, owner, key)
 
@@ -320,7 +324,7 @@ class Interpreter(Recorder):
         values: list[Any] = []
         for element in elements:
             if isinstance(element, ast.Starred):
-                values += objects.values_in(self, self.value(element.value))
+                values += self.values_in(self.value(element.value))
             else:
                 values.append(self.value(element))
         return values
@@ -335,12 +339,12 @@ class Interpreter(Recorder):
         return made
 
     def _Call(self, e: ast.Call) -> Any:
-        node, name = None, ""
+        tensor, name = None, ""
         if isinstance(e.func, ast.Attribute):
             owner = self.value(e.func.value)
             name = _mangled(e.func.attr, self.frames[-1].class_name)
-            if isinstance(owner, Node):
-                node = owner
+            if isinstance(owner, Operation):
+                tensor = owner
             else:
                 function = objects.attribute(self, owner, name)
         else:
@@ -356,8 +360,8 @@ class Interpreter(Recorder):
             else:
                 kwargs[keyword.arg] = self.value(keyword.value)
         self.at(e)
-        if node is not None:
-            return self.method(node, name, args, kwargs)
+        if tensor is not None:
+            return self.method(tensor, name, args, kwargs)
         if isinstance(function, Known) and function.value is super:
             return self._super(args)
         return self.call(function, args, kwargs)
@@ -387,7 +391,7 @@ class Interpreter(Recorder):
         return found
 
     def binary(self, function: Callable[..., Any], left: Any, right: Any) -> Any:
-        if isinstance(left, Node) or isinstance(right, Node):
+        if isinstance(left, Operation) or isinstance(right, Operation):
             return self.function(function, (left, right))
         if function is operator.add:
             if isinstance(left, tuple) and isinstance(right, tuple):
@@ -409,7 +413,7 @@ class Interpreter(Recorder):
         function: Callable[[Any], Any] = operator.neg if isinstance(e.op, ast.USub) else operator.pos
         if isinstance(e.op, ast.Invert):
             raise Refused("it uses the operator ~, which is not followed")
-        if isinstance(value, Node):
+        if isinstance(value, Operation):
             return self.function(function, (value,))
         if isinstance(value, Known) and type(value.value) in (bool, int, float):
             return Known(function(value.value))
@@ -458,7 +462,7 @@ class Interpreter(Recorder):
             return Known(objects.is_same(left, right) == isinstance(op, ast.Is))
         if isinstance(op, (ast.In, ast.NotIn)):
             return Known(objects.is_in(self, left, right) == isinstance(op, ast.In))
-        if isinstance(left, Node) or isinstance(right, Node):
+        if isinstance(left, Operation) or isinstance(right, Operation):
             return self.function(_COMPARE[type(op)], (left, right))
         if isinstance(op, (ast.Eq, ast.NotEq)) and objects.is_equal_by_identity(self, left, right):
             return Known((left.value is right.value) == isinstance(op, ast.Eq))

@@ -1,79 +1,91 @@
-"""What a module's forward does, as data: nodes in the order in which they run. The leaf of this room: it imports nothing of it."""
+"""A graph: what a module's forward does, as data. It imports nothing of this package.
+
+Modules are named by their path, functions by a name in ``FUNCTIONS``: a graph holds no tensors and no modules, and so belongs to every
+copy of its module. Parameters and settings are read from the modules when it runs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 
-class Refused(Exception):
-    """Why a module is not converted, in one sentence.
+# Functions of one tensor and constants without side effects, by the name under which a graph keeps them.
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "adaptive_avg_pool2d": F.adaptive_avg_pool2d,
+    "avg_pool2d": F.avg_pool2d,
+    "flatten": torch.flatten,
+    "getitem": operator.getitem,
+    "max_pool2d": F.max_pool2d,
+    "mean": torch.mean,
+    "pad": F.pad,
+    "relu": torch.relu,
+}
 
-    is_block: whether it looked like a residual block at all. where: the line that was not understood, "line 12 of model.py".
+
+@dataclass(frozen=True)
+class Addition:
+    """The addition behind a convolution, whose other operand is the value number ``shortcut``.
+
+    left: the operand on the left of the +, "main" (the convolution) or "shortcut", which decides the sum's memory format.
+    inplace: the addition writes into its left operand, whose dtype the sum then has.
     """
 
-    def __init__(self, reason: str, is_block: bool = False, where: str = "") -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.is_block = is_block
-        self.where = where
-
-    def __str__(self) -> str:
-        return f"{self.reason} ({self.where})" if self.where else self.reason
+    shortcut: int
+    left: str = "main"
+    inplace: bool = False
 
 
-class Node:
-    """A value that exists only in a call, and the operation that makes it.
+@dataclass(frozen=True)
+class Convolution:
+    """``relu(norm(conv(value number input)) + shortcut)``. norm: a batch normalisation, if there is one. relu: whether there is one."""
 
-    op: "input"; "output" (of what the forward returns); "constant" (a parameter, a buffer or another tensor); "module" (``target`` is its
-    path); "function" (``target`` is the function); "method" (of a tensor, ``target`` is its name).
-    users: the nodes that read it, each once. within: the path of the module whose forward made it. where: as ``Refused.where``.
-    """
-
-    __slots__ = ("args", "kwargs", "op", "target", "users", "where", "within")
-
-    def __init__(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], where: str, within: str) -> None:
-        self.op, self.target, self.args, self.kwargs = op, target, args, kwargs
-        self.where, self.within = where, within
-        self.users: dict[Node, None] = {}
-
-    @property
-    def inputs(self) -> list[Node]:
-        """The nodes that it reads, each once."""
-        return list(dict.fromkeys(nodes_in((self.args, self.kwargs))))
+    conv: str
+    norm: str | None
+    relu: bool
+    addition: Addition | None = None
+    input: int = 0
 
 
+@dataclass(frozen=True)
+class Call:
+    """A module without side effects (by path), or one of FUNCTIONS (by name), of one value and constants."""
+
+    target: str
+    function: bool = False
+    args: tuple[Any, ...] = ()
+    kwargs: tuple[tuple[str, Any], ...] = ()
+    input: int = 0
+
+
+Node = Convolution | Call
+
+
+@dataclass(frozen=True)
 class Graph:
-    """The nodes of one forward, in order, from its input to its output."""
+    """Nodes in the order in which they run. Value 0 is the input, value i + 1 is what node i makes; the last value is the output."""
 
-    def __init__(self) -> None:
-        self.nodes: list[Node] = []
+    nodes: tuple[Node, ...]
 
-    def add(self, node: Node) -> Node:
-        for read in node.inputs:
-            read.users[node] = None
-        self.nodes.append(node)
-        return node
+    def path_to(self, value: int) -> tuple[Node, ...]:
+        """The nodes from the input to a value; where there is an addition, along its convolution."""
+        return tuple(self._back_from(value))[::-1]
 
-    def remove(self, node: Node) -> None:
-        for read in node.inputs:
-            del read.users[node]
-        self.nodes.remove(node)
+    def _back_from(self, value: int) -> Iterator[Node]:
+        while value > 0:
+            node = self.nodes[value - 1]
+            yield node
+            value = node.input
 
+    def main(self) -> tuple[Node, ...]:
+        """A residual block's main path."""
+        return self.path_to(len(self.nodes))
 
-def nodes_in(value: Any) -> Iterator[Node]:
-    """The nodes in nested arguments, as often as they stand there."""
-    if isinstance(value, Node):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for v in value:
-            yield from nodes_in(v)
-    elif isinstance(value, dict):
-        yield from nodes_in(list(value.values()))
-    elif isinstance(value, slice):
-        yield from nodes_in((value.start, value.stop, value.step))
-
-
-def name_of(target: Any) -> str:
-    """A function in words."""
-    return str(getattr(target, "__qualname__", None) or getattr(target, "__name__", None) or type(target).__name__)
+    def shortcut(self) -> tuple[Node, ...] | None:
+        """A residual block's shortcut: no nodes is the identity, None is no addition."""
+        addition = self.nodes[-1].addition if isinstance(self.nodes[-1], Convolution) else None
+        return None if addition is None else self.path_to(addition.shortcut)

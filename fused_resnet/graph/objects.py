@@ -9,89 +9,22 @@ from __future__ import annotations
 
 import functools
 import types
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .facts import MISSING, Facts, attributes_of, lookup
-from .ir import Node, Refused
+from .recorder import Recorder
+from .trace import Operation, Refused
+from .values import CONSTANTS, DICTS, PLAIN, Known, Local, Method, Native, Super, is_module
 
-if TYPE_CHECKING:
-    from .interpreter import Interpreter
-    from .recorder import Recorder
-
-PLAIN = (type(None), bool, int, float, str)
-# Immutable objects of torch that may be an argument.
-CONSTANTS = (*PLAIN, type(Ellipsis), torch.dtype, torch.device, torch.memory_format, torch.layout, torch.Size)
-DICTS: tuple[type, ...] = (dict, OrderedDict)
 # Places where a module keeps what its __getattr__ finds, in its order.
 _PLACES = ("_parameters", "_buffers", "_modules")
 
 
-class Known:
-    """An object that was there before the call.
-
-    path: how to come to it again, or None: (root, step, ...). The root is a dictionary of globals, a closure's cell, or "" for the owner. A
-    step is a name (an attribute; of a root of globals, a global), a tuple of one key (an item), (name, "class") for an attribute of the
-    object's class, (name, "absent") for one that is not there, (key, "missing") for an item that is not there, or ("", "length").
-    """
-
-    __slots__ = ("path", "value")
-
-    def __init__(self, value: Any, path: tuple[Any, ...] | None = None) -> None:
-        self.value = value
-        self.path = path
-
-    def step(self, step: Any) -> tuple[Any, ...] | None:
-        """The path of what one step leads to."""
-        plain = type(step) is str or type(step[0]) in (str, int, bool)
-        return (*self.path, step) if plain and self.path is not None else None
-
-
-@dataclass(frozen=True, eq=False)
-class Method:
-    """A Python function bound to its first argument."""
-
-    function: types.FunctionType
-    owner: Any
-
-
-@dataclass(frozen=True, eq=False)
-class Local:
-    """A function that the forward itself defines: its syntax tree, the call (``recorder.Frame``) that defines it, its defaults."""
-
-    node: Any
-    frame: Any
-    defaults: list[Any]
-    keyword_defaults: dict[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Super:
-    """``super()``: what comes behind ``cls`` in the owner's class."""
-
-    cls: type
-    owner: Known
-
-
-@dataclass(frozen=True, eq=False)
-class Native:
-    """A function whose effect is known: ``call(run, args, kwargs)``."""
-
-    name: str
-    call: Callable[..., Any]
-
-
-def is_module(value: Any) -> bool:
-    return isinstance(value, Known) and issubclass(type(value.value), nn.Module)
-
-
-def attribute(run: Interpreter, owner: Any, name: str, default: Any = MISSING) -> Any:
+def attribute(run: Recorder, owner: Any, name: str, default: Any = MISSING) -> Any:
     """What ``owner.name`` is; ``default`` if it has none."""
     if isinstance(owner, Super):
         return _of_super(run, owner, name)
@@ -123,7 +56,7 @@ def attribute(run: Interpreter, owner: Any, name: str, default: Any = MISSING) -
     return default
 
 
-def _of_class(run: Interpreter, owner: Known, name: str) -> Any:
+def _of_class(run: Recorder, owner: Known, name: str) -> Any:
     cls = owner.value
     if type(cls) is not type or name in type.__dict__:
         raise Refused(f"it reads {name} of {cls.__name__}, which has a metaclass")
@@ -135,7 +68,7 @@ def _of_class(run: Interpreter, owner: Known, name: str) -> Any:
     return MISSING if found is MISSING else Known(found, owner.step(name))
 
 
-def _of_instance(run: Interpreter, owner: Known, name: str) -> Any:
+def _of_instance(run: Recorder, owner: Known, name: str) -> Any:
     obj = owner.value
     cls = run.class_of(obj)
     in_module = issubclass(cls, nn.Module)
@@ -189,7 +122,7 @@ def check_plain_access(facts: Facts, cls: type) -> None:
         raise Refused(f"{cls.__name__} decides by itself what its attributes are (__getattr__)")
 
 
-def _bound(run: Interpreter, owner: Known, name: str, found: Any) -> Any:
+def _bound(run: Recorder, owner: Known, name: str, found: Any) -> Any:
     """What a class's attribute is, read from an instance."""
     if isinstance(found, types.FunctionType):
         return Method(found, owner)
@@ -202,7 +135,7 @@ def _bound(run: Interpreter, owner: Known, name: str, found: Any) -> Any:
     return Known(found, owner.step(name))
 
 
-def _of_super(run: Interpreter, owner: Super, name: str) -> Any:
+def _of_super(run: Recorder, owner: Super, name: str) -> Any:
     cls = run.class_of(owner.owner.value)
     mro = cls.__mro__
     if owner.cls not in mro:
@@ -214,7 +147,7 @@ def _of_super(run: Interpreter, owner: Super, name: str) -> Any:
     raise Refused(f"it reads {name} of super(), which is not there")
 
 
-def _of_dict(owner: Known, name: str, run: Interpreter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _of_dict(owner: Known, name: str, run: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``items()``, ``keys()``, ``values()`` and ``get()`` of a dictionary, at once."""
     if name == "get":
         if kwargs or not 1 <= len(args) <= 2:
@@ -226,7 +159,7 @@ def _of_dict(owner: Known, name: str, run: Interpreter, args: tuple[Any, ...], k
     return {"keys": keys, "values": values, "items": list(zip(keys, values, strict=True))}[name]
 
 
-def item(run: Interpreter, owner: Any, key: Any, default: Any = MISSING) -> Any:
+def item(run: Recorder, owner: Any, key: Any, default: Any = MISSING) -> Any:
     """What ``owner[key]`` is, for a key that is known."""
     index = key.value if isinstance(key, Known) else key
     if isinstance(owner, (tuple, list, dict)):  # made in this call
@@ -265,7 +198,7 @@ def item(run: Interpreter, owner: Any, key: Any, default: Any = MISSING) -> Any:
     raise Refused(f"it reads an item of a {type(obj).__name__}")
 
 
-def _of_container(run: Interpreter, owner: Known, index: Any) -> Any:
+def _of_container(run: Recorder, owner: Known, index: Any) -> Any:
     cls = run.class_of(owner.value)
     for base, kinds in ((nn.ModuleDict, (str,)), (nn.ModuleList, (int, slice)), (nn.Sequential, (int,))):
         if issubclass(cls, base) and type(index) in kinds:
@@ -390,7 +323,7 @@ def values_in(run: Recorder, owner: Any) -> list[Any]:
     raise Refused("it iterates over something that is not followed")
 
 
-def length(run: Interpreter, owner: Any) -> int:
+def length(run: Recorder, owner: Any) -> int:
     if is_module(owner):
         cls = run.class_of(owner.value)
         for base in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
@@ -402,7 +335,7 @@ def length(run: Interpreter, owner: Any) -> int:
     return len(values_in(run, owner))
 
 
-def truth(run: Interpreter, value: Any) -> bool:
+def truth(run: Recorder, value: Any) -> bool:
     """What ``bool(value)`` is."""
     if isinstance(value, (tuple, list, dict)):
         return bool(value)
@@ -429,8 +362,8 @@ def truth(run: Interpreter, value: Any) -> bool:
 def is_same(left: Any, right: Any) -> bool:
     """What ``left is right`` is."""
     for a, b in ((left, right), (right, left)):
-        if isinstance(a, Node):
-            if isinstance(b, Known) and b.value is None and a.op in ("input", "module", "constant"):
+        if isinstance(a, Operation):
+            if isinstance(b, Known) and b.value is None and a.kind in ("input", "module", "constant"):
                 return False
             raise Refused("it compares a value that only a call knows")
         if isinstance(a, (tuple, list, dict, Local, Method, Native)) and isinstance(b, Known) and b.value is None:
@@ -442,7 +375,7 @@ def is_same(left: Any, right: Any) -> bool:
     raise Refused("its comparison is not followed")
 
 
-def is_equal_by_identity(run: Interpreter, left: Any, right: Any) -> bool:
+def is_equal_by_identity(run: Recorder, left: Any, right: Any) -> bool:
     """Whether one is None and the other an object that equals itself alone, as ``module == None`` has it."""
     if not isinstance(left, Known) or not isinstance(right, Known) or (left.value is None) == (right.value is None):
         return False
@@ -450,7 +383,7 @@ def is_equal_by_identity(run: Interpreter, left: Any, right: Any) -> bool:
     return run.facts.lookup(cls, "__eq__") is object.__eq__ and run.facts.lookup(cls, "__ne__") is object.__ne__
 
 
-def _format(run: Interpreter, text: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Known:
+def _format(run: Recorder, text: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Known:
     """``str.format`` with numbers and texts."""
     values = [plain(run, v) for v in args]
     if kwargs or any(type(v) not in (int, str) for v in values):
@@ -461,7 +394,7 @@ def _format(run: Interpreter, text: str, args: tuple[Any, ...], kwargs: dict[str
         raise Refused(f"its format fails: {error}") from None
 
 
-def is_in(run: Interpreter, left: Any, right: Any) -> bool:
+def is_in(run: Recorder, left: Any, right: Any) -> bool:
     """What ``left in right`` is."""
     if isinstance(left, Known) and type(left.value) in PLAIN and not is_module(right):
         if isinstance(right, Known) and type(right.value) is str:
@@ -472,7 +405,7 @@ def is_in(run: Interpreter, left: Any, right: Any) -> bool:
     raise Refused("it asks for membership in a way that is not followed")
 
 
-def plain(run: Interpreter, value: Any) -> Any:
+def plain(run: Recorder, value: Any) -> Any:
     """A value whose comparison runs no code of the user's."""
     if isinstance(value, (tuple, list)):
         return type(value)([plain(run, v) for v in value])
@@ -484,14 +417,14 @@ def plain(run: Interpreter, value: Any) -> Any:
     raise Refused("its comparison is not followed")
 
 
-def is_instance(run: Interpreter, value: Any, classes: Any) -> bool:
+def is_instance(run: Recorder, value: Any, classes: Any) -> bool:
     """``isinstance``, for classes that do not answer by themselves."""
     wanted = [c.value if isinstance(c, Known) else c for c in (values_in(run, classes) if _is_tuple(classes) else [classes])]
     for cls in wanted:
         answers = not issubclass(type(cls), type) or lookup(type(cls), "__instancecheck__") is not type.__instancecheck__
         if answers and cls is not Tensor and cls is not nn.Parameter:
             raise Refused("it asks isinstance() in a way that is not followed")
-    if isinstance(value, Node) and any(issubclass(cls, Tensor) and cls is not Tensor for cls in wanted):
+    if isinstance(value, Operation) and any(issubclass(cls, Tensor) and cls is not Tensor for cls in wanted):
         raise Refused("it asks for the class of a value that only a call knows")
     return issubclass(run.kind(value), tuple(wanted))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import ast
 import operator
 import types
@@ -11,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import objects, source
+from . import source
 from .facts import Facts, lookup
-from .ir import Graph, Node, Refused, name_of, nodes_in
-from .objects import CONSTANTS, Known
+from .trace import Operation, Refused, Trace, name_of, operations_in
+from .values import CONSTANTS, Known, Local
 
 Leaf = Callable[[nn.Module], bool]
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -43,16 +44,16 @@ class Frame:
         return f"line {self.line} of {self.file}"
 
 
-class Recorder:
+class Recorder(abc.ABC):
     """One way through one forward, as far as it was followed."""
 
-    MOST_NODES = 256  # a residual block has about ten operations; a whole network is no candidate
+    MOST_OPERATIONS = 256  # a residual block has about ten operations; a whole network is no candidate
     MOST_STEPS = 20_000  # statements and expressions
 
     def __init__(self, owner: nn.Module, facts: Facts, leaf: Leaf, absorbs: bool, modes: tuple[bool, ...]) -> None:
         self.owner, self.facts, self.leaf, self.absorbs = owner, facts, leaf, absorbs
         self.owner_class = getattr(type(owner), "_fused_original", None) or type(owner)
-        self.graph = Graph()
+        self.trace = Trace()
         self.paths = {id(module): path for path, module in walk(owner)}
         self.frames: list[Frame] = []
         self.within: list[str] = []  # the paths of the modules whose forwards are followed
@@ -64,7 +65,7 @@ class Recorder:
         return self.owner_class if obj is self.owner else self.facts.class_of(obj)
 
     def read(self, known: Any) -> Any:
-        """Something that was read: a tensor is a node from here on."""
+        """Something that was read: a tensor is an operation from here on."""
         if not isinstance(known, Known):
             return known
         if known.path is not None:
@@ -82,7 +83,7 @@ class Recorder:
 
     def kind(self, value: Any) -> type:
         """The class of a value."""
-        if isinstance(value, Node) and value.op in ("input", "module"):
+        if isinstance(value, Operation) and value.kind in ("input", "module"):
             return Tensor
         if isinstance(value, (tuple, list, dict)):
             return type(value)
@@ -90,24 +91,42 @@ class Recorder:
             return self.class_of(value.value)
         raise Refused("it asks for the class of a value that only a call knows")
 
-    # --- nodes ---
+    # --- what is followed: ``Interpreter`` says how ---
 
-    def node(self, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Node:
+    @abc.abstractmethod
+    def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a call gives."""
+
+    @abc.abstractmethod
+    def inline(self, function: types.FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Follow a call of a Python function."""
+
+    @abc.abstractmethod
+    def inline_local(self, local: Local, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Follow a call of a function that the forward itself defines."""
+
+    @abc.abstractmethod
+    def values_in(self, owner: Any) -> list[Any]:
+        """The items of a container."""
+
+    # --- operations ---
+
+    def operation(self, kind: str, target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Operation:
         if self.is_long():
-            raise Refused(f"its forward has more than {self.MOST_NODES} operations")
+            raise Refused(f"its forward has more than {self.MOST_OPERATIONS} operations")
         where = self.frames[-1].where() if self.frames else ""
-        return self.graph.add(Node(op, target, args, kwargs or {}, where, self.within[-1] if self.within else ""))
+        return self.trace.add(Operation(kind, target, args, kwargs or {}, where, self.within[-1] if self.within else ""))
 
     def is_long(self) -> bool:
         """Whether it is as long as a whole network, and so no block."""
-        return len(self.graph.nodes) >= self.MOST_NODES
+        return len(self.trace.operations) >= self.MOST_OPERATIONS
 
-    def constant(self, value: Any) -> Node:
-        return self.node("constant", getattr(value, "__name__", type(value).__name__))
+    def constant(self, value: Any) -> Operation:
+        return self.operation("constant", getattr(value, "__name__", type(value).__name__))
 
     def argument(self, value: Any) -> Any:
-        """A value as an argument of an operation: nodes and plain constants. What is neither becomes a node that no rule knows."""
-        if isinstance(value, (Node, *CONSTANTS)) or value is None:
+        """A value as an argument of an operation: operations and plain constants. What is neither becomes an operation that no rule knows."""
+        if isinstance(value, (Operation, *CONSTANTS)) or value is None:
             return value
         if isinstance(value, (tuple, list)):
             return type(value)([self.argument(v) for v in value])
@@ -118,10 +137,10 @@ class Recorder:
             if kind in CONSTANTS:
                 return value.value
             if kind in (tuple, list):
-                return kind([self.argument(v) for v in objects.values_in(self, value)])
+                return kind([self.argument(v) for v in self.values_in(value)])
         return self.constant(value.value if isinstance(value, Known) else value)
 
-    def function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Node:
+    def function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Operation:
         """An operation on values that only a call knows; which operations are known is for the matcher to say."""
         if type(target) not in (types.FunctionType, types.BuiltinFunctionType):  # what answers == by itself could pass for another
             raise self.not_followed(target)
@@ -130,9 +149,9 @@ class Recorder:
         args, kwargs = self.argument(args), {name: self.argument(v) for name, v in (kwargs or {}).items()}
         if not args and "input" in kwargs:
             args = (kwargs.pop("input"),)
-        if not any(node.op != "constant" for node in nodes_in((args, kwargs))):
+        if not any(op.kind != "constant" for op in operations_in((args, kwargs))):
             raise self.not_followed(target)
-        return self.node("function", target, args, kwargs)
+        return self.operation("function", target, args, kwargs)
 
     def not_followed(self, function: Any) -> Refused:
         """A call, or what Python makes one of, whose effects are not known."""
@@ -141,9 +160,9 @@ class Recorder:
             return Refused(f"it calls {shown(e.func)}, which is not followed")
         return Refused(f"it reads {shown(e)}, which is not followed" if e is not None else f"it calls {name_of(function)}")
 
-    def method(self, node: Node, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+    def method(self, tensor: Operation, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation:
         self.check_tensor(name)
-        return self.node("method", name, (node, *self.argument(args)), {k: self.argument(v) for k, v in kwargs.items()})
+        return self.operation("method", name, (tensor, *self.argument(args)), {k: self.argument(v) for k, v in kwargs.items()})
 
     def check_tensor(self, name: str) -> None:
         found = self.facts.lookup(Tensor, name)

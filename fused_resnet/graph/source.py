@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from .ir import Refused
+from .trace import Refused
 
 FunctionNode = ast.FunctionDef | ast.Lambda
 

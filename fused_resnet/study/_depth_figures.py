@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 
 from . import _figures
-from . import depth as experiment
 from ._protocol import Runs, Settings, Spread, select
 
 # (title, (arm, colour, dash)), a panel each.
@@ -32,39 +31,42 @@ _CURVES = ("plain", "residual", "plain_norm", "residual_norm")
 _SHADES = {"plain": ("#f0b8a8", "#d98a72", "#b5533c", "#7a2e1c"), "residual": ("#a5d6cf", "#5cb8a7", "#00796b", "#004d40")}
 
 
-def draw(runs: Runs, settings: Settings, folder: Path, machine: str) -> list[Path]:
+class Arm(NamedTuple):
+    """What an arm is called, and the depths that were run."""
+
+    label: str
+    depths: Sequence[int]
+
+
+_NOT_RUN = Arm("", ())
+
+
+def draw(runs: Runs, settings: Settings, folder: Path, machine: str, arms: Mapping[str, Arm]) -> list[Path]:
     by_depth, by_epoch = folder / "study_depth.png", folder / "study_curves.png"
-    _by_depth(runs, settings, by_depth, machine)
-    names = [name for name in _CURVES if _depths(name, settings)]
+    _by_depth(runs, settings, by_depth, machine, arms)
+    names = [name for name in _CURVES if arms.get(name, _NOT_RUN).depths]
     if not names:  # only depths of blocks of three layers were asked for
         return [by_depth]
-    _by_epoch(runs, settings, names, by_epoch, machine)
+    _by_epoch(runs, settings, {name: arms[name] for name in names}, by_epoch, machine)
     return [by_depth, by_epoch]
 
 
-def _depths(name: str, settings: Settings) -> list[int]:
-    return experiment.depths(name, settings) if name in experiment.ARMS else []
-
-
-def _label(name: str) -> str:
-    return experiment.ARMS[name].label
-
-
-def _by_depth(runs: Runs, settings: Settings, path: Path, machine: str) -> None:
+def _by_depth(runs: Runs, settings: Settings, path: Path, machine: str, arms: Mapping[str, Arm]) -> None:
     with _figures.page(path, 3, (12, 5), machine, share=True) as (figure, panels):
-        for axes, (title, arms) in zip(panels, _PANELS, strict=True):
+        for axes, (title, lines) in zip(panels, _PANELS, strict=True):
             axes.axhline(90, color="#9aa0a6", linewidth=0.8, linestyle=":")
-            for name, colour, dash in arms:
-                for depth in (x := _depths(name, settings)):
+            for name, colour, dash in lines:
+                arm = arms.get(name, _NOT_RUN)
+                for depth in arm.depths:
                     errors = _errors(runs, name, depth)
                     axes.plot([depth] * len(errors), errors, color=colour, marker="o", markersize=4, linewidth=0.8, alpha=0.4)
                     if any(run["result"]["diverged"] for run in select(runs, "depth", arm=name, depth=depth)):
                         place: Any = {"textcoords": "offset points", "ha": "right", "fontsize": 8, "color": colour}
                         axes.annotate("diverged", (depth, max(errors)), (3, 6), **place)
-                if x:
-                    medians = [Spread.of(_errors(runs, name, depth)).median for depth in x]
-                    label = _label(name).removeprefix("control: ")
-                    axes.plot(x, medians, color=colour, linestyle=dash, linewidth=1.8, marker="o", markersize=5, label=label)
+                if arm.depths:
+                    medians = [Spread.of(_errors(runs, name, depth)).median for depth in arm.depths]
+                    label = arm.label.removeprefix("control: ")
+                    axes.plot(arm.depths, medians, color=colour, linestyle=dash, linewidth=1.8, marker="o", markersize=5, label=label)
             axes.xaxis.set_major_locator(_figures.whole_numbers())
             axes.set_ylim(-3, 100)
             axes.set_title(title, fontsize=9.5, loc="left")
@@ -75,13 +77,12 @@ def _by_depth(runs: Runs, settings: Settings, path: Path, machine: str) -> None:
         figure.suptitle(f"Training error by depth, {_words(settings)}; {_seeds(settings, 'pale points')}", fontsize=10, x=0.01, ha="left")
 
 
-def _by_epoch(runs: Runs, settings: Settings, names: Sequence[str], path: Path, machine: str) -> None:
-    with _figures.page(path, len(names), (0.4 + 3.2 * len(names), 4.3), machine, share=True) as (figure, panels):
-        for axes, name in zip(panels, names, strict=True):
+def _by_epoch(runs: Runs, settings: Settings, arms: Mapping[str, Arm], path: Path, machine: str) -> None:
+    with _figures.page(path, len(arms), (0.4 + 3.2 * len(arms), 4.3), machine, share=True) as (figure, panels):
+        for axes, (name, arm) in zip(panels, arms.items(), strict=True):
             shades = _SHADES[name.removesuffix("_norm")]
-            chosen = _depths(name, settings)
-            for i, depth in enumerate(chosen):
-                shade = shades[-1] if len(chosen) == 1 else shades[round(i * (len(shades) - 1) / (len(chosen) - 1))]
+            for i, depth in enumerate(arm.depths):
+                shade = shades[-1] if len(arm.depths) == 1 else shades[round(i * (len(shades) - 1) / (len(arm.depths) - 1))]
                 curves = [run["result"]["errors"] for run in select(runs, "depth", arm=name, depth=depth)]
                 for errors in curves:
                     axes.plot(range(1, len(errors) + 1), errors, color=shade, linewidth=0.7, alpha=0.5)
@@ -89,7 +90,7 @@ def _by_epoch(runs: Runs, settings: Settings, names: Sequence[str], path: Path, 
                 axes.plot(range(1, len(medians) + 1), medians, color=shade, linewidth=2, label=f"{depth} layers")
             axes.xaxis.set_major_locator(_figures.whole_numbers())
             axes.set_ylim(-3, 100)
-            axes.set_title(_label(name).capitalize(), fontsize=9.5, loc="left")
+            axes.set_title(arm.label.capitalize(), fontsize=9.5, loc="left")
             _figures.name_axes(axes, "epoch", "")
             _legend(axes, 2)
         panels[0].set_ylabel("training error of the epoch, %", fontsize=8.5)

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import __version__, _extension
+from .. import _extension
+from .._version import __version__
 
 PROTOCOL = 1  # of the constants of all experiments: another number makes stored runs another study's
 

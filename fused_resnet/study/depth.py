@@ -186,4 +186,5 @@ def _check(figures: dict[str, Any], settings: Settings) -> list[Check]:
 def draw(runs: Runs, settings: Settings, folder: Path, machine: str) -> list[Path]:
     from . import _depth_figures
 
-    return _depth_figures.draw(runs, settings, folder, machine)
+    arms = {name: _depth_figures.Arm(kind.label, depths(name, settings)) for name, kind in ARMS.items()}
+    return _depth_figures.draw(runs, settings, folder, machine, arms)

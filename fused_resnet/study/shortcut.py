@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import conv_bias_add_relu
 from ..nn import BasicBlock, ConvBiasAddReLU2d, PlainBlock, ZeroPadShortcut
+from ..ops.api import conv_bias_add_relu
 from ._data import Data
 from ._network import Arm, make_identity, parameters
 from ._protocol import Check, Report, Runs, Settings, Spread, Task, select, task

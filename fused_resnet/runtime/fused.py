@@ -1,86 +1,87 @@
-"""What makes a module a fused block: a forward that runs the block's description while it holds, else the block's code.
+"""What makes a module a fused one: a forward that runs the module's graph while it holds, else the author's code.
 
-The description is found by an analysis of the block's own forward (``graph``) and belongs to the block as it was then. Everything
-that the analysis looked at is a fact, and each call checks the facts in about a microsecond. When one does not hold any more the block
-is looked at again, and if it cannot run fused any more it runs as its author wrote it and says so.
+The graph is found by an analysis of the module's own forward (``graph``) and belongs to the module as it was then. Everything that the
+analysis looked at is a fact, and each call checks the facts in about a microsecond. When one does not hold any more the module is looked
+at again, and if it cannot run fused any more it runs as its author wrote it and says so.
 """
 
 from __future__ import annotations
 
+import abc
 import types
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
 
-from ._compat import GLOBAL_HOOKS, TENSORS, constant_result, has_function_mode, is_traced, transformed
-from ._residual import Bound, Residual, bind, execute
-from ._stem import BoundStem, Stem, bind_stem, execute_stem, match_stem
-from .graph.facts import Facts
-from .graph.ir import Refused
-from .graph.match import match, only_input
-from .ops.derived import Store
-from .ops.spec import LEGAL_DTYPES
+from .._compat import GLOBAL_HOOKS, TENSORS, constant_result, has_function_mode, is_traced, transformed
+from ..graph.analysis import Reader, graph_of, only_input
+from ..graph.facts import Facts
+from ..graph.ir import Graph
+from ..graph.match import Block
+from ..graph.network import Network
+from ..graph.trace import Refused
+from ..ops.derived import Store
+from ..ops.spec import LEGAL_DTYPES
+from .executor import Bound, bind, execute, repeat
 
 
 class State:
-    """What a fused block keeps in its ``__dict__``. Copies and pickles as the description alone."""
+    """What a fused module keeps in its ``__dict__``. Copies and pickles as nothing: the copy is looked at when it is called."""
 
-    def __init__(self, description: Residual | Stem | None) -> None:
-        self.description = description
+    def __init__(self) -> None:
         self.current: Decision | None = None
         self.warned = False
 
     def __reduce__(self) -> Any:
-        return State, (self.description,)
+        return State, ()
 
 
 class Decision:
-    """Whether a block runs fused: its description, or the refusal, and the facts that either was found from."""
+    """Whether a module runs fused: its graph, or the refusal, and the facts that either was found from."""
 
-    def __init__(self, block: Any, stem: bool = False) -> None:
-        """Look at ``block``; ``stem``: at a network, for its stem only."""
-        cls = type(block)
-        self.description: Residual | Stem | None = None
+    def __init__(self, module: Any, network: bool = False) -> None:
+        """Look at ``module`` as a residual block; ``network``: for its stem and calls of its children."""
+        cls = type(module)
+        self.graph: Graph | None = None
         self.refusal: Refused | None = None
-        self.bound: Bound | BoundStem | None = None
-        facts = Facts(block)
+        self.bound: Bound | None = None
+        facts = Facts(module)
         original = cls.__dict__.get("_fused_original")
-        forward = facts.lookup(original or cls, "forward" if original or not isinstance(block, FusedBlock) else "_plain_forward")
+        forward = facts.lookup(original or cls, "forward" if original or not isinstance(module, FusedModule) else "_plain_forward")
         try:
-            if stem:
-                self.description = match_stem(block, forward, facts)
-            else:
-                self.description = match(block, forward, facts, getattr(cls, "_needs_shortcut", True))
+            reader: Reader = Network() if network else Block(plain=not getattr(cls, "_needs_shortcut", True))
+            self.graph = graph_of(module, forward, facts, reader)
         except Refused as error:
-            self.refusal = Refused(error.reason, error.is_block, error.where)  # without what the other holds: frames, and so the block
+            self.refusal = Refused(error.reason, error.is_block, error.where)  # without what the other holds: frames, and so the module
         except Exception as error:  # a case that was not thought of stops neither fuse_ nor a call
             self.refusal = Refused(f"it cannot be looked at: {type(error).__name__}: {error}"[:200], is_block=True)
         self.facts = facts.checked()
 
-    def bind(self, block: Any) -> None:
-        if self.description is not None:
-            self.bound = _bind(block, self.description, Store())
+    def bind(self, module: Any) -> None:
+        if self.graph is not None:
+            self.bound = bind(module, self.graph, Store())
 
-    def holds(self, block: Any) -> bool:
+    def holds(self, module: Any) -> bool:
         """Whether nothing has changed since."""
-        return self.facts.first_broken(block.__dict__) < 0
+        return self.facts.first_broken(module.__dict__) < 0
 
 
-class FusedBlock:
+class FusedModule:
     """Mixin in front of an ``nn.Module`` class whose own forward is kept as ``_plain_forward``."""
 
     _fx_leaf: ClassVar[bool] = True
     _fused_original: ClassVar[type[nn.Module] | None] = None  # the class before conversion; None: born as a fused block
-    _fused_stem: ClassVar[bool] = False  # a network whose stem is fused, and no block
+    _fused_network: ClassVar[bool] = False  # a network, and no block
     _needs_shortcut: ClassVar[bool] = True
     _fused_resnet: State
     _plain_forward: Callable[..., Tensor]  # the author's
 
     def forward(self, x: Tensor) -> Tensor:
-        """The block's forward: x [N, C, H, W] -> [N, K, P, Q]."""
+        """The module's forward: x [N, C, H, W] -> [N, K, P, Q], or what a network gives."""
         state = self._fused_resnet
         if torch.compiler.is_compiling():
             reads = _watched(self)
@@ -88,7 +89,7 @@ class FusedBlock:
                 _read(self, reads)
                 for reader in state.current.facts.readers:  # type: ignore[union-attr]
                     reader()
-                return _execute(_bind(self, state.description, None), x, True)
+                return execute(bind(self, state.current.graph, None), x, True)  # type: ignore[union-attr, arg-type]
             return self._plain_forward(x)
         current = state.current
         if current is None or not current.holds(self):
@@ -98,13 +99,12 @@ class FusedBlock:
             current = refresh(self, state)
         bound = current.bound
         if bound is not None:
-            ready = bound.store.ready if type(bound) is Bound and bound.store is not None else None
-            if ready is not None and type(x) is Tensor and not any(GLOBAL_HOOKS):
-                y: Tensor | None = ready(x)
+            if type(x) is Tensor and not any(GLOBAL_HOOKS):
+                y = repeat(bound, x)
                 if y is not None:
                     return y
             if not _obstacle(x):
-                return _execute(bound, x, False)
+                return execute(bound, x, False)
         return self._plain_forward(x)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -133,30 +133,74 @@ class FusedBlock:
             return reduced
         function, args, *rest = reduced
         plain = tuple(original if a is type(self) else a for a in args)
-        return _rebuild, (original, function, plain, type(self)._fused_stem), *rest
+        return _rebuild, (original, function, plain, type(self)._fused_network), *rest
 
 
-def _rebuild(original: type[nn.Module], function: Callable[..., Any], args: tuple[Any, ...], stem: bool = False) -> Any:
-    """Unpickles a converted block: the empty object of its original class, with the class of the converted one."""
-    from .fusion import fused_class
-
-    block = function(*args)
-    object.__setattr__(block, "__class__", fused_class(original, stem))
-    return block
+def _rebuild(original: type[nn.Module], function: Callable[..., Any], args: tuple[Any, ...], network: bool = False) -> Any:
+    """Unpickles a converted module: the empty object of its original class, with the class of the converted one."""
+    module = function(*args)
+    object.__setattr__(module, "__class__", fused_class(original, network))
+    return module
 
 
-def _bind(block: Any, description: Residual | Stem | None, store: Store | None) -> Bound | BoundStem:
-    assert description is not None
-    return bind_stem(block, description, store) if isinstance(description, Stem) else bind(block, description, store)
+# (original class, whether as a network) -> its fused subclass, as long as a module of it lives.
+_classes: weakref.WeakValueDictionary[tuple[type, bool], type] = weakref.WeakValueDictionary()
 
 
-def _execute(bound: Bound | BoundStem, x: Tensor, compiling: bool) -> Tensor:
-    return execute_stem(bound, x, compiling) if isinstance(bound, BoundStem) else execute(bound, x, compiling)
+def fused_class(original: type[nn.Module], network: bool = False) -> type:
+    """The fused subclass of a module class, made on demand."""
+    cls = _classes.get((original, network))
+    if cls is None:
+        body = {
+            "__module__": original.__module__,
+            "__qualname__": f"Fused{original.__qualname__}",
+            "__doc__": original.__doc__,
+            "_fused_original": original,
+            "_fused_network": network,
+            "_fx_leaf": not network,
+            "_plain_forward": _as_written(original),
+            "forward": _forward_like(original.forward),
+        }
+        cls = type(f"Fused{original.__name__}", (FusedModule, original), body)
+        _classes[original, network] = cls
+    return cls
 
 
-def forward_like(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """``FusedBlock.forward`` with the name and default of forward's one argument, for calls by name and for its errors."""
-    model: Any = FusedBlock.forward
+def become_fused(module: nn.Module, decision: Decision, network: bool = False) -> str:
+    """Give a module the class of a fused one, and what was found of it; why not, or ""."""
+    if type(type(module)) not in (type, abc.ABCMeta):
+        return f"it has the metaclass {type(type(module)).__name__}"
+    try:
+        object.__setattr__(module, "__class__", fused_class(type(module), network))
+    except TypeError as error:
+        return str(error)
+    decision.bind(module)
+    state = State()
+    state.current = decision
+    module.__dict__["_fused_resnet"] = state
+    return ""
+
+
+def become_original(module: nn.Module) -> None:
+    """Give a converted module its own class back."""
+    original = getattr(type(module), "_fused_original", None)
+    if original is not None:
+        module.__dict__.pop("_fused_resnet", None)
+        object.__setattr__(module, "__class__", original)
+
+
+def _as_written(original: type[nn.Module]) -> Callable[..., Any]:
+    """The forward that the class has when it is called: it may be patched after the conversion."""
+
+    def forward(self: Any, x: Any) -> Any:
+        return original.forward(self, x)
+
+    return forward
+
+
+def _forward_like(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``FusedModule.forward`` with the name and default of forward's one argument, for calls by name and for its errors."""
+    model: Any = FusedModule.forward
     like: Any = forward
     name = only_input(forward)
     others = [f"{other}_" if other == name else other for other in model.__code__.co_varnames[2:]]
@@ -166,35 +210,33 @@ def forward_like(forward: Callable[..., Any]) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
-def refresh(block: Any, state: State) -> Decision:
-    """Look at the block again: describe it, or keep the reason why it runs as its author wrote it."""
-    current = Decision(block, type(block)._fused_stem)
-    current.bind(block)
-    if current.description is not None:
-        state.description = current.description
-    elif not state.warned:
+def refresh(module: Any, state: State) -> Decision:
+    """Look at the module again: find its graph, or keep the reason why it runs as its author wrote it."""
+    current = Decision(module, type(module)._fused_network)
+    current.bind(module)
+    if current.graph is None and not state.warned:
         state.warned = True
         warnings.warn(
-            f"{type(block).__name__} runs unfused, as its own forward says: {current.refusal}", RuntimeWarning, stacklevel=4
+            f"{type(module).__name__} runs unfused, as its own forward says: {current.refusal}", RuntimeWarning, stacklevel=4
         )
     state.current = current
     return current
 
 
 @constant_result
-def _watched(block: Any) -> tuple[tuple[Any, ...], ...] | None:
-    """What the description depends on if it holds, decided once while torch.compile or torch.export traces the block."""
-    state = block._fused_resnet
+def _watched(module: Any) -> tuple[tuple[Any, ...], ...] | None:
+    """What the graph depends on if it holds, decided once while torch.compile or torch.export traces the module."""
+    state = module._fused_resnet
     current = state.current
-    if current is None or not current.holds(block):
-        current = refresh(block, state)
+    if current is None or not current.holds(module):
+        current = refresh(module, state)
     return None if current.bound is None else current.facts.reads
 
 
-def _read(block: Any, reads: tuple[tuple[Any, ...], ...]) -> None:
-    """Read what the description depends on before the compiler's eyes, so that it guards it and compiles again after a change."""
+def _read(module: Any, reads: tuple[tuple[Any, ...], ...]) -> None:
+    """Read what the graph depends on before the compiler's eyes, so that it guards it and compiles again after a change."""
     for path in reads:
-        value = block
+        value = module
         for step in path:
             if isinstance(step, str):
                 value = getattr(value, step)

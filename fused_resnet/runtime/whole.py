@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _settings
-from ._compat import is_quiet, nobody_listens
-from ._extension import cpu
-from ._fold import library_fold
-from .ops import derived
-from .ops.derived import Entry, Source, Store, find
-from .ops.select import why_general_on_cpu
-from .ops.spec import SUSPICIOUS, ConvSpec, address, check_operands, dtype_name, geometry_of_call, spec_of
+from .. import _settings
+from .._compat import is_quiet, nobody_listens
+from .._extension import cpu
+from ..ops import derived
+from ..ops.derived import Entry, Source, Store, find
+from ..ops.select import why_general_on_cpu
+from ..ops.spec import SUSPICIOUS, ConvSpec, address, check_operands, dtype_name, geometry_of_call, spec_of
+from .fold import library_fold
 
 _NO_STRIDES = (0, 0, 0, 0)
 

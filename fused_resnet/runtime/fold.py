@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ._compat import dispatch_modes
-from ._extension import cpu
-from .ops.derived import Store, derive
-from .ops.spec import LOW_PRECISION, is_channels_last
+from .._compat import dispatch_modes
+from .._extension import cpu
+from ..ops.derived import Store, derive
+from ..ops.spec import LOW_PRECISION, is_channels_last
 
 Sources = tuple[Tensor, "Tensor | None", "Tensor | None", "Tensor | None", Tensor, Tensor]
 

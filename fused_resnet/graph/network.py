@@ -1,0 +1,68 @@
+"""Recognises a network by what its own ``forward`` does: the stem (a convolution, batch norm and ReLU), then one call after another.
+
+What follows the stem stays as it is: the children are called one after the other, as the network's forward does, so that hooks, modes
+and replaced modules behave as ever.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from . import calls
+from .facts import Facts
+from .ir import FUNCTIONS, Call, Convolution, Graph
+from .match import Matcher, in_a_row, plain_value
+from .trace import Operation, Refused, Trace
+
+_AFTER_A_STEM = ("adaptive_avg_pool2d", "avg_pool2d", "flatten", "max_pool2d", "mean", "relu")  # of FUNCTIONS
+_METHODS = ("flatten", "mean", "relu")  # of tensors, by the names of the functions that do the same
+
+
+class Network:
+    """What a network's trace says."""
+
+    absorbs = False
+
+    def is_leaf(self, module: nn.Module) -> bool:
+        return True
+
+    def looks_right(self, trace: Trace) -> bool:
+        return False
+
+    def graph(self, module: nn.Module, trace: Trace, facts: Facts) -> Graph:
+        return _graph(module, trace, facts)
+
+
+class _Matcher(Matcher):
+    """For whom nothing is transparent: an identity behind the stem is called as everything is, for somebody may listen there."""
+
+    def is_transparent(self, op: Operation) -> bool:
+        return False
+
+
+def _graph(module: nn.Module, trace: Trace, facts: Facts) -> Graph:
+    matcher = _Matcher(module, trace, facts, needs_shortcut=False)
+    path = matcher.path(matcher.end(), trace.operations[0])
+    absorbed = next((i for i in range(min(3, len(path))) if matcher.is_relu(path[i])), -1) + 1
+    stem = matcher.nodes(path[:absorbed])
+    if len(stem) != 1 or not isinstance(stem[0], Convolution):
+        raise Refused("it does not begin with a convolution, a batch norm and a ReLU")
+    for op in path[:absorbed]:
+        if op.kind == "module":
+            calls.check_quiet(facts, str(op.target), matcher.at(op))
+    for op in path:
+        if op.kind == "module" and "." in str(op.target):
+            raise matcher.refused(op, f"{matcher.say(op)} is not its own child")
+    return Graph(tuple(in_a_row([stem[0], *[_call(matcher, op) for op in path[absorbed:]]])))
+
+
+def _call(matcher: Matcher, op: Operation) -> Call:
+    arguments = plain_value(op.args[1:]), tuple(plain_value(list(op.kwargs.items())))
+    if op.kind == "module" and not any(arguments):
+        return Call(str(op.target))
+    if op.kind == "method" and op.target in _METHODS:
+        return Call(str(op.target), True, *arguments)
+    for name in _AFTER_A_STEM:
+        if op.kind == "function" and op.target is FUNCTIONS[name]:
+            return Call(name, True, *arguments)
+    raise matcher.refused(op, f"after its stem it calls {matcher.say(op)}")
