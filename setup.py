@@ -36,6 +36,7 @@ SOURCES: dict[str, list[str]] = {
     "csrc/cpu/direct_convolution.cpp": ["-O3"],
     "csrc/cpu/dispatch.cpp": ["-O2"],
     "csrc/cpu/fingerprint.cpp": ["-O3"],
+    "csrc/cpu/max_pool.cpp": ["-O2"],
     "csrc/cpu/passes.cpp": ["-O2"],
     "csrc/cpu/winograd_convolution.cpp": ["-O2"],
     "csrc/cpu/isa_scalar.cpp": ["-O3"],

@@ -12,6 +12,7 @@
 #include "cpu/block.h"
 #include "cpu/convolution.h"
 #include "cpu/fingerprint.h"
+#include "cpu/max_pool.h"
 #include "cpu/passes.h"
 #include "facts.h"
 #include "python_shapes.h"
@@ -28,7 +29,7 @@ using fr::strides;
 
 namespace {
 
-constexpr int kInterface = 5;  // fused_resnet/_extension.py holds the same number
+constexpr int kInterface = 6;  // fused_resnet/_extension.py holds the same number
 
 fr::DType dtype(const std::string& name) {
   if (name == "float32") return fr::DType::float32;
@@ -226,6 +227,26 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("dtype"), py::arg("shape"), py::arg("output_strides"), py::arg("input_strides"),
       py::arg("shortcut_strides"), py::arg("relu"), py::arg("wide_input"), py::arg("input"), py::arg("bias"),
       py::arg("shortcut"), py::arg("output"), py::arg("threads"));
+  py::class_<fr::MaxPool>(m, "MaxPool")
+      .def_property_readonly_static("MOST_TAPS", [](const py::object&) { return fr::MaxPool::kMostTaps; })
+      .def(py::init([](const std::string& type, const Four& input, const Four& output, const Two& kernel, const Two& stride, const Two& pad,
+                       const Four& input_strides, const Four& output_strides, bool channels, int threads) {
+             const fr::PoolShape s{input[0], input[1],  input[2],  input[3], output[2], output[3],
+                                   kernel[0], kernel[1], stride[0], stride[1], pad[0],   pad[1],
+                                   strides(input_strides), strides(output_strides), channels};
+             return std::make_unique<fr::MaxPool>(s, dtype(type), threads);
+           }),
+           py::arg("dtype"), py::arg("input"), py::arg("output"), py::arg("kernel"), py::arg("stride"), py::arg("pad"),
+           py::arg("input_strides"), py::arg("output_strides"), py::arg("channels"), py::arg("threads"))
+      .def(
+          "run",
+          [](const fr::MaxPool& pool, Pointer x, Pointer y) {
+            fr::Operands o;
+            o.x = in(x);
+            o.y = out(y);
+            pool.run(o);
+          },
+          py::arg("input"), py::arg("output"), py::call_guard<py::gil_scoped_release>());
   m.def(
       "relu_backward",
       [](const std::string& type, const Four& shape, const Four& result_strides, const Four& grad_strides,

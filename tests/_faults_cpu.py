@@ -284,4 +284,32 @@ FAULTS = (
         "for (i64 i = 0; i < count; ++i) run_task(phase, i, operands, shared, mine);",
         ("tests/test_winograd_special.py::test_whole_blocks",),
     ),
+    Fault(
+        "pooling: a NaN is lost to what comes behind it",
+        ("csrc/cpu/pooling.h",),
+        "value = V::larger(value, V::load_n(rows[row] + i, count))",
+        "value = V::larger(V::load_n(rows[row] + i, count), value)",
+        ("tests/test_pooling.py::test_as_the_module",),
+    ),
+    Fault(
+        "pooling: what lies beside a line counts as zero",
+        ("csrc/cpu/max_pool.cpp",),
+        "-std::numeric_limits<float>::infinity()",
+        "0.0f",
+        ("tests/test_pooling.py::test_as_the_module",),
+    ),
+    Fault(
+        "pooling: a window at the edge reads beyond it",
+        ("csrc/cpu/max_pool.cpp",),
+        "return {std::max<i64>(begin, 0), std::min(begin + kernel, size)};",
+        "return {std::max<i64>(begin, 0), std::min(begin + kernel, size + 1)};",
+        ("tests/test_memory.py",),
+    ),
+    Fault(
+        "pooling: the line is shorter than what is read of it",
+        ("csrc/cpu/max_pool.cpp",),
+        "return std::max(last, shape_.pad_left + shape_.w) + 2 * kernels_->vector;",
+        "return std::max(last, shape_.pad_left + shape_.w);",
+        ("tests/test_memory.py",),
+    ),
 )

@@ -249,4 +249,25 @@ FAULTS = (
         "        outer = local.frame\n        outer.values = {**outer.values, 'k': Known(0)} if 'k' in outer.values else outer.values\n",
         (_FORWARD,),
     ),
+    Fault(
+        "a hook on a pooling goes unheard",
+        ("fused_resnet/graph/network.py",),
+        "            calls.check_quiet(matcher.facts, str(op.target), matcher.at(op))\n",
+        "",
+        ("tests/test_pooling.py::test_in_a_network", "tests/test_stem.py::test_a_change_between_calls_is_seen"),
+    ),
+    Fault(
+        "a pooling's window is read once",
+        ("fused_resnet/runtime/pooling.py",),
+        "    key = (window, module",
+        "    key = (module",
+        ("tests/test_pooling.py::test_in_a_network",),
+    ),
+    Fault(
+        "a pooling loses its gradient",
+        ("fused_resnet/runtime/pooling.py",),
+        "not nobody_listens(x) or",
+        "type(x) is not Tensor or",
+        ("tests/test_pooling.py::test_what_is_left_to_the_module",),
+    ),
 )

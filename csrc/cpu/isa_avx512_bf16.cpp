@@ -9,6 +9,8 @@ constexpr DTypeKernels bf16_kernels() {
   // Without a product there is no reason to lose a denormal.
   k.pass_row = pass_row<Avx512Float, bf16>;
   k.mask_row = mask_row<Avx512Float, bf16>;
+  k.largest_row = largest_row<Avx512Float, bf16>;
+  k.largest_windows = largest_windows<Avx512Float, bf16>;
   return k;
 }
 }  // namespace

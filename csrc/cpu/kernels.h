@@ -95,6 +95,22 @@ struct MaskRowArgs {
   i64 grad_step = 1, output_step = 1, sum_step = 1, length = 0;
 };
 
+// The largest of several rows, element by element: y[i] = max over row of rows[row][i]. NaN where one is NaN; of equal ones the first.
+struct LargestRowArgs {
+  const void* const* rows = nullptr;  // storage dtype
+  i64 count = 0, length = 0;          // rows; elements of each
+  void* y = nullptr;                  // storage dtype, or the accumulator's type where wide_output
+  bool wide_output = false;
+};
+
+// The largest of each window of one row: y[i] = max over j < size of x[i * stride + j], as above. Up to two registers are read behind the
+// last window.
+struct LargestWindowsArgs {
+  const void* x = nullptr;  // the accumulator's type
+  i64 size = 1, stride = 1, windows = 0;
+  void* y = nullptr;  // storage dtype
+};
+
 // Winograd: the transform of one panel of the weight [K, C, 3, 3] to out[position][C][width], zeros beyond K.
 struct WinogradWeightArgs {
   const void* weight = nullptr;
@@ -173,6 +189,8 @@ struct DTypeKernels {
   void (*pack_weight)(const PackWeightArgs&);
   void (*pass_row)(const PassRowArgs&);
   void (*mask_row)(const MaskRowArgs&);
+  void (*largest_row)(const LargestRowArgs&);
+  void (*largest_windows)(const LargestWindowsArgs&);
   void (*store)(void* out, const double* values, i64 count);  // to the storage dtype, rounded once
   WinogradKernels winograd2, winograd2_stride2, winograd4;
   void (*winograd_multiply)(const WinogradMultiplyArgs&);

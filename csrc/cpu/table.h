@@ -5,6 +5,7 @@
 #include "direct.h"
 #include "packing.h"
 #include "pointwise.h"
+#include "pooling.h"
 #include "winograd.h"
 
 namespace fused_resnet {
@@ -24,6 +25,8 @@ constexpr DTypeKernels dtype_kernels() {
                       pack_weight<D, S>,
                       pass_row<V, S>,
                       mask_row<V, S>,
+                      largest_row<V, S>,
+                      largest_windows<V, S>,
                       store_values<V, S>,
                       winograd_kernels<V, S, D, Winograd2<V>>(),
                       winograd_kernels<V, S, D, Winograd2Stride2<V>>(),

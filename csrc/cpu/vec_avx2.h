@@ -68,6 +68,12 @@ struct Avx2Float {
   // The second operand where one is NaN: the NaN stays.
   static reg relu(reg v) { return _mm256_max_ps(zero(), v); }
   static reg relu_gradient(reg g, reg y) { return _mm256_and_ps(_mm256_cmp_ps(y, zero(), _CMP_NLE_UQ), g); }
+  static reg larger(reg a, reg b) {
+    return _mm256_blendv_ps(a, b, _mm256_or_ps(_mm256_cmp_ps(b, a, _CMP_GT_OQ), _mm256_cmp_ps(b, b, _CMP_UNORD_Q)));
+  }
+  static reg evens(reg a, reg b) {
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88)), 0xd8));
+  }
   static reg interleave_low(reg a, reg b) {
     return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
   }
@@ -107,6 +113,10 @@ struct Avx2Double {
   // The second operand where one is NaN: the NaN stays.
   static reg relu(reg v) { return _mm256_max_pd(zero(), v); }
   static reg relu_gradient(reg g, reg y) { return _mm256_and_pd(_mm256_cmp_pd(y, zero(), _CMP_NLE_UQ), g); }
+  static reg larger(reg a, reg b) {
+    return _mm256_blendv_pd(a, b, _mm256_or_pd(_mm256_cmp_pd(b, a, _CMP_GT_OQ), _mm256_cmp_pd(b, b, _CMP_UNORD_Q)));
+  }
+  static reg evens(reg a, reg b) { return _mm256_permute4x64_pd(_mm256_unpacklo_pd(a, b), 0xd8); }
   static reg interleave_low(reg a, reg b) {
     return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x20);
   }

@@ -54,6 +54,13 @@ struct Avx512Float {
   // The second operand where one is NaN: the NaN stays.
   static reg relu(reg v) { return _mm512_max_ps(zero(), v); }
   static reg relu_gradient(reg g, reg y) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, zero(), _CMP_NLE_UQ), g); }
+  static reg larger(reg a, reg b) {
+    const __mmask16 later = _mm512_cmp_ps_mask(b, a, _CMP_GT_OQ) | _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q);
+    return _mm512_mask_mov_ps(a, later, b);
+  }
+  static reg evens(reg a, reg b) {
+    return _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), b);
+  }
   static reg interleave_low(reg a, reg b) {
     return _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), b);
   }
@@ -85,6 +92,11 @@ struct Avx512Double {
   // The second operand where one is NaN: the NaN stays.
   static reg relu(reg v) { return _mm512_max_pd(zero(), v); }
   static reg relu_gradient(reg g, reg y) { return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(y, zero(), _CMP_NLE_UQ), g); }
+  static reg larger(reg a, reg b) {
+    const __mmask8 later = _mm512_cmp_pd_mask(b, a, _CMP_GT_OQ) | _mm512_cmp_pd_mask(b, b, _CMP_UNORD_Q);
+    return _mm512_mask_mov_pd(a, later, b);
+  }
+  static reg evens(reg a, reg b) { return _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14), b); }
   static reg interleave_low(reg a, reg b) {
     return _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b);
   }

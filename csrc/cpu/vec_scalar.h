@@ -41,6 +41,8 @@ struct ScalarVec {
   static reg fma(reg a, reg b, reg c) { return a * b + c; }
   static reg relu(reg v) { return fused_resnet::relu(v); }
   static reg relu_gradient(reg g, reg y) { return fused_resnet::relu_gradient(g, y); }
+  static reg larger(reg a, reg b) { return b > a || b != b ? b : a; }
+  static reg evens(reg a, reg) { return a; }
   static reg interleave_low(reg a, reg) { return a; }
   static reg interleave_high(reg, reg b) { return b; }
 };

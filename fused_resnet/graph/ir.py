@@ -62,7 +62,15 @@ class Call:
     input: int = 0
 
 
-Node = Convolution | Call
+@dataclass(frozen=True)
+class MaxPool:
+    """A plain ``nn.MaxPool2d``, by path."""
+
+    module: str
+    input: int = 0
+
+
+Node = Convolution | MaxPool | Call
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,9 @@ _IN_A_BLOCK = ("avg_pool2d", "getitem", "pad")  # of FUNCTIONS
 _SHAPES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad")
 
 
+BlockNode = Convolution | Call  # what a block may hold
+
+
 class Block:
     """What a residual block's trace says; ``plain``: a block's without its shortcut."""
 
@@ -253,9 +256,9 @@ class Matcher:
 
     # --- from operations to nodes ---
 
-    def nodes(self, ops: list[Operation]) -> tuple[Node, ...]:
+    def nodes(self, ops: list[Operation]) -> tuple[BlockNode, ...]:
         """The nodes that these operations make, each of the one before."""
-        nodes: list[Node] = []
+        nodes: list[BlockNode] = []
         queue = list(ops)
         while queue:
             op = queue.pop(0)
@@ -325,7 +328,7 @@ class Matcher:
             if (norm.running_mean is None) != (norm.running_var is None):
                 raise self.refused(conv, f"{norm_path} has only one of running_mean and running_var")
 
-    def check_shared(self, nodes: Iterable[Node]) -> None:
+    def check_shared(self, nodes: Iterable[BlockNode]) -> None:
         seen: dict[int, str] = {}
         for path in _paths(nodes):
             module = find(self.module, path)
@@ -333,7 +336,7 @@ class Matcher:
                 raise Refused(f"{path} ({type(module).__name__}) is used twice in the block")
             seen[id(module)] = path
 
-    def check_channels(self, main: tuple[Node, ...], shortcut: tuple[Node, ...]) -> None:
+    def check_channels(self, main: tuple[BlockNode, ...], shortcut: tuple[BlockNode, ...]) -> None:
         """The operator does not broadcast, the + of the block would: refuse where the channels say so already."""
         first, last = main[0], main[-1]
         channels = None
@@ -371,7 +374,7 @@ def in_a_row(nodes: Iterable[Node], before: int = 0) -> list[Node]:
     return [replace(node, input=before + i if i else 0) for i, node in enumerate(nodes)]
 
 
-def _paths(nodes: Iterable[Node]) -> Iterator[str]:
+def _paths(nodes: Iterable[BlockNode]) -> Iterator[str]:
     for node in nodes:
         if isinstance(node, Convolution):
             yield node.conv

@@ -1,7 +1,7 @@
 """Recognises a network by what its own ``forward`` does: the stem (a convolution, batch norm and ReLU), then one call after another.
 
 What follows the stem stays as it is: the children are called one after the other, as the network's forward does, so that hooks, modes
-and replaced modules behave as ever.
+and replaced modules behave as ever. Only a max pooling to which nobody listens is a node of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import nn
 
 from . import calls
 from .facts import Facts
-from .ir import FUNCTIONS, Call, Convolution, Graph
+from .ir import FUNCTIONS, Call, Convolution, Graph, MaxPool, Node
 from .match import Matcher, in_a_row, plain_value
 from .trace import Operation, Refused, Trace
 
@@ -53,7 +53,17 @@ def _graph(module: nn.Module, trace: Trace, facts: Facts) -> Graph:
     for op in path:
         if op.kind == "module" and "." in str(op.target):
             raise matcher.refused(op, f"{matcher.say(op)} is not its own child")
-    return Graph(tuple(in_a_row([stem[0], *[_call(matcher, op) for op in path[absorbed:]]])))
+    return Graph(tuple(in_a_row([stem[0], *[_node(matcher, op) for op in path[absorbed:]]])))
+
+
+def _node(matcher: Matcher, op: Operation) -> Node:
+    if op.kind == "module" and matcher.is_plain(op, nn.MaxPool2d):
+        try:
+            calls.check_quiet(matcher.facts, str(op.target), matcher.at(op))
+            return MaxPool(str(op.target))
+        except Refused:
+            pass
+    return _call(matcher, op)
 
 
 def _call(matcher: Matcher, op: Operation) -> Call:

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from .._compat import nobody_listens
 from .._extension import cpu
 from .._settings import Plans
-from ..graph.ir import FUNCTIONS, Addition, Call, Convolution, Graph, Node
+from ..graph.ir import FUNCTIONS, Addition, Call, Convolution, Graph, MaxPool, Node
 from ..ops.api import bias_add_relu, conv_bias_add_relu
 from ..ops.derived import Store
 from ..ops.plans import backends, joined
 from ..ops.spec import is_channels_last
 from . import whole
 from .fold import folded, sources_of
+from .pooling import max_pool
 
 _MOST_PLANS = 256  # of one module: beyond, start over
 
@@ -35,13 +36,18 @@ class BoundConvolution(NamedTuple):
     store: Store | None  # its module's; None while compiling, where nothing is kept
 
 
+class BoundMaxPool(NamedTuple):
+    module: nn.MaxPool2d
+    plans: Plans | None  # None while compiling
+
+
 class BoundCall(NamedTuple):
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
-BoundNode = BoundConvolution | BoundCall
+BoundNode = BoundConvolution | BoundMaxPool | BoundCall
 
 
 class Block(NamedTuple):
@@ -88,7 +94,9 @@ def _find(module: nn.Module, path: str) -> Any:
     return module
 
 
-def _bind_node(module: nn.Module, node: Node, store: Store | None) -> BoundNode:
+def _bind_node(module: nn.Module, node: Node, store: Store | None, plans: Plans) -> BoundNode:
+    if isinstance(node, MaxPool):
+        return BoundMaxPool(_find(module, node.module), None if store is None else plans)
     if isinstance(node, Call):
         return BoundCall(FUNCTIONS[node.target] if node.function else _find(module, node.target), node.args, dict(node.kwargs))
     norm = None if node.norm is None else _find(module, node.norm)
@@ -98,11 +106,12 @@ def _bind_node(module: nn.Module, node: Node, store: Store | None) -> BoundNode:
 def bind(module: nn.Module, graph: Graph, store: Store | None) -> Bound:
     """The graph with ``module``'s submodules filled in. store: where to keep what is derived from their parameters; None while
     torch.compile or torch.export traces, where nothing is kept and nothing runs as a whole."""
-    nodes = tuple([_bind_node(module, node, store) for node in graph.nodes])
+    plans = Plans(_MOST_PLANS)
+    nodes = tuple([_bind_node(module, node, store, plans) for node in graph.nodes])
     inputs = tuple([node.input for node in graph.nodes])
     block = None if store is None else _block_of(graph, nodes)
     rest = () if block is None else nodes[block.end :]
-    return Bound(nodes, inputs, _done(graph.nodes), block, rest, Plans(_MOST_PLANS), store)
+    return Bound(nodes, inputs, _done(graph.nodes), block, rest, plans, store)
 
 
 def _reads(node: Node) -> tuple[int, ...]:
@@ -181,6 +190,9 @@ def _run(node: BoundNode, x: Tensor, values: list[Any], compiling: bool) -> Tens
     if isinstance(node, BoundCall):
         output: Tensor = node.function(x, *node.args, **node.kwargs)
         return output
+    if isinstance(node, BoundMaxPool):
+        pooled = None if node.plans is None else max_pool(node.plans, node.module, x)
+        return node.module(x) if pooled is None else pooled
     if node.addition is None:
         return _convolution(node, x, None, node.relu, compiling)
     return _residual(node, node.addition, x, values[node.addition.shortcut], compiling)

@@ -7,6 +7,7 @@ void convolutions();  // direct ones, also with a joined convolution
 void winograd();
 void blocks();
 void passes();
+void pooling();
 void arithmetic();  // sizes and indices, without running a kernel
 
 }  // namespace memory

@@ -25,6 +25,7 @@ int main(int arguments, char** argument) {
   memory::blocks();
   const int blocks = shared.of_several - winograd;
   memory::passes();
+  memory::pooling();
   memory::arithmetic();
   memory::describe("all cases together: of %d phases of direct convolutions, %d of Winograd's two, %d of blocks", direct, winograd, blocks);
   const int tables = int(fused_resnet::available_tables().size());

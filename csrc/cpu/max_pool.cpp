@@ -1,0 +1,141 @@
+#include "max_pool.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "../conv_shape.h"
+#include "workspace.h"
+
+namespace fused_resnet {
+namespace {
+
+constexpr i64 kSerialElements = 32768;  // of the output; below this waking threads costs more than it saves
+
+// The part of a window that lies in the input: elements [first, last) of a line of `size`.
+struct Span {
+  i64 first, last;
+};
+
+Span span(i64 index, i64 stride, i64 pad, i64 kernel, i64 size) {
+  const i64 begin = index * stride - pad;
+  return {std::max<i64>(begin, 0), std::min(begin + kernel, size)};
+}
+
+// Minus infinity, `count` times, in the accumulator's type.
+void fill_with_least(char* out, i64 count, i64 bytes) {
+  if (bytes == i64(sizeof(float))) {
+    std::fill_n(reinterpret_cast<float*>(out), count, -std::numeric_limits<float>::infinity());
+  } else {
+    std::fill_n(reinterpret_cast<double*>(out), count, -std::numeric_limits<double>::infinity());
+  }
+}
+
+// Whether each window of a line has an element of it.
+bool covers(i64 windows, i64 stride, i64 pad, i64 kernel, i64 size) {
+  return pad < kernel && checked_product(windows - 1, stride) - pad < size;
+}
+
+}  // namespace
+
+MaxPool::MaxPool(const PoolShape& s, DType dtype, int threads)
+    : shape_(s), kernels_(&current_table().dtype[int(dtype)]), threads_(std::max(threads, 1)) {
+  const i64 sizes[] = {s.c, s.h, s.w, s.p, s.q, s.kernel_h, s.kernel_w, s.stride_h, s.stride_w};
+  if (s.n < 0 || s.pad_top < 0 || s.pad_left < 0 || *std::min_element(std::begin(sizes), std::end(sizes)) < 1) {
+    throw std::invalid_argument("a pooling needs sizes of at least 1 (the batch and the padding may be 0)");
+  }
+  if (!covers(s.p, s.stride_h, s.pad_top, s.kernel_h, s.h) || !covers(s.q, s.stride_w, s.pad_left, s.kernel_w, s.w)) {
+    throw std::invalid_argument("a window of the pooling has no element of the input");
+  }
+  if (s.channels ? s.x.c != 1 || s.y.c != 1 : s.x.w != 1 || s.y.w != 1) {
+    throw std::invalid_argument("the elements of a pooling's rows must lie side by side");
+  }
+  if (checked_product(s.kernel_h, s.kernel_w) > kMostTaps) {
+    throw std::invalid_argument("a window of the pooling must have at most " + std::to_string(kMostTaps) + " elements");
+  }
+  checked_product(checked_product(s.n, s.c), checked_product(s.h, s.w));
+  if (checked_product(checked_product(s.n, s.c), checked_product(s.p, s.q)) < kSerialElements) threads_ = 1;
+}
+
+i64 MaxPool::tasks(int) const { return shape_.channels ? shape_.n * shape_.p : shape_.n * shape_.c * shape_.p; }
+
+// A line of the input under a row of windows, with the padding beside it, and what a kernel that reads two registers at a time may read
+// behind it.
+i64 MaxPool::line_elements() const {
+  const i64 last = (shape_.q - 1) * shape_.stride_w + shape_.kernel_w;
+  return std::max(last, shape_.pad_left + shape_.w) + 2 * kernels_->vector;
+}
+
+i64 MaxPool::thread_bytes() const {
+  return shape_.channels ? 0 : (line_elements() * kernels_->accumulator_bytes + 63) / 64 * 64;
+}
+
+bool MaxPool::run_task(int, i64 index, const Operands& operands, char*, char* mine) const {
+  const i64 p = index % shape_.p, outer = index / shape_.p;
+  const char* const x = static_cast<const char*>(operands.x);
+  char* const y = static_cast<char*>(operands.y);
+  if (shape_.channels) {
+    channels_row(outer, p, x, y);
+  } else {
+    pixels_row(outer / shape_.c, outer % shape_.c, p, x, y, mine);
+  }
+  return true;
+}
+
+bool MaxPool::run(const Operands& operands) const {
+  const i64 count = tasks(0), bytes = thread_bytes();
+  Workspace workspace(workspace_bytes());
+  char* const all = workspace.data();
+#pragma omp parallel for schedule(static) num_threads(threads_) if (threads_ > 1)
+  for (i64 i = 0; i < count; ++i) run_task(0, i, operands, nullptr, all + omp_get_thread_num() * bytes);
+  return true;
+}
+
+void MaxPool::channels_row(i64 n, i64 p, const char* x, char* y) const {
+  const PoolShape& s = shape_;
+  const i64 bytes = kernels_->storage_bytes;
+  const Span rows = span(p, s.stride_h, s.pad_top, s.kernel_h, s.h);
+  const void* taps[kMostTaps];
+  for (i64 q = 0; q < s.q; ++q) {
+    const Span columns = span(q, s.stride_w, s.pad_left, s.kernel_w, s.w);
+    LargestRowArgs a;
+    a.rows = taps;
+    a.y = y + (n * s.y.n + p * s.y.h + q * s.y.w) * bytes;
+    a.length = s.c;
+    for (i64 h = rows.first; h < rows.last; ++h) {
+      for (i64 w = columns.first; w < columns.last; ++w) {
+        taps[a.count++] = x + (n * s.x.n + h * s.x.h + w * s.x.w) * bytes;
+      }
+    }
+    kernels_->largest_row(a);
+  }
+}
+
+void MaxPool::pixels_row(i64 n, i64 c, i64 p, const char* x, char* y, char* line) const {
+  const PoolShape& s = shape_;
+  const i64 bytes = kernels_->storage_bytes, wide = kernels_->accumulator_bytes;
+  const Span rows = span(p, s.stride_h, s.pad_top, s.kernel_h, s.h);
+  const char* const plane = x + (n * s.x.n + c * s.x.c) * bytes;
+  const void* taps[kMostTaps];
+  LargestRowArgs a;
+  a.rows = taps;
+  for (i64 h = rows.first; h < rows.last; ++h) taps[a.count++] = plane + h * s.x.h * bytes;
+  fill_with_least(line, s.pad_left, wide);
+  fill_with_least(line + (s.pad_left + s.w) * wide, line_elements() - s.pad_left - s.w, wide);
+  a.y = line + s.pad_left * wide;
+  a.length = s.w;
+  a.wide_output = true;
+  kernels_->largest_row(a);
+  LargestWindowsArgs b;
+  b.x = line;
+  b.size = s.kernel_w;
+  b.stride = s.stride_w;
+  b.windows = s.q;
+  b.y = y + (n * s.y.n + c * s.y.c + p * s.y.h) * bytes;
+  kernels_->largest_windows(b);
+}
+
+}  // namespace fused_resnet

@@ -1,0 +1,51 @@
+// The kernels of max pooling: the largest of several rows, and the largest in each window of one row.
+#pragma once
+
+#include "kernels.h"
+#include "registers.h"
+
+namespace fused_resnet {
+namespace {
+
+template <class V, class S, class Y>
+void largest_row_to(const LargestRowArgs& a) {
+  const S* const* rows = reinterpret_cast<const S* const*>(a.rows);
+  Y* y = static_cast<Y*>(a.y);
+  for (i64 i = 0; i < a.length; i += V::width) {
+    const i64 count = smaller(a.length - i, V::width);
+    typename V::reg value = V::load_n(rows[0] + i, count);
+    for (i64 row = 1; row < a.count; ++row) value = V::larger(value, V::load_n(rows[row] + i, count));
+    V::store_n(y + i, value, count);
+  }
+}
+
+template <class V, class S>
+void largest_row(const LargestRowArgs& a) {
+  if (a.wide_output) {
+    largest_row_to<V, S, typename V::type>(a);
+  } else {
+    largest_row_to<V, S, S>(a);
+  }
+}
+
+// Elements x, x + step, x + 2 * step, ... as a register.
+template <class V>
+typename V::reg load_every(const typename V::type* x, i64 step, i64 count) {
+  if (step == 2) return V::evens(V::load(x), V::load(x + V::width));
+  return load_steps<V>(x, step, count);
+}
+
+template <class V, class S>
+void largest_windows(const LargestWindowsArgs& a) {
+  const typename V::type* x = static_cast<const typename V::type*>(a.x);
+  S* y = static_cast<S*>(a.y);
+  for (i64 i = 0; i < a.windows; i += V::width) {
+    const i64 count = smaller(a.windows - i, V::width);
+    typename V::reg value = load_every<V>(x + i * a.stride, a.stride, count);
+    for (i64 j = 1; j < a.size; ++j) value = V::larger(value, load_every<V>(x + i * a.stride + j, a.stride, count));
+    V::store_n(y + i, value, count);
+  }
+}
+
+}  // namespace
+}  // namespace fused_resnet

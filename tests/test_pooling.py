@@ -1,0 +1,179 @@
+"""Max pooling: our kernel against ``nn.MaxPool2d``, bit for bit, and what is left to the module itself."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from _calls import DTYPES, FORMATS, name
+from torch import Tensor, nn
+
+from fused_resnet import models
+from fused_resnet._settings import Plans
+from fused_resnet.fusion import fuse_
+from fused_resnet.graph.ir import Call, MaxPool
+from fused_resnet.runtime.pooling import max_pool
+
+WINDOWS: dict[str, dict[str, Any]] = {
+    "a network's": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "a network's, ceil mode": {"kernel_size": 3, "stride": 2, "ceil_mode": True},
+    "side by side": {"kernel_size": 2},
+    "overlapping": {"kernel_size": 5, "stride": 1, "padding": 2},
+    "rectangular": {"kernel_size": (3, 2), "stride": (1, 3), "padding": (1, 0)},
+    "with gaps": {"kernel_size": 1, "stride": 3},
+    "of 64": {"kernel_size": 8, "stride": 3, "padding": 4, "ceil_mode": True},
+}
+SHAPES = ((2, 5, 9, 11), (1, 33, 8, 40), (3, 16, 21, 8), (1, 1, 8, 8), (2, 3, 16, 1))
+
+
+def _run(module: nn.MaxPool2d, x: Tensor) -> Tensor | None:
+    return max_pool(Plans(9), module, x)
+
+
+def _input(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
+    """Values of which many are equal, with NaN, infinities and denormals among them."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randint(-4, 5, shape, generator=generator).to(dtype)
+    tiny = torch.finfo(dtype).smallest_normal / 4
+    for i, value in enumerate((float("nan"), float("inf"), float("-inf"), tiny, -tiny)):
+        x[torch.randint(0, 40, shape, generator=generator) == i] = value
+    return x.contiguous(memory_format=memory_format)
+
+
+def _assert_same(ours: Any, expected: Tensor) -> None:
+    assert type(ours) is Tensor, "the module itself ran"
+    assert ours.stride() == expected.stride()
+    assert ours.dtype == expected.dtype
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_as_the_module(isa: str, dtype: torch.dtype, memory_format: torch.memory_format, window: str) -> None:
+    module = nn.MaxPool2d(**WINDOWS[window])
+    ran = 0
+    for shape in SHAPES:
+        x = _input(shape, dtype, memory_format)
+        try:
+            expected = module(x)
+        except RuntimeError:  # the map is smaller than the window
+            assert _run(module, x) is None
+            continue
+        ran += 1
+        _assert_same(_run(module, x), expected)
+    assert ran >= 3
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name)
+def test_a_part_of_a_tensor(kernels: Any, memory_format: torch.memory_format) -> None:
+    module = nn.MaxPool2d(3, 2, 1)
+    whole = _input((4, 20, 17, 19), torch.float32, memory_format)
+    for x in (whole[1:3], whole[:, :, 2:15], whole[..., 3:], whole[::2, :, ::2]):
+        _assert_same(_run(module, x), module(x))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads(kernels: Any, threads: int) -> None:
+    module = nn.MaxPool2d(3, 2, 1)
+    before = torch.get_num_threads()
+    try:
+        for memory_format in FORMATS:
+            x = _input((2, 64, 56, 56), torch.float32, memory_format)
+            torch.set_num_threads(threads)
+            _assert_same(_run(module, x), module(x))
+    finally:
+        torch.set_num_threads(before)
+
+
+# What our kernel is not for: the module does it, or raises.
+OTHERS: dict[str, tuple[nn.MaxPool2d, Tensor]] = {
+    "dilation": (nn.MaxPool2d(2, dilation=2), torch.randn(1, 3, 8, 8)),
+    "indices": (nn.MaxPool2d(2, return_indices=True), torch.randn(1, 3, 8, 8)),
+    "a window of 81": (nn.MaxPool2d(9), torch.randn(1, 3, 12, 12)),
+    "too much padding": (nn.MaxPool2d(2, padding=2), torch.randn(1, 3, 8, 8)),
+    "a list": (nn.MaxPool2d([2, 2]), torch.randn(1, 3, 8, 8)),  # type: ignore[arg-type]
+    "a size of three": (nn.MaxPool2d((2, 2, 2)), torch.randn(1, 3, 8, 8)),  # type: ignore[arg-type]
+    "a fraction": (nn.MaxPool2d(1.5), torch.randn(1, 3, 8, 8)),  # type: ignore[arg-type]
+    "a text": (nn.MaxPool2d("2"), torch.randn(1, 3, 8, 8)),  # type: ignore[arg-type]
+    "no stride": (nn.MaxPool2d(2, 0), torch.randn(1, 3, 8, 8)),
+    "a small map": (nn.MaxPool2d(5), torch.randn(1, 3, 4, 4)),
+    "three dimensions": (nn.MaxPool2d(2), torch.randn(3, 8, 8)),
+    "no image": (nn.MaxPool2d(2), torch.randn(0, 3, 8, 8)),
+    "integers": (nn.MaxPool2d(2), torch.arange(64).reshape(1, 1, 8, 8)),
+    "other strides": (nn.MaxPool2d(2), torch.randn(8, 1, 8, 3).permute(1, 3, 2, 0)[..., ::2, ::2]),
+    "a subclass": (nn.MaxPool2d(2), torch.randn(1, 3, 8, 8).as_subclass(type("Other", (Tensor,), {}))),
+    "a gradient is wanted": (nn.MaxPool2d(2), torch.randn(1, 3, 8, 8, requires_grad=True)),
+    "meta": (nn.MaxPool2d(2), torch.randn(1, 3, 8, 8, device="meta")),
+    "sparse": (nn.MaxPool2d(2), torch.randn(1, 3, 8, 8).to_sparse()),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_what_is_left_to_the_module(case: str) -> None:
+    module, x = OTHERS[case]
+    assert _run(module, x) is None
+
+
+def test_a_freed_storage(kernels: Any) -> None:
+    x = torch.randn(1, 3, 8, 8)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError):
+        _run(nn.MaxPool2d(2), x)
+
+
+def _nodes(model: Any) -> list[type]:
+    return [type(node) for node in model._fused_resnet.current.graph.nodes]
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name)
+def test_in_a_network(kernels: Any, memory_format: torch.memory_format, recwarn: pytest.WarningsRecorder) -> None:
+    """A pooling is ours as long as nobody listens; what changes between calls is seen, there and back."""
+    torch.manual_seed(0)
+    original = models.resnet18(num_classes=5).eval()
+    ours: Any = copy.deepcopy(original)
+    fuse_(ours)
+    x = torch.randn(1, 3, 64, 64).contiguous(memory_format=memory_format)
+    heard: list[Tensor] = []
+
+    def assert_same(pooling: type) -> None:
+        for _ in range(3):
+            with torch.no_grad():
+                torch.testing.assert_close(ours(x), original(x), rtol=1e-4, atol=1e-4)
+        assert _nodes(ours)[1] is pooling
+
+    assert_same(MaxPool)
+    hook = ours.maxpool.register_forward_hook(lambda module, args, output: heard.append(output))
+    assert_same(Call)
+    assert len(heard) == 3
+    hook.remove()
+    assert_same(MaxPool)
+    assert len(heard) == 3
+    for change in ({"kernel_size": 2}, {"padding": 0}, {"ceil_mode": True}, {"stride": (1, 2)}, {"dilation": 2}, {"dilation": 1}):
+        for model in (ours, original):
+            vars(model.maxpool).update(change)
+        assert_same(MaxPool)
+    for model in (ours, original):
+        model.maxpool = nn.AvgPool2d(2)
+    assert_same(Call)
+
+
+def test_gradients_through_a_network(kernels: Any) -> None:
+    """With gradients the module itself runs, and a call without them in between changes nothing."""
+    torch.manual_seed(0)
+    original = models.resnet18(num_classes=5).train().double()
+    ours: Any = copy.deepcopy(original)
+    fuse_(ours)
+    x = torch.randn(2, 3, 48, 48, dtype=torch.float64)
+    for _ in range(2):
+        grads = []
+        for model in (ours, original):
+            model.zero_grad()
+            model(x).square().sum().backward()
+            grads.append([p.grad for p in model.parameters()])
+            with torch.no_grad():
+                model(x)
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
