@@ -32,8 +32,9 @@ def fuse_(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None =
     of the model runs and nothing of it is written. What is not understood, or would change the result, is not converted; whatever
     looks like a residual block and is not converted is in the report with the reason. What was read on the way (attributes, classes,
     globals, hooks, containers) is checked before each call: after a change the block is looked at again. The stem of a network with
-    converted blocks (a convolution, batch norm and ReLU at the beginning of its own forward) becomes one layer too. Batch norm with
-    running statistics (eval) is folded into the convolution, derived anew when a parameter changes; in training it stays as it is.
+    converted blocks (a convolution, batch norm and ReLU at the beginning of its own forward) becomes one layer too, and a max pooling there
+    runs by our own kernel where no gradient is wanted. Batch norm with running statistics (eval) is folded into the convolution, derived
+    anew when a parameter changes; in training it stays as it is.
 
     Args:
         model: any module; it may be a block itself.
@@ -95,20 +96,20 @@ def _convert(
             yield entry
     if refusal is not None and not found:
         yield refusal
-    if own and fused and _convert_stem(module):
-        stems.append(name)
+    if own and fused:
+        graph = _convert_network(module)
+        if graph is not None and isinstance(graph.nodes[0], Convolution):
+            stems.append(name)
 
 
-def _convert_stem(module: nn.Module) -> bool:
-    """Whether the module runs with its stem fused: what its own forward does in front of and behind its blocks."""
-    if isinstance(module, FusedModule):
-        return Decision(module, network=True).refusal is None
+def _convert_network(module: nn.Module) -> Graph | None:
+    """What the module runs in front of and behind its blocks, as its own forward does it; None where it stays as it is."""
     if "forward" in module.__dict__:
-        return False
+        return None
     decision = Decision(module, network=True)
-    if decision.refusal is not None:
-        return False
-    return become_fused(module, decision, network=True) == ""
+    if decision.refusal is not None or (not isinstance(module, FusedModule) and become_fused(module, decision, network=True)):
+        return None
+    return decision.graph
 
 
 def _try(name: str, module: nn.Module, accept: Callable[[str, nn.Module], bool]) -> FusionEntry | None:

@@ -10,9 +10,9 @@ import torch
 from _calls import DTYPES, FORMATS, name
 from torch import Tensor, nn
 
-from fused_resnet import models
+from fused_resnet import _plain, models
 from fused_resnet._settings import Plans
-from fused_resnet.fusion import fuse_
+from fused_resnet.fusion import fuse_, unfuse_
 from fused_resnet.graph.ir import Call, MaxPool
 from fused_resnet.runtime.pooling import max_pool
 
@@ -158,6 +158,52 @@ def test_in_a_network(kernels: Any, memory_format: torch.memory_format, recwarn:
     for model in (ours, original):
         model.maxpool = nn.AvgPool2d(2)
     assert_same(Call)
+
+
+class DeepStem(nn.Module):
+    """A network whose stem is more than one layer, as in "Bag of Tricks" (He et al. 2019): only its pooling and its blocks are ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 1, 1))
+        self.bn, self.relu = nn.BatchNorm2d(16), nn.ReLU()
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.blocks = nn.Sequential(_plain.BasicBlock(16, 16), _plain.BasicBlock(16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.blocks(self.pool(self.relu(self.bn(self.stem(x))))).mean((2, 3))
+        return result
+
+
+class NothingElse(DeepStem):
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.blocks(self.relu(self.bn(self.stem(x)))).mean((2, 3))
+        return result
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_network_without_a_stem_of_one_layer(kernels: Any, mode: str) -> None:
+    original = DeepStem().train(mode == "train").double()
+    ours: Any = copy.deepcopy(original)
+    report = fuse_(ours)
+    assert len(report.fused) == 2
+    assert report.stems == ()
+    assert _nodes(ours) == [Call, Call, Call, MaxPool, Call, Call]
+    x = torch.randn(2, 3, 33, 33, dtype=torch.float64)
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(ours(x), original(x), rtol=1e-9, atol=1e-9)
+        grads = [torch.autograd.grad(model(x).square().sum(), [*model.parameters()]) for model in (ours, original)]
+        torch.testing.assert_close(*grads, rtol=1e-7, atol=1e-8)
+    torch.testing.assert_close(ours.state_dict(), original.state_dict(), rtol=1e-9, atol=1e-9)
+    unfuse_(ours)
+    assert type(ours) is DeepStem
+
+
+def test_a_network_of_which_nothing_is_ours_stays() -> None:
+    model = NothingElse()
+    assert len(fuse_(model).fused) == 2
+    assert type(model) is NothingElse
 
 
 def test_gradients_through_a_network(kernels: Any) -> None:

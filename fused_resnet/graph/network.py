@@ -1,4 +1,5 @@
-"""Recognises a network by what its own ``forward`` does: the stem (a convolution, batch norm and ReLU), then one call after another.
+"""Recognises a network by what its own ``forward`` does: the stem (a convolution, batch norm and ReLU) if it has one, then one call after
+another.
 
 What follows the stem stays as it is: the children are called one after the other, as the network's forward does, so that hooks, modes
 and replaced modules behave as ever. Only a max pooling to which nobody listens is a node of its own.
@@ -6,15 +7,17 @@ and replaced modules behave as ever. Only a max pooling to which nobody listens 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from . import calls
 from .facts import Facts
-from .ir import FUNCTIONS, Call, Convolution, Graph, MaxPool, Node
+from .ir import FUNCTIONS, Call, Graph, MaxPool, Node
 from .match import Matcher, in_a_row, plain_value
 from .trace import Operation, Refused, Trace
 
-_AFTER_A_STEM = ("adaptive_avg_pool2d", "avg_pool2d", "flatten", "max_pool2d", "mean", "relu")  # of FUNCTIONS
+_CALLED = ("adaptive_avg_pool2d", "avg_pool2d", "flatten", "max_pool2d", "mean", "relu")  # of FUNCTIONS
 _METHODS = ("flatten", "mean", "relu")  # of tensors, by the names of the functions that do the same
 
 
@@ -43,17 +46,28 @@ class _Matcher(Matcher):
 def _graph(module: nn.Module, trace: Trace, facts: Facts) -> Graph:
     matcher = _Matcher(module, trace, facts, needs_shortcut=False)
     path = matcher.path(matcher.end(), trace.operations[0])
-    absorbed = next((i for i in range(min(3, len(path))) if matcher.is_relu(path[i])), -1) + 1
-    stem = matcher.nodes(path[:absorbed])
-    if len(stem) != 1 or not isinstance(stem[0], Convolution):
-        raise Refused("it does not begin with a convolution, a batch norm and a ReLU")
-    for op in path[:absorbed]:
-        if op.kind == "module":
-            calls.check_quiet(facts, str(op.target), matcher.at(op))
     for op in path:
         if op.kind == "module" and "." in str(op.target):
             raise matcher.refused(op, f"{matcher.say(op)} is not its own child")
-    return Graph(tuple(in_a_row([stem[0], *[_node(matcher, op) for op in path[absorbed:]]])))
+    stem, count = _stem(matcher, path)
+    nodes = [*stem, *[_node(matcher, op) for op in path[count:]]]
+    if all(isinstance(node, Call) for node in nodes):
+        raise Refused("it has no stem (a convolution, a batch norm and a ReLU at its beginning) and no max pooling")
+    return Graph(tuple(in_a_row(nodes)))
+
+
+def _stem(matcher: Matcher, path: list[Operation]) -> tuple[Sequence[Node], int]:
+    """The stem as a node, and how many operations it is; nothing where the forward begins with something else."""
+    count = next((i for i in range(min(3, len(path))) if matcher.is_relu(path[i])), -1) + 1
+    if not count or path[0].kind != "module" or not matcher.is_plain(path[0], nn.Conv2d):
+        return (), 0
+    stem = matcher.nodes(path[:count])
+    if len(stem) != 1:
+        return (), 0
+    for op in path[:count]:
+        if op.kind == "module":
+            calls.check_quiet(matcher.facts, str(op.target), matcher.at(op))
+    return stem, count
 
 
 def _node(matcher: Matcher, op: Operation) -> Node:
@@ -72,7 +86,7 @@ def _call(matcher: Matcher, op: Operation) -> Call:
         return Call(str(op.target))
     if op.kind == "method" and op.target in _METHODS:
         return Call(str(op.target), True, *arguments)
-    for name in _AFTER_A_STEM:
+    for name in _CALLED:
         if op.kind == "function" and op.target is FUNCTIONS[name]:
             return Call(name, True, *arguments)
-    raise matcher.refused(op, f"after its stem it calls {matcher.say(op)}")
+    raise matcher.refused(op, f"it calls {matcher.say(op)}")

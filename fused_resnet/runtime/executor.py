@@ -126,7 +126,9 @@ def _done(nodes: tuple[Node, ...]) -> tuple[tuple[int, ...], ...]:
 
 def _block_of(graph: Graph, bound: tuple[BoundNode, ...]) -> Block | None:
     """The block with which a graph begins: all up to its last convolution, behind which there are only calls."""
-    end = max([i + 1 for i, node in enumerate(graph.nodes) if isinstance(node, Convolution)])
+    end = max([i + 1 for i, node in enumerate(graph.nodes) if isinstance(node, Convolution)], default=0)
+    if not end:
+        return None
     last = graph.nodes[end - 1]
     assert isinstance(last, Convolution)
     number = {id(node): i for i, node in enumerate(graph.nodes)}
