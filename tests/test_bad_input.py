@@ -38,6 +38,7 @@ def valid_call_works(operator: str) -> None:
     assert result, result.reason
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("call", CALLS, ids=names)
 def test_error(call: testing.ErrorCall, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = call.arguments()

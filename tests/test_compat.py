@@ -68,6 +68,7 @@ def test_who_listens_is_heard(kind: str) -> None:
     assert _compat.nobody_listens(torch.ones(1))
 
 
+@pytest.mark.smoke
 def test_tracing_and_transforms_are_heard() -> None:
     found: list[bool] = []
 

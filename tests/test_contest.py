@@ -60,6 +60,7 @@ def test_faults_in_float64(one_thread: None, precise: _contest.Contest) -> None:
     assert not precise.ok({})
 
 
+@pytest.mark.smoke
 def test_the_bound_follows_the_worse_of_eagers_formats(monkeypatch: pytest.MonkeyPatch) -> None:
     """On one processor channels_last ResNet-50 was farther from float64 than twice contiguous and the estimate."""
     run = _contest.Task.run

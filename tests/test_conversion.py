@@ -197,6 +197,7 @@ def test_folding_with_and_without_gradients_is_the_same() -> None:
     assert torch.equal(converted(x), expected)
 
 
+@pytest.mark.smoke
 def test_frozen_batch_norm_in_training() -> None:
     """model.train() with some norms in eval: each layer decides for itself."""
     for frozen in ("na", "nb"):
@@ -276,6 +277,7 @@ def _to(model: nn.Module) -> None:
     _in_place(model)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("change", [_in_place, _load, _data, _replace, _eps, _remove_bias, _to])
 @pytest.mark.parametrize("grad", [False, True])
 def test_parameter_changes(change: Callable[[nn.Module], None], grad: bool) -> None:
@@ -413,6 +415,7 @@ def test_symbolic_trace_sees_the_original() -> None:
 # --- what stays as it was ---
 
 
+@pytest.mark.smoke
 def test_hooks_on_the_block() -> None:
     original, converted = _block("functional")
     calls: list[str] = []
@@ -489,6 +492,7 @@ def test_global_hooks() -> None:
     assert seen.count("Conv2d") == 2
 
 
+@pytest.mark.smoke
 def test_unfuse() -> None:
     model = randomise(_small("BasicBlock")).eval()
     classes = [type(m) for m in model.modules()]
@@ -507,6 +511,7 @@ def test_unfuse() -> None:
         assert len(fuse_(model).fused) == 4
 
 
+@pytest.mark.smoke
 def test_filter_and_report() -> None:
     model = _small("BasicBlock")
     seen: list[str] = []

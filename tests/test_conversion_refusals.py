@@ -209,6 +209,7 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", sorted(REFUSALS))
 def test_refusals(name: str) -> None:
     make, reason = REFUSALS[name]
@@ -307,6 +308,7 @@ UNFUSABLE = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", sorted(UNFUSABLE))
 @pytest.mark.parametrize("compiled", [False, True])
 def test_changes_that_stop_the_fusion(name: str, compiled: bool) -> None:

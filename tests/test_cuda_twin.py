@@ -214,6 +214,7 @@ def test_gradients(case: testing.GradientCase) -> None:
     torch.autograd.gradgradcheck(function, leaves, gen_non_contig_grad_outputs=True, fast_mode=True)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_converted_blocks(spelling: str) -> None:
     torch.manual_seed(0)

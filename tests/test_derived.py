@@ -139,6 +139,7 @@ def test_writes_through_data_of_a_large_weight(as_parameter: bool) -> None:
     check_large()
 
 
+@pytest.mark.smoke
 def test_training_loop() -> None:
     """Forward, backward, step, ten times: weights equal those that the reference trains (integers: gradients are exact)."""
     ours, theirs = (nn.Parameter(_weight(outputs=3)) for _ in range(2))
@@ -229,6 +230,7 @@ def test_entries_die_with_their_tensor(no_entries: None) -> None:
     check(weights[0])
 
 
+@pytest.mark.smoke
 def test_a_tensor_is_not_kept_alive(no_entries: None) -> None:
     import weakref
 

@@ -85,6 +85,7 @@ def test_an_image_is_the_same_alone_and_in_a_batch(case: ConvCase, algorithm: st
     assert _same(results)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("block", "batch"),
     [

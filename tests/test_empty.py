@@ -18,6 +18,7 @@ from fused_resnet.cases import ConvCase
 pytestmark = pytest.mark.usefixtures("one_thread", "integers_stay_exact")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_no_images(isa: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     for kernel, stride, groups, relu in product((1, 3), (1, 2), (1, 2), (True, False)):

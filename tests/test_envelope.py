@@ -54,6 +54,7 @@ def test_awkward_convolutions(one_thread: None, isa: str, dtype: torch.dtype, me
     assert count >= len(AWKWARD)
 
 
+@pytest.mark.smoke
 def test_bfloat16_rounds_once(isa: str, generator: torch.Generator) -> None:
     """The sum with bias and shortcut is rounded to bfloat16 once, at the end; also on the general path."""
     for groups in (1, 2):

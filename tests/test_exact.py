@@ -78,6 +78,7 @@ def test_resnet_convolutions(case: ConvCase, algorithm: str, dtype: torch.dtype,
             assert ours.is_contiguous(memory_format=memory_format)
 
 
+@pytest.mark.smoke
 @EXACT_ALGORITHMS
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)

@@ -195,6 +195,7 @@ def _traces(name: str, convert: Callable[[nn.Module], Any], capsys: Any) -> list
     return [key for key in before.keys() | after.keys() if before.get(key) != after.get(key)] + ["printed"] * any(printed)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", sorted(FORWARDS))
 def test_fuse_leaves_no_trace(name: str, capsys: Any) -> None:
     assert not _traces(name, fuse_, capsys)
@@ -217,6 +218,7 @@ TRACES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("trace", TRACES)
 def test_a_planted_trace_is_found(trace: str, capsys: Any) -> None:
     assert _traces("Appends", lambda model: (fuse_(model), TRACES[trace](model)), capsys)

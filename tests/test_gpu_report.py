@@ -106,6 +106,7 @@ def figures() -> dict[str, Any]:
     }
 
 
+@pytest.mark.smoke
 def test_demands_by_known_figures(tmp_path: Path) -> None:
     for stage, results in figures().items():
         (tmp_path / f"{stage}.json").write_text(json.dumps({"stage": stage, "results": results}))

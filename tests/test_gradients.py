@@ -35,6 +35,7 @@ def test_gradcheck(case: testing.GradientCase, kernels: object) -> None:
     assert torch.autograd.gradcheck(function, leaves)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("case", testing.gradient_cases(quick=True), ids=name)
 def test_gradcheck_isa(case: testing.GradientCase, isa: str) -> None:
     function, leaves = case.build(seed=1)
@@ -94,6 +95,7 @@ def test_exact_integer_gradients(isa: str, dtype: torch.dtype, memory_format: to
     assert zeros > 0
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_exact_gradients_of_bias_add_relu(isa: str, dtype: torch.dtype, memory_format: torch.memory_format) -> None:

@@ -219,6 +219,7 @@ def test_no_source() -> None:
     assert entry.reason == "the source of Block.forward cannot be read"
 
 
+@pytest.mark.smoke
 def test_lambdas_of_one_line() -> None:
     pair: Any = (lambda x: x + 1), (lambda x: x + 2), (lambda x: x + 1)
     if sys.version_info < (3, 11):

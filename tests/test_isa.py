@@ -41,6 +41,7 @@ def _plans_made(case: ConvCase, dtype: torch.dtype, memory_format: torch.memory_
 DESCRIPTIONS = {"direct": "direct, input rows packed", "winograd2": "Winograd F(2x2, 3x3)"}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("algorithm", DESCRIPTIONS, indirect=True)
 @pytest.mark.parametrize("dispatched", [False, True], ids=["direct call", "through the dispatcher"])
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name)

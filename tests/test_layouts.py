@@ -143,6 +143,7 @@ def test_fake_strides(kernels: ModuleType, dtype: torch.dtype) -> None:
                 assert fake.dtype == true.dtype
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("algorithm", ["direct", "winograd2", "winograd4"], indirect=True)
 def test_nothing_is_copied(isa: str, algorithm: str, dtype: torch.dtype) -> None:
@@ -214,6 +215,7 @@ def test_ambiguous_strides_give_the_right_values(one_thread: None, direct: None,
             assert result, f"{case.name} {input_kind} {weight_kind} {shortcut_kind}: {result.reason}"
 
 
+@pytest.mark.smoke
 @EXACT_ALGORITHMS
 def test_shortcut_that_is_the_input_or_a_view_of_it(one_thread: None, isa: str, algorithm: str) -> None:
     for dtype, memory_format in product(DTYPES, FORMATS):

@@ -235,6 +235,7 @@ def test_cifar_sizes(depth: int) -> None:
     assert len(weighted) == depth
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("norm", [None, nn.Identity])
 @pytest.mark.parametrize("option", ["A", "B", "C", "plain"])
 @pytest.mark.parametrize("mode", ["eval", "train"])

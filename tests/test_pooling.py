@@ -49,6 +49,7 @@ def _assert_same(ours: Any, expected: Tensor) -> None:
     torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
@@ -128,6 +129,7 @@ def _nodes(model: Any) -> list[type]:
     return [type(node) for node in model._fused_resnet.current.graph.nodes]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name)
 def test_in_a_network(kernels: Any, memory_format: torch.memory_format, recwarn: pytest.WarningsRecorder) -> None:
     """A pooling is ours as long as nobody listens; what changes between calls is seen, there and back."""

@@ -204,6 +204,7 @@ class Block(nn.Module):
         return fused_resnet.conv_bias_add_relu(x, self.conv.weight, self.conv.bias, x, padding="same")
 
 
+@pytest.mark.smoke
 def test_export(tmp_path: Any) -> None:
     block = Block().eval()
     x = torch.randn(2, 4, 8, 8)
@@ -236,6 +237,7 @@ def _eager(x: Tensor, w: Tensor, b: Tensor | None, s: Tensor | None) -> Tensor:
     return F.relu(y if s is None else y + s)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("dtypes", AUTOCAST)
 def test_autocast(isa: str, dtypes: str, gradients: bool) -> None:
@@ -294,6 +296,7 @@ def test_autocast_disabled_inside() -> None:
     assert torch.equal(ours, fused_resnet.conv_bias_add_relu(x, w, b, s, padding=1))
 
 
+@pytest.mark.smoke
 def test_flop_counter() -> None:
     """The operations of eager ``conv2d``, forward and backward, for every geometry."""
     for case in (

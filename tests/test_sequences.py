@@ -59,6 +59,7 @@ def no_garbage_collector() -> Iterator[None]:
 USES = ((7, 1, "winograd2"), (14, 2, "winograd2"), (7, 1, "direct"), (14, 1, "auto"), (15, 2, "auto"), (4, 1, "winograd2"))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("channels", [(16, 16), (40, 72), (512, 64)], ids=str)
 def test_one_weight_at_several_strides_and_sizes(isa: str, channels: tuple[int, int], dtype: torch.dtype) -> None:
@@ -148,6 +149,7 @@ MODULES: dict[str, Callable[[], tuple[nn.Module, Callable[[Any], Tensor]]]] = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("what", MODULES)
 def test_clear_derived_makes_everything_anew(kernels: ModuleType, what: str, threads: int) -> None:

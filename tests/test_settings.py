@@ -60,6 +60,7 @@ def test_what_is_made_between_the_halves_of_a_change_is_not_kept() -> None:
     assert not kept.kept
 
 
+@pytest.mark.smoke
 def test_threads_that_set_and_call(kernels: ModuleType) -> None:
     """Strict never runs F(4x4, 3x3), whatever another thread sets meanwhile and puts back."""
     x, weight = torch.ones(1, 128, 28, 28), torch.ones(128, 128, 3, 3)

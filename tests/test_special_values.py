@@ -116,6 +116,7 @@ def test_bias_add_relu(isa: str, dtype: torch.dtype, operand: str, special: str,
                 assert result, f"{shape} place {place} relu={relu}: {result.reason}"
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_relu_of_nan_is_nan(isa: str, dtype: torch.dtype) -> None:
     for length in LENGTHS:

@@ -142,6 +142,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_a_value_is_given_back_when_nothing_reads_it_any_more(mode: str, x: Tensor) -> None:
     """Whichever way the network runs, and when a call is repeated: else it would need the memory of all its layers at once."""
@@ -226,6 +227,7 @@ def test_training(x: Tensor) -> None:
         assert_same(converted, original, x)
 
 
+@pytest.mark.smoke
 def test_copies_and_back(x: Tensor) -> None:
     original, converted = pair(x)
     assert [*converted.state_dict()] == [*original.state_dict()]

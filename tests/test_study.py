@@ -441,6 +441,7 @@ def test_plain_and_residual_networks_are_the_same_but_for_the_addition(layers: i
     assert parameters(projected) - parameters(networks[False, one]) == 8 * 16 + (2 * 16 if norm else 16)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("arm", [Arm(), Arm(layers=3), Arm(norm=True), Arm(plain=True), Arm(shortcut="B")], ids=str)
 def test_networks_start_at_the_identity(arm: Arm) -> None:
     """All blocks but the one that changes the shape. Direct convolution with a Dirac kernel adds zeros to a value, which is exact."""
@@ -544,6 +545,7 @@ def test_spread_in_words() -> None:
     assert Spread.of([2.0]).words(".2f") == "2.00"
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("layers", [2, 3])
 @pytest.mark.parametrize("norm", [nn.Identity, nn.BatchNorm2d])
 def test_plain_blocks_run_fused(layers: int, norm: Any, recwarn: pytest.WarningsRecorder) -> None:

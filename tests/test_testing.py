@@ -200,6 +200,7 @@ def test_check_ends_with_1(fault: Operator, monkeypatch: pytest.MonkeyPatch, cap
     assert "FAILED" in capsys.readouterr().out
 
 
+@pytest.mark.smoke
 def test_exact_data_are_exact() -> None:
     """No sum of the absolute values of the terms of any output leaves the integers that the format holds."""
     generator = torch.Generator().manual_seed(0)

@@ -153,6 +153,7 @@ def test_a_lost_contender_is_left_out_and_the_others_go_on() -> None:
     assert rounds({}, repeat=5) == {}
 
 
+@pytest.mark.smoke
 def test_settle_waits_for_the_other_threads(tmp_path: Path) -> None:
     def write(thread: int, state: str) -> Path:
         (tmp_path / str(thread)).mkdir(exist_ok=True)

@@ -29,6 +29,7 @@ def _pair() -> tuple[Any, Any]:
     return original, converted
 
 
+@pytest.mark.smoke
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_torchscript_traces_the_original() -> None:
     original, converted = _pair()

@@ -220,6 +220,7 @@ def test_mixed_precision_is_in_force() -> None:
     assert training.own_loss.dtype == torch.float64
 
 
+@pytest.mark.smoke
 def test_only_weights_decay() -> None:
     """Biases, scales and shifts, of one dimension, are left alone; every parameter is in one of the groups."""
     training = Training(settings(weight_decay=0.5), bundled("digits"), World())

@@ -198,6 +198,7 @@ def test_bfloat16_is_rounded_once(isa: str, algorithm: str, generator: torch.Gen
     assert not ((twice.double() - truth).abs() <= half + scale).all()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("case", [b for b in BLOCKS if b.network != "cifar20"], ids=name)
 def test_error_of_whole_blocks(case: BlockCase, kernels: ModuleType) -> None:
     """The norm error, folded batch norm and all, is at most 2e-6 up to 256 channels in a 3x3 convolution and 3e-6 at 512."""
@@ -604,6 +605,7 @@ def test_load_state_dict_while_others_call(algorithm: str, one_thread: None) -> 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_exact_integer_gradients(isa: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     """The mask comes from F(2x2, 3x3)'s output, zeros included: all four gradients equal the reference's."""

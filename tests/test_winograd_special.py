@@ -105,6 +105,7 @@ def test_all_outputs_overflow(isa: str, algorithm: str) -> None:
         assert (y[:, ::2] == 0).all()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("size", [1e36, 3e38, float("inf"), float("nan")])
