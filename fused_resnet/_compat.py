@@ -116,10 +116,19 @@ def nobody_listens(*tensors: Any) -> bool:
     grad = torch.is_grad_enabled()
     for t in tensors:
         if t is not None and (
-            type(t) not in PLAIN or t.layout is not torch.strided or not (t.is_cpu or t.is_cuda) or (grad and t.requires_grad)
+            type(t) not in PLAIN
+            or t.layout is not torch.strided
+            or not (t.is_cpu or t.is_cuda)
+            or (grad and t.requires_grad)
+            or not is_in_memory(t)
         ):
             return False
     return True
+
+
+def is_in_memory(t: Tensor) -> bool:
+    """Whether the tensor's values are what its memory holds: not their negatives, as in ``.conj().imag``, nor zeros that have no memory."""
+    return not (t.is_neg() or t._is_zerotensor())
 
 
 # Context managers: operators called inside skip autograd, or autocast.

@@ -32,9 +32,9 @@ def fuse_(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None =
     of the model runs and nothing of it is written. What is not understood, or would change the result, is not converted; whatever
     looks like a residual block and is not converted is in the report with the reason. What was read on the way (attributes, classes,
     globals, hooks, containers) is checked before each call: after a change the block is looked at again. The stem of a network with
-    converted blocks (a convolution, batch norm and ReLU at the beginning of its own forward) becomes one layer too, and a max pooling there
-    runs by our own kernel where no gradient is wanted. Batch norm with running statistics (eval) is folded into the convolution, derived
-    anew when a parameter changes; in training it stays as it is.
+    converted blocks (a convolution, batch norm and ReLU at the beginning of its own forward) becomes one layer too, and an
+    ``nn.MaxPool2d`` that such a network calls itself runs by our own kernel where no gradient is wanted. Batch norm with running
+    statistics (eval) is folded into the convolution, derived anew when a parameter changes; in training it stays as it is.
 
     Args:
         model: any module; it may be a block itself.
@@ -56,7 +56,7 @@ def fuse_(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None =
 
 
 def unfuse_(model: nn.Module) -> nn.Module:
-    """Give every block that ``fuse_`` converted its own class back, in place; returns ``model``.
+    """Give every block and network that ``fuse_`` converted its own class back, in place; returns ``model``.
 
     Blocks of ``fused_resnet.nn`` were never converted and stay.
     """
@@ -103,13 +103,15 @@ def _convert(
 
 
 def _convert_network(module: nn.Module) -> Graph | None:
-    """What the module runs in front of and behind its blocks, as its own forward does it; None where it stays as it is."""
+    """What the module runs: calls of its children, with its stem and its max poolings as nodes; None where it stays as it is."""
     if "forward" in module.__dict__:
         return None
     decision = Decision(module, network=True)
-    if decision.refusal is not None or (not isinstance(module, FusedModule) and become_fused(module, decision, network=True)):
+    if isinstance(module, FusedModule):
+        return decision.graph
+    if decision.graph is None or all(isinstance(node, Call) for node in decision.graph.nodes):
         return None
-    return decision.graph
+    return None if become_fused(module, decision, network=True) else decision.graph
 
 
 def _try(name: str, module: nn.Module, accept: Callable[[str, nn.Module], bool]) -> FusionEntry | None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_resnet
+import fused_resnet.nn as fnn
 from fused_resnet import reference, testing
 from fused_resnet.cases import BLOCKS, CONVS, ConvCase, Operands
 
@@ -229,3 +230,25 @@ def test_shortcut_that_is_the_input_or_a_view_of_it(one_thread: None, isa: str, 
             )
             assert result, result.reason
         assert torch.equal(x, before)
+
+
+def _negative(*shape: int) -> torch.Tensor:
+    """A tensor whose memory holds the negatives of its values."""
+    found = torch.complex(torch.randn(shape), torch.randn(shape)).conj().imag
+    assert found.is_neg()
+    return found
+
+
+def test_tensors_whose_memory_is_not_their_value(kernels: ModuleType) -> None:
+    x, weight, bias, shortcut = _negative(2, 16, 8, 8), _negative(16, 16, 3, 3), _negative(16), _negative(2, 16, 8, 8)
+    block = fnn.BasicBlock(16, 16).eval()
+    for z in (x, torch._efficientzerotensor((2, 16, 8, 8))):
+        with torch.no_grad():
+            for _ in range(2):
+                plain = z.clone()
+                ours = fused_resnet.conv_bias_add_relu(z, weight, bias, shortcut, padding=1)
+                expected = reference.conv_bias_add_relu(plain, weight.clone(), bias.clone(), shortcut.clone(), padding=1)
+                torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(fused_resnet.bias_add_relu(z, bias, shortcut), (plain + bias.view(-1, 1, 1) + shortcut).relu())
+                torch.testing.assert_close(block(z), block._plain_forward(plain), rtol=1e-4, atol=1e-4)
+                block(plain)  # the next call repeats this one, if it may

@@ -1,12 +1,14 @@
-"""Max pooling: our kernel against ``nn.MaxPool2d``, bit for bit, and what is left to the module itself."""
+"""Max pooling: our kernel against ``nn.MaxPool2d``, value for value, and what is left to the module itself."""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from _calls import DTYPES, FORMATS, name
 from torch import Tensor, nn
 
@@ -96,6 +98,13 @@ OTHERS: dict[str, tuple[nn.MaxPool2d, Tensor]] = {
     "a window of 81": (nn.MaxPool2d(9), torch.randn(1, 3, 12, 12)),
     "too much padding": (nn.MaxPool2d(2, padding=2), torch.randn(1, 3, 8, 8)),
     "a list": (nn.MaxPool2d([2, 2]), torch.randn(1, 3, 8, 8)),  # type: ignore[arg-type]
+    "a tuple of one": (nn.MaxPool2d((3,)), torch.randn(1, 3, 8, 8)),  # type: ignore[arg-type]
+    "a stride of one": (nn.MaxPool2d(3, (2,)), torch.randn(1, 3, 8, 8)),  # type: ignore[arg-type]
+    "a padding of one": (nn.MaxPool2d(3, 2, (1,)), torch.randn(1, 3, 8, 8)),  # type: ignore[arg-type]
+    "no stride given": (nn.MaxPool2d(3, ()), torch.randn(1, 3, 8, 8)),  # type: ignore[arg-type]
+    "a size that is a truth": (nn.MaxPool2d(True), torch.randn(1, 3, 8, 8)),
+    "negatives": (nn.MaxPool2d(2), torch.complex(*torch.randn(2, 1, 3, 8, 8)).conj().imag),
+    "zeros without memory": (nn.MaxPool2d(2), torch._efficientzerotensor((1, 3, 8, 8))),
     "a size of three": (nn.MaxPool2d((2, 2, 2)), torch.randn(1, 3, 8, 8)),  # type: ignore[arg-type]
     "a fraction": (nn.MaxPool2d(1.5), torch.randn(1, 3, 8, 8)),  # type: ignore[arg-type]
     "a text": (nn.MaxPool2d("2"), torch.randn(1, 3, 8, 8)),  # type: ignore[arg-type]
@@ -160,6 +169,85 @@ def test_in_a_network(kernels: Any, memory_format: torch.memory_format, recwarn:
     for model in (ours, original):
         model.maxpool = nn.AvgPool2d(2)
     assert_same(Call)
+
+
+@pytest.mark.parametrize("change", ["function", "property", "attribute"])
+def test_a_pooling_that_computes_otherwise(kernels: Any, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pool(nn.MaxPool2d):
+        pass
+
+    original = DeepStem()
+    original.pool = Pool(3, 2, 1)
+    original.eval()
+    ours: Any = copy.deepcopy(original)
+    fuse_(ours)
+    x = torch.randn(2, 3, 33, 33)
+    with torch.no_grad():
+        ours(x)
+        if change == "function":
+            plain = F.max_pool2d
+            monkeypatch.setattr(F, "max_pool2d", lambda *args, **kwargs: plain(*args, **kwargs) * 2)
+        elif change == "property":
+            Pool.kernel_size = property(lambda self: 2)  # type: ignore[assignment]
+        else:
+            for model in (ours, original):
+                del model.pool.ceil_mode
+            Pool.ceil_mode = True
+        for _ in range(2):
+            torch.testing.assert_close(ours(x), original(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["hook", "forward", "global hook"])
+def test_a_change_during_the_call_is_heard(kernels: Any, change: str) -> None:
+    ours: Any = DeepStem().eval()
+    fuse_(ours)
+    heard: list[str] = []
+    made: list[Any] = []
+
+    def during(*args: Any) -> None:
+        if change == "hook":
+            made.append(ours.pool.register_forward_hook(lambda module, args, output: heard.append("pool")))
+        elif change == "forward":
+            ours.pool.forward = lambda x: (heard.append("pool"), type(ours.pool).forward(ours.pool, x))[1]
+        else:
+            note = lambda module, args, output: heard.append("pool") if module is ours.pool else None  # noqa: E731
+            made.append(nn.modules.module.register_module_forward_hook(note))
+
+    with torch.no_grad():
+        ours(torch.randn(1, 3, 33, 33))
+        ours.stem.register_forward_hook(during)
+        try:
+            ours(torch.randn(1, 3, 33, 33))
+        finally:
+            for handle in made:
+                handle.remove()
+    assert heard == ["pool"]
+
+
+class Bytes(nn.Module):
+    """Pixels of eight bits to values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(x).float().div(255)
+
+
+def test_a_network_that_takes_other_things_than_images(kernels: Any) -> None:
+    """Nothing of it runs unfused, so it does not say so: its first child takes what it likes."""
+    original = DeepStem().eval()
+    original.stem = nn.Sequential(Bytes(), original.stem)
+    ours: Any = copy.deepcopy(original)
+    fuse_(ours)
+    assert MaxPool in _nodes(ours)
+    x = torch.randint(0, 256, (1, 3, 33, 33), dtype=torch.uint8)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for model in (ours, copy.deepcopy(ours)):
+            for y in (x, x.tolist(), x.half()):
+                torch.testing.assert_close(model(y), original(y), rtol=1e-4, atol=1e-4)
+        hook = ours.pool.register_forward_hook(lambda module, args, output: output * 2)
+        assert not torch.allclose(ours(x), original(x))
+        hook.remove()
+        torch.testing.assert_close(ours(x), original(x), rtol=1e-4, atol=1e-4)
 
 
 class DeepStem(nn.Module):

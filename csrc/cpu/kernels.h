@@ -104,7 +104,7 @@ struct LargestRowArgs {
 };
 
 // The largest of each window of one row: y[i] = max over j < size of x[i * stride + j], as above. Up to two registers are read behind the
-// last window.
+// last window. Both together: of equal zeros of both signs, either may be a window's largest.
 struct LargestWindowsArgs {
   const void* x = nullptr;  // the accumulator's type
   i64 size = 1, stride = 1, windows = 0;

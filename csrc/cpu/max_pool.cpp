@@ -62,8 +62,8 @@ MaxPool::MaxPool(const PoolShape& s, DType dtype, int threads)
 
 i64 MaxPool::tasks(int) const { return shape_.channels ? shape_.n * shape_.p : shape_.n * shape_.c * shape_.p; }
 
-// A line of the input under a row of windows, with the padding beside it, and what a kernel that reads two registers at a time may read
-// behind it.
+// A line of the input under a row of windows, with the padding beside it, and slack for the second register of
+// `load_every`.
 i64 MaxPool::line_elements() const {
   const i64 last = (shape_.q - 1) * shape_.stride_w + shape_.kernel_w;
   return std::max(last, shape_.pad_left + shape_.w) + 2 * kernels_->vector;

@@ -25,7 +25,7 @@ class MaxPool {
   // Convolution::run where all is well.
   bool run(const Operands& operands) const;
 
-  // As Convolution's, for whoever runs several operations in one parallel region: a task is one row of the output.
+  // As Convolution's: a task is one row of the output. The tests run them by hand, as they run a convolution's.
   int phases() const { return 1; }
   i64 tasks(int phase) const;
   bool run_task(int phase, i64 index, const Operands& operands, char* shared, char* mine) const;

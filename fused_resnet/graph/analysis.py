@@ -26,7 +26,7 @@ _MOST_WAYS = 16  # four modules whose modes steer the forward
 
 
 class Reader(Protocol):
-    """What makes a graph of a trace (``match.Block``, ``network.Network``).
+    """What makes a graph of a trace (``match.BlockReader``, ``network.NetworkReader``).
 
     absorbs: whether a module that is one operation will not be called any more, and so must not be listened to.
     """

@@ -310,7 +310,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     reversed: _reversed,
     enumerate: _enumerate,
     zip: _zip,
-    # A fused block does not run where they are true: see _block._obstacle.
+    # A fused block does not run where they are true: see ``runtime.fused._obstacle``.
     torch.jit.is_scripting: lambda run: Known(False),  # type: ignore[attr-defined]
     torch.jit.is_tracing: lambda run: Known(False),  # type: ignore[attr-defined]
     nn.ReLU: _relu_module,

@@ -32,7 +32,7 @@ _SHAPES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad")
 BlockNode = Convolution | Call  # what a block may hold
 
 
-class Block:
+class BlockReader:
     """What a residual block's trace says; ``plain``: a block's without its shortcut."""
 
     absorbs = True

@@ -21,7 +21,7 @@ _CALLED = ("adaptive_avg_pool2d", "avg_pool2d", "flatten", "max_pool2d", "mean",
 _METHODS = ("flatten", "mean", "relu")  # of tensors, by the names of the functions that do the same
 
 
-class Network:
+class NetworkReader:
     """What a network's trace says."""
 
     absorbs = False
@@ -37,7 +37,7 @@ class Network:
 
 
 class _Matcher(Matcher):
-    """For whom nothing is transparent: an identity behind the stem is called as everything is, for somebody may listen there."""
+    """For whom nothing is transparent: an identity is called as everything is, for somebody may listen there."""
 
     def is_transparent(self, op: Operation) -> bool:
         return False
@@ -51,8 +51,6 @@ def _graph(module: nn.Module, trace: Trace, facts: Facts) -> Graph:
             raise matcher.refused(op, f"{matcher.say(op)} is not its own child")
     stem, count = _stem(matcher, path)
     nodes = [*stem, *[_node(matcher, op) for op in path[count:]]]
-    if all(isinstance(node, Call) for node in nodes):
-        raise Refused("it has no stem (a convolution, a batch norm and a ReLU at its beginning) and no max pooling")
     return Graph(tuple(in_a_row(nodes)))
 
 
@@ -62,8 +60,6 @@ def _stem(matcher: Matcher, path: list[Operation]) -> tuple[Sequence[Node], int]
     if not count or path[0].kind != "module" or not matcher.is_plain(path[0], nn.Conv2d):
         return (), 0
     stem = matcher.nodes(path[:count])
-    if len(stem) != 1:
-        return (), 0
     for op in path[:count]:
         if op.kind == "module":
             calls.check_quiet(matcher.facts, str(op.target), matcher.at(op))

@@ -240,6 +240,7 @@ def read_all(run: Recorder, owner: Known, values: Iterable[Known]) -> None:
 
 # Attributes that a class may hide, behind a property for instance.
 _CONV = ("weight", "bias", "stride", "padding", "dilation", "groups", "padding_mode")
+_POOL = ("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode")
 _NORM = ("weight", "bias", "running_mean", "running_var", "eps", "training")
 # What torch's classes are when this package is imported: a class that is patched later, or a subclass, may compute something else.
 ORIGINAL: dict[type, dict[str, Any]] = {
@@ -255,7 +256,7 @@ ORIGINAL: dict[type, dict[str, Any]] = {
         nn.ReLU: ("forward",),
         nn.Identity: ("forward",),
         nn.AvgPool2d: ("forward",),
-        nn.MaxPool2d: ("forward",),
+        nn.MaxPool2d: ("forward", *_POOL),
         nn.AdaptiveAvgPool2d: ("forward",),
         nn.AdaptiveMaxPool2d: ("forward",),
         nn.ZeroPad2d: ("forward",),
@@ -276,6 +277,7 @@ COMPUTES: dict[type, tuple[str, Any]] = {
     nn.BatchNorm2d: ("batch_norm", F.batch_norm),
     nn.SyncBatchNorm: ("batch_norm", F.batch_norm),
     nn.ReLU: ("relu", F.relu),
+    nn.MaxPool2d: ("max_pool2d", F.max_pool2d),
     nn.Dropout: ("dropout", F.dropout),
     nn.Dropout1d: ("dropout1d", F.dropout1d),
     nn.Dropout2d: ("dropout2d", F.dropout2d),

@@ -15,7 +15,7 @@ read on every call. What was taken through ``.data`` has a version counter of it
 it was taken from: such a tensor is new to a cache when it is another object, but of a Parameter only storage, state and bytes are known.
 Bytes are read only where the tensor is now, at the address that was compared, and while somebody holds them.
 
-Batch norm in training changes its statistics without raising their versions: the bytes tell, or its counter (``_fold.folded``).
+Batch norm in training changes its statistics without raising their versions: the bytes tell, or its counter (``runtime.fold.folded``).
 
 On a GPU no bytes are read, which would wait for it: a write through ``.data`` is not seen there, and nothing is kept for inference
 tensors. A value is made on the current stream; another stream that needs it waits for that. While a CUDA graph is captured,
@@ -132,7 +132,7 @@ def _holds(t: Tensor | None, source: Source | None) -> bool:
 
 
 class Store:
-    """The derived values of one block; and what repeats its last call (``_whole.Ready``) with them.
+    """The derived values of one module; and what repeats its last call (``runtime.whole.Ready``) with them.
 
     A tag begins with the place in the block of the first source: a value of a source that has changed is not kept beside those of the new one.
     """

@@ -50,7 +50,7 @@ class BoundCall(NamedTuple):
 BoundNode = BoundConvolution | BoundMaxPool | BoundCall
 
 
-class Block(NamedTuple):
+class WholeBlock(NamedTuple):
     """The first nodes of a graph, where they are a block that can be executed as a whole.
 
     kind: of its shortcut, as ``whole.run`` has it. main: its convolutions. projection: where ``kind`` says so. external: what makes the
@@ -71,13 +71,13 @@ class Block(NamedTuple):
 class Bound(NamedTuple):
     """A graph with the modules of one object in the place of their paths.
 
-    inputs: the number of the value that each node reads. done: after each node, the values that nothing reads any more.
+    inputs: the number of the value that each node reads. dead_after: for each node, the values that nothing reads any more.
     """
 
     nodes: tuple[BoundNode, ...]
     inputs: tuple[int, ...]
-    done: tuple[tuple[int, ...], ...]
-    block: Block | None
+    dead_after: tuple[tuple[int, ...], ...]
+    block: WholeBlock | None
     rest: tuple[BoundNode, ...]  # what follows the block, each of the one before
     plans: Plans
     store: Store | None  # None while compiling
@@ -111,7 +111,7 @@ def bind(module: nn.Module, graph: Graph, store: Store | None) -> Bound:
     inputs = tuple([node.input for node in graph.nodes])
     block = None if store is None else _block_of(graph, nodes)
     rest = () if block is None else nodes[block.end :]
-    return Bound(nodes, inputs, _done(graph.nodes), block, rest, plans, store)
+    return Bound(nodes, inputs, _last_reads(graph.nodes), block, rest, plans, store)
 
 
 def _reads(node: Node) -> tuple[int, ...]:
@@ -119,12 +119,12 @@ def _reads(node: Node) -> tuple[int, ...]:
     return (node.input,) if addition is None else (node.input, addition.shortcut)
 
 
-def _done(nodes: tuple[Node, ...]) -> tuple[tuple[int, ...], ...]:
+def _last_reads(nodes: tuple[Node, ...]) -> tuple[tuple[int, ...], ...]:
     last = {value: i for i, node in enumerate(nodes) for value in _reads(node)}
     return tuple([tuple([value for value in last if last[value] == i]) for i in range(len(nodes))])
 
 
-def _block_of(graph: Graph, bound: tuple[BoundNode, ...]) -> Block | None:
+def _block_of(graph: Graph, bound: tuple[BoundNode, ...]) -> WholeBlock | None:
     """The block with which a graph begins: all up to its last convolution, behind which there are only calls."""
     end = max([i + 1 for i, node in enumerate(graph.nodes) if isinstance(node, Convolution)], default=0)
     if not end:
@@ -137,13 +137,13 @@ def _block_of(graph: Graph, bound: tuple[BoundNode, ...]) -> Block | None:
         return None
     convolutions: tuple[Any, ...] = tuple(main)
     if last.addition is None:
-        return Block("none", convolutions, None, (), end)
+        return WholeBlock("none", convolutions, None, (), end)
     external = tuple([bound[number[id(node)]] for node in graph.path_to(last.addition.shortcut)])
     if not external:
-        return Block("identity", convolutions, None, (), end)
+        return WholeBlock("identity", convolutions, None, (), end)
     if len(external) == 1 and isinstance(external[0], BoundConvolution) and not external[0].relu:
-        return Block("projection", convolutions, external[0], (), end)
-    return Block("external", convolutions, None, external, end)
+        return WholeBlock("projection", convolutions, external[0], (), end)
+    return WholeBlock("external", convolutions, None, external, end)
 
 
 def repeat(graph: Bound, x: Tensor) -> Tensor | None:
@@ -155,7 +155,7 @@ def repeat(graph: Bound, x: Tensor) -> Tensor | None:
         return y
     held = [y]
     del y
-    return _in_a_row(graph.rest, held)
+    return _run_chain(graph.rest, held)
 
 
 def execute(graph: Bound, x: Tensor, compiling: bool) -> Tensor:
@@ -164,23 +164,23 @@ def execute(graph: Bound, x: Tensor, compiling: bool) -> Tensor:
     if block is not None:
         held = _execute_whole(graph, block, x)
         if held:
-            return _in_a_row(graph.rest, held)
+            return _run_chain(graph.rest, held)
     values: list[Any] = [x]
     joins = block is not None and block.kind == "projection" and backends.of(x).on_gpu
     for i, node in enumerate(graph.nodes):
-        if joins and node is block.projection:  # type: ignore[union-attr]
-            held = _joined(block, values[i], x)  # type: ignore[arg-type]
+        if joins and block is not None and node is block.projection:
+            held = _joined(block, values[graph.inputs[block.end - 1]], x)
             if held:
                 values.clear()
-                return _in_a_row(graph.rest, held)
+                return _run_chain(graph.rest, held)
         values.append(_run(node, values[graph.inputs[i]], values, compiling))
-        for number in graph.done[i]:
+        for number in graph.dead_after[i]:
             values[number] = None
     output: Tensor = values[-1]
     return output
 
 
-def _in_a_row(nodes: Iterable[BoundNode], held: list[Tensor]) -> Tensor:
+def _run_chain(nodes: Iterable[BoundNode], held: list[Tensor]) -> Tensor:
     """What the nodes make, each of the one before. held: the value of the first, which is taken away: nobody keeps it while the others run."""
     x = held.pop()
     for node in nodes:
@@ -200,8 +200,8 @@ def _run(node: BoundNode, x: Tensor, values: list[Any], compiling: bool) -> Tens
     return _residual(node, node.addition, x, values[node.addition.shortcut], compiling)
 
 
-def _joined(block: Block, h: Tensor, x: Tensor) -> list[Tensor]:
-    """The last convolution and the projection as one kernel on a GPU, or nothing where they have to be two."""
+def _joined(block: WholeBlock, h: Tensor, x: Tensor) -> list[Tensor]:
+    """The last convolution and the projection as one kernel on a GPU, in a list as ``_execute_whole``; empty where they have to be two."""
     last, projection = block.main[-1], block.projection
     assert projection is not None
     if _is_live(last.norm) or _is_live(projection.norm) or not _is_projection(projection.conv):
@@ -223,8 +223,8 @@ def _is_projection(conv: nn.Conv2d) -> bool:
     return tuple(conv.kernel_size) == (1, 1) and conv.groups == 1 and conv.padding in (0, (0, 0), "valid") and conv.padding_mode == "zeros"
 
 
-def _execute_whole(graph: Bound, block: Block, x: Tensor) -> list[Tensor]:
-    """The block as one call, or nothing where it has to go node by node."""
+def _execute_whole(graph: Bound, block: WholeBlock, x: Tensor) -> list[Tensor]:
+    """The block's output by one call, in a list from which the caller's caller can take it; empty where the block has to go node by node."""
     if not nobody_listens(x) or backends.of(x).on_gpu:
         return []
     ready = _ready(block, x)
@@ -235,7 +235,7 @@ def _execute_whole(graph: Bound, block: Block, x: Tensor) -> list[Tensor]:
     if any([isinstance(node, BoundConvolution) and _is_live(node.norm) for node in block.external]):
         return []
     operands = [_operand(node) for node in inside]
-    shortcut = _in_a_row(block.external, [x]) if block.external else None
+    shortcut = _run_chain(block.external, [x]) if block.external else None
     left_is_main = block.addition is None or block.addition.left == "main"
     found = whole.run(graph.plans, graph.store, operands, x, shortcut, block.kind, left_is_main)
     if found is None:
@@ -250,7 +250,7 @@ _CONV_SETTINGS = operator.itemgetter("stride", "padding", "dilation", "groups")
 _NORM_SETTINGS = operator.itemgetter("training", "eps")
 
 
-def _ready(block: Block, x: Tensor) -> whole.Ready | None:
+def _ready(block: WholeBlock, x: Tensor) -> whole.Ready | None:
     """What will repeat this call; None for tensors that are kept in unusual places."""
     places: list[tuple[dict[str, Any], str]] = []
     settings: list[tuple[dict[str, Any], Callable[[Any], Any]]] = []
@@ -267,7 +267,7 @@ def _ready(block: Block, x: Tensor) -> whole.Ready | None:
     if any([name not in place for place, name in places]):
         return None
     external = block.external
-    return whole.Ready(places, settings, x, (lambda x: _in_a_row(external, [x])) if external else None)
+    return whole.Ready(places, settings, x, (lambda x: _run_chain(external, [x])) if external else None)
 
 
 def _operand(node: BoundConvolution) -> whole.Operand:

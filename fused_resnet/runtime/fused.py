@@ -20,9 +20,9 @@ from torch import Tensor, fx, nn
 from .._compat import GLOBAL_HOOKS, TENSORS, constant_result, has_function_mode, is_traced, transformed
 from ..graph.analysis import Reader, graph_of, only_input
 from ..graph.facts import Facts
-from ..graph.ir import Graph
-from ..graph.match import Block
-from ..graph.network import Network
+from ..graph.ir import Convolution, Graph
+from ..graph.match import BlockReader
+from ..graph.network import NetworkReader
 from ..graph.trace import Refused
 from ..ops.derived import Store
 from ..ops.spec import LEGAL_DTYPES
@@ -30,14 +30,24 @@ from .executor import Bound, bind, execute, repeat
 
 
 class State:
-    """What a fused module keeps in its ``__dict__``. Copies and pickles as nothing: the copy is looked at when it is called."""
+    """What a fused module keeps in its ``__dict__``. A copy or a pickle of it holds no decision: the copy is looked at when it is called.
 
-    def __init__(self) -> None:
+    only_calls: of a network without a convolution of its own: what its children are given need not be images, and nothing is lost where its
+    own forward runs but the kernel of a pooling.
+    """
+
+    def __init__(self, only_calls: bool = False) -> None:
         self.current: Decision | None = None
         self.warned = False
+        self.only_calls = only_calls
 
     def __reduce__(self) -> Any:
-        return State, ()
+        return State, (self.only_calls,)
+
+    def keep(self, decision: Decision) -> None:
+        self.current = decision
+        if decision.graph is not None:
+            self.only_calls = not any(isinstance(node, Convolution) for node in decision.graph.nodes)
 
 
 class Decision:
@@ -53,7 +63,7 @@ class Decision:
         original = cls.__dict__.get("_fused_original")
         forward = facts.lookup(original or cls, "forward" if original or not isinstance(module, FusedModule) else "_plain_forward")
         try:
-            reader: Reader = Network() if network else Block(plain=not getattr(cls, "_needs_shortcut", True))
+            reader: Reader = NetworkReader() if network else BlockReader(plain=not getattr(cls, "_needs_shortcut", True))
             self.graph = graph_of(module, forward, facts, reader)
         except Refused as error:
             self.refusal = Refused(error.reason, error.is_block, error.where)  # without what the other holds: frames, and so the module
@@ -93,7 +103,7 @@ class FusedModule:
             return self._plain_forward(x)
         current = state.current
         if current is None or not current.holds(self):
-            if _obstacle(x):
+            if _obstacle(x, state.only_calls):
                 # It is looked at when a call comes that can run fused: torch.jit.trace would record what is read of its tensors.
                 return self._plain_forward(x)
             current = refresh(self, state)
@@ -103,7 +113,7 @@ class FusedModule:
                 y = repeat(bound, x)
                 if y is not None:
                     return y
-            if not _obstacle(x):
+            if not _obstacle(x, state.only_calls):
                 return execute(bound, x, False)
         return self._plain_forward(x)
 
@@ -137,7 +147,7 @@ class FusedModule:
 
 
 def _rebuild(original: type[nn.Module], function: Callable[..., Any], args: tuple[Any, ...], network: bool = False) -> Any:
-    """Unpickles a converted module: the empty object of its original class, with the class of the converted one."""
+    """Makes the empty object for unpickling a converted module: of its original class, with the class of the converted one."""
     module = function(*args)
     object.__setattr__(module, "__class__", fused_class(original, network))
     return module
@@ -176,7 +186,7 @@ def become_fused(module: nn.Module, decision: Decision, network: bool = False) -
         return str(error)
     decision.bind(module)
     state = State()
-    state.current = decision
+    state.keep(decision)
     module.__dict__["_fused_resnet"] = state
     return ""
 
@@ -219,7 +229,7 @@ def refresh(module: Any, state: State) -> Decision:
         warnings.warn(
             f"{type(module).__name__} runs unfused, as its own forward says: {current.refusal}", RuntimeWarning, stacklevel=4
         )
-    state.current = current
+    state.keep(current)
     return current
 
 
@@ -254,8 +264,8 @@ def _read(module: Any, reads: tuple[tuple[Any, ...], ...]) -> None:
 _warned: set[str] = set()
 
 
-def _obstacle(x: Any) -> bool:
-    """Whether this one call needs the block's own forward, whatever the block is."""
+def _obstacle(x: Any, only_calls: bool) -> bool:
+    """Whether this one call needs the module's own forward, whatever the module is. only_calls: as ``State.only_calls``."""
     if isinstance(x, Tensor):
         if x.is_nested:
             reason = "its input is a nested tensor"
@@ -263,7 +273,7 @@ def _obstacle(x: Any) -> bool:
             reason = f"its input is a {type(x).__name__}, which may compute otherwise"
         elif has_function_mode():
             reason = "a mode of torch.overrides wants to see its operations"
-        elif x.dim() != 4 or x.layout is not torch.strided or x.dtype not in LEGAL_DTYPES.get(x.device.type, ()):
+        elif not only_calls and (x.dim() != 4 or x.layout is not torch.strided or x.dtype not in LEGAL_DTYPES.get(x.device.type, ())):
             reason = f"its input is {x.dim()}-dimensional, {x.dtype}, {x.layout} on {x.device.type}"
         elif transformed():
             reason = "torch.func transforms and forward-mode gradients need it"
@@ -277,7 +287,7 @@ def _obstacle(x: Any) -> bool:
         return True  # symbolic tracing wants the block's operations
     else:
         reason = f"its input is a {type(x).__name__}"
-    if reason not in _warned:
+    if not only_calls and reason not in _warned:
         _warned.add(reason)
         warnings.warn(f"a fused block ran as its own forward says: {reason}", RuntimeWarning, stacklevel=4)
     return True

@@ -9,25 +9,34 @@ import torch
 from torch import Tensor, nn
 
 from .. import _settings
-from .._compat import nobody_listens
+from .._compat import GLOBAL_HOOKS, nobody_listens
 from .._extension import cpu
+from ..graph.calls import HOOKS
 from ..ops.spec import LEGAL_DTYPES, address, dtype_name
 
-_WINDOW = operator.itemgetter("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+_SETTINGS = operator.itemgetter("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 
 
 def max_pool(plans: _settings.Plans, module: nn.MaxPool2d, x: Tensor) -> Tensor | None:
-    """What ``module``, a plain ``nn.MaxPool2d``, makes of ``x``; None where it is for the module itself: the same function, and its errors."""
+    """What ``module``, a plain ``nn.MaxPool2d``, makes of ``x``; None where it is for the module itself: the same function, and its errors.
+    Of equal zeros of both signs either may be the largest."""
     if cpu is None or not nobody_listens(x) or not x.is_cpu:
         return None
-    window = _WINDOW(module.__dict__)
-    key = (window, module.return_indices, x.shape, x.stride(), x.dtype, torch.get_num_threads(), _settings.number)
-    try:
-        plan = plans.kept.get(key, _settings.UNKNOWN)
-    except TypeError:  # a list in the place of a tuple
+    attributes = module.__dict__
+    # What was quiet when the network was looked at may have been changed by a module that ran before in this call.
+    if any(GLOBAL_HOOKS) or "forward" in attributes or any([attributes.get(name) for name in HOOKS]):
         return None
+    try:
+        *sizes, ceil_mode, return_indices = _SETTINGS(attributes)
+    except KeyError:
+        return None
+    kernel, stride, padding, dilation = map(_pair, sizes)
+    if kernel is None or stride is None or padding is None or dilation != (1, 1) or type(ceil_mode) is not bool or return_indices is not False:
+        return None
+    key = (kernel, stride, padding, ceil_mode, x.shape, x.stride(), x.dtype, torch.get_num_threads(), _settings.number)
+    plan = plans.kept.get(key, _settings.UNKNOWN)
     if plan is _settings.UNKNOWN:
-        plan = plans.make(key, lambda: None if module.return_indices else _plan(window, x))
+        plan = plans.make(key, lambda: _plan(kernel, stride, padding, ceil_mode, x))
     if plan is None:
         return None
     pool, shape, strides = plan
@@ -36,16 +45,24 @@ def max_pool(plans: _settings.Plans, module: nn.MaxPool2d, x: Tensor) -> Tensor 
     return y
 
 
-def _plan(window: tuple[Any, ...], x: Tensor) -> Any:
+def _pair(value: Any) -> tuple[int, int] | None:
+    """A size for both directions or one for each; None for whatever else a module may hold."""
+    if type(value) is int:
+        return value, value
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
+        return value
+    return None
+
+
+def _plan(kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], ceil_mode: bool, x: Tensor) -> Any:
     """The pooling, and the output's shape and strides."""
     assert cpu is not None
-    kernel, stride, padding, dilation = [value if isinstance(value, tuple) else (value, value) for value in window[:4]]
-    if x.dtype not in LEGAL_DTYPES["cpu"] or x.numel() == 0 or x.dim() != 4 or dilation != (1, 1):
+    if x.dtype not in LEGAL_DTYPES["cpu"] or x.numel() == 0 or x.dim() != 4:
         return None
     try:
         like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        y = torch.max_pool2d(like, kernel, stride, padding, dilation, window[4])
-    except (RuntimeError, TypeError):
+        y = torch.max_pool2d(like, kernel, stride, padding, (1, 1), ceil_mode)
+    except RuntimeError:
         return None
     channels = x.stride(1) == 1 and y.stride(1) == 1
     if not channels and not x.stride(3) == y.stride(3) == 1:
@@ -53,7 +70,5 @@ def _plan(window: tuple[Any, ...], x: Tensor) -> Any:
     if kernel[0] * kernel[1] > cpu.MaxPool.MOST_TAPS:
         return None
     threads = torch.get_num_threads()
-    pool = cpu.MaxPool(
-        dtype_name(x.dtype), x.shape, y.shape, kernel, stride, padding, x.stride(), y.stride(), channels, threads
-    )
+    pool = cpu.MaxPool(dtype_name(x.dtype), x.shape, y.shape, kernel, stride, padding, x.stride(), y.stride(), channels, threads)
     return pool, y.shape, y.stride()

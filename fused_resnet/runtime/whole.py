@@ -1,6 +1,6 @@
 """A whole residual block as one call into the compiled module: no gradient wanted, running statistics, all layers hot.
 
-``run`` gives None for everything else, which is then for ``_residual.py``, layer by layer: the same function, and the same
+``run`` gives None for everything else, which is then for ``executor.py``, node by node: the same function, and the same
 errors.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _settings
-from .._compat import is_quiet, nobody_listens
+from .._compat import is_in_memory, is_quiet, nobody_listens
 from .._extension import cpu
 from ..ops import derived
 from ..ops.derived import Entry, Source, Store, find
@@ -294,7 +294,7 @@ class Ready:
         if now != self.environment or not is_quiet():  # before anything is read of x: torch.jit.trace would record that
             return None
         try:
-            if not x.is_cpu or x.shape != self.shape or x.stride() != self.strides or x.dtype is not self.dtype:
+            if not x.is_cpu or not is_in_memory(x) or x.shape != self.shape or x.stride() != self.strides or x.dtype is not self.dtype:
                 return None
         except RuntimeError:  # sparse and nested tensors have no strides
             return None
