@@ -122,7 +122,7 @@ OTHERS: dict[str, tuple[nn.MaxPool2d, Tensor]] = {
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_what_is_left_to_the_module(case: str) -> None:
+def test_what_is_left_to_the_module(kernels: Any, case: str) -> None:
     module, x = OTHERS[case]
     assert _run(module, x) is None
 
@@ -231,7 +231,7 @@ class Bytes(nn.Module):
         return torch.as_tensor(x).float().div(255)
 
 
-def test_a_network_that_takes_other_things_than_images(kernels: Any) -> None:
+def test_a_network_that_takes_other_things_than_images(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of it runs unfused, so it does not say so: its first child takes what it likes."""
     original = DeepStem().eval()
     original.stem = nn.Sequential(Bytes(), original.stem)
@@ -248,6 +248,15 @@ def test_a_network_that_takes_other_things_than_images(kernels: Any) -> None:
         assert not torch.allclose(ours(x), original(x))
         hook.remove()
         torch.testing.assert_close(ours(x), original(x), rtol=1e-4, atol=1e-4)
+        monkeypatch.setattr(DeepStem, "forward", _not_followed)  # a block would say that it runs unfused
+        torch.testing.assert_close(ours(x), original(x), rtol=1e-4, atol=1e-4)
+        assert ours._fused_resnet.current.graph is None
+
+
+def _not_followed(self: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = self.blocks(self.pool(self.stem(x))).mean((2, 3))
+    return result
 
 
 class DeepStem(nn.Module):

@@ -224,7 +224,7 @@ def refresh(module: Any, state: State) -> Decision:
     """Look at the module again: find its graph, or keep the reason why it runs as its author wrote it."""
     current = Decision(module, type(module)._fused_network)
     current.bind(module)
-    if current.graph is None and not state.warned:
+    if current.graph is None and not state.warned and not state.only_calls:
         state.warned = True
         warnings.warn(
             f"{type(module).__name__} runs unfused, as its own forward says: {current.refusal}", RuntimeWarning, stacklevel=4
