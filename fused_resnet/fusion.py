@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from .graph.ir import Call, Convolution, Graph
+from .graph.ir import Call, Convolution, Graph, MaxPool
 from .graph.recorder import find, walk
 from .graph.trace import Refused
 from .ops.plans import backends
@@ -50,9 +50,11 @@ def fuse_(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None =
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn must be callable or None, got {type(filter_fn).__name__}")
-    stems: list[str] = []
-    entries = tuple(_convert("", model, filter_fn or (lambda name, module: True), set(), stems))
-    return FusionReport(entries, tuple(stems))
+    networks: dict[str, Graph] = {}
+    entries = tuple(_convert("", model, filter_fn or (lambda name, module: True), set(), networks))
+    stems = tuple(name for name, graph in networks.items() if isinstance(graph.nodes[0], Convolution))
+    pools = tuple(_path(name, node.module) for name, graph in networks.items() for node in graph.nodes if isinstance(node, MaxPool))
+    return FusionReport(entries, stems, pools)
 
 
 def unfuse_(model: nn.Module) -> nn.Module:
@@ -68,7 +70,7 @@ def unfuse_(model: nn.Module) -> nn.Module:
 
 
 def _convert(
-    name: str, module: nn.Module, accept: Callable[[str, nn.Module], bool], seen: set[int], stems: list[str]
+    name: str, module: nn.Module, accept: Callable[[str, nn.Module], bool], seen: set[int], networks: dict[str, Graph]
 ) -> Iterator[FusionEntry]:
     """Convert ``module`` or, if it is no block, what is in it and its stem."""
     if id(module) in seen:
@@ -91,15 +93,19 @@ def _convert(
     for child_name, child in module.__dict__["_modules"].items():
         if child is None:
             continue
-        for entry in _convert(f"{name}.{child_name}" if name else child_name, child, accept, seen, stems):
+        for entry in _convert(_path(name, child_name), child, accept, seen, networks):
             found, fused = True, fused or entry.fused
             yield entry
     if refusal is not None and not found:
         yield refusal
     if own and fused:
         graph = _convert_network(module)
-        if graph is not None and isinstance(graph.nodes[0], Convolution):
-            stems.append(name)
+        if graph is not None:
+            networks[name] = graph
+
+
+def _path(name: str, child: str) -> str:
+    return f"{name}.{child}" if name else child
 
 
 def _convert_network(module: nn.Module) -> Graph | None:

@@ -32,10 +32,12 @@ class FusionReport:
     """What ``fuse_`` did: an entry for each residual block, in the model's order. ``print`` shows it as a table.
 
     stems: the networks whose stem (the convolution, batch norm and ReLU in front of the blocks) is one layer too, by name.
+    pools: the max poolings that run by our own kernel where no gradient is wanted, by name.
     """
 
     entries: tuple[FusionEntry, ...]
     stems: tuple[str, ...] = ()
+    pools: tuple[str, ...] = ()
 
     @property
     def fused(self) -> list[FusionEntry]:
@@ -48,7 +50,8 @@ class FusionReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts, strings and bools, for ``json.dump``."""
         entries = [asdict(e) for e in self.entries]
-        return {"entries": entries, "fused": len(self.fused), "refused": len(self.refused), "stems": list(self.stems)}
+        counts = {"fused": len(self.fused), "refused": len(self.refused)}
+        return {"entries": entries, **counts, "stems": list(self.stems), "pools": list(self.pools)}
 
     def __str__(self) -> str:
         if not self.entries:
@@ -63,4 +66,5 @@ class FusionReport:
         why = sorted({e.path_reason for e in self.entries if e.path_reason})
         notes = [f"general path: {reason}" for reason in why]
         stems = [f"stem of {name or 'the model'}: convolution, batch norm and ReLU as one layer" for name in self.stems]
-        return "\n".join([*lines, f"{len(self.fused)} fused, {len(self.refused)} refused", *stems, *notes])
+        pools = [f"{name}: max pooling by our kernel, where no gradient is wanted" for name in self.pools]
+        return "\n".join([*lines, f"{len(self.fused)} fused, {len(self.refused)} refused", *stems, *pools, *notes])

@@ -287,6 +287,9 @@ def test_a_network_without_a_stem_of_one_layer(kernels: Any, mode: str) -> None:
     report = fuse_(ours)
     assert len(report.fused) == 2
     assert report.stems == ()
+    assert report.pools == ("pool",)
+    assert report.to_dict()["pools"] == ["pool"]
+    assert "pool: max pooling by our kernel" in str(report)
     assert _nodes(ours) == [Call, Call, Call, MaxPool, Call, Call]
     x = torch.randn(2, 3, 33, 33, dtype=torch.float64)
     for _ in range(2):

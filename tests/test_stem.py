@@ -86,6 +86,7 @@ def pair(x: Tensor) -> tuple[Any, Any]:
     assert report.stems == ("",)
     assert "stem of the model" in str(report)
     assert report.to_dict()["stems"] == [""]
+    assert report.pools == ("maxpool",)
     with torch.no_grad():
         for _ in range(3):
             assert_same(converted, original, x)
