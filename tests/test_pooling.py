@@ -16,6 +16,7 @@ from fused_resnet import _plain, models
 from fused_resnet._settings import Plans
 from fused_resnet.fusion import fuse_, unfuse_
 from fused_resnet.graph.ir import Call, MaxPool
+from fused_resnet.runtime import pooling
 from fused_resnet.runtime.pooling import max_pool
 
 WINDOWS: dict[str, dict[str, Any]] = {
@@ -28,6 +29,13 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "of 64": {"kernel_size": 8, "stride": 3, "padding": 4, "ceil_mode": True},
 }
 SHAPES = ((2, 5, 9, 11), (1, 33, 8, 40), (3, 16, 21, 8), (1, 1, 8, 8), (2, 3, 16, 1))
+
+
+@pytest.fixture(autouse=True)
+def _of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our kernel's, however small: small maps have more edges."""
+    monkeypatch.setattr(pooling, "FEW", 0)
+    monkeypatch.setattr(pooling, "FEW_CHANNELS_LAST", 0)
 
 
 def _run(module: nn.MaxPool2d, x: Tensor) -> Tensor | None:
@@ -125,6 +133,13 @@ OTHERS: dict[str, tuple[nn.MaxPool2d, Tensor]] = {
 def test_what_is_left_to_the_module(kernels: Any, case: str) -> None:
     module, x = OTHERS[case]
     assert _run(module, x) is None
+
+
+def test_small_maps_are_left_to_the_module(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    module, x = nn.MaxPool2d(2), torch.randn(2, 64, 16, 16)
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert [_run(module, t) is None for t in (x, x[:1, :, :3], last, last[:1])] == [False, True, False, True]
 
 
 def test_a_freed_storage(kernels: Any) -> None:

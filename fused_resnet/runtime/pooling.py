@@ -14,6 +14,9 @@ from .._extension import cpu
 from ..graph.calls import HOOKS
 from ..ops.spec import LEGAL_DTYPES, address, dtype_name
 
+# Inputs of fewer elements, in contiguous memory and in channels_last: the module's whole call takes less than our checks (bench/pooling.py).
+FEW, FEW_CHANNELS_LAST = 4096, 20480
+
 _SETTINGS = operator.itemgetter("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 
 
@@ -21,6 +24,8 @@ def max_pool(plans: _settings.Plans, module: nn.MaxPool2d, x: Tensor) -> Tensor 
     """What ``module``, a plain ``nn.MaxPool2d``, makes of ``x``; None where it is for the module itself: the same function, and its errors.
     Of equal zeros of both signs either may be the largest."""
     if cpu is None or not nobody_listens(x) or not x.is_cpu:
+        return None
+    if x.dim() != 4 or x.numel() < (FEW_CHANNELS_LAST if x.stride(1) == 1 else FEW):
         return None
     attributes = module.__dict__
     # What was quiet when the network was looked at may have been changed by a module that ran before in this call.
@@ -57,7 +62,7 @@ def _pair(value: Any) -> tuple[int, int] | None:
 def _plan(kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], ceil_mode: bool, x: Tensor) -> Any:
     """The pooling, and the output's shape and strides."""
     assert cpu is not None
-    if x.dtype not in LEGAL_DTYPES["cpu"] or x.numel() == 0 or x.dim() != 4:
+    if x.dtype not in LEGAL_DTYPES["cpu"] or x.numel() == 0:
         return None
     try:
         like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
