@@ -284,4 +284,18 @@ FAULTS = (
         "",
         ("tests/test_pooling.py::test_a_change_during_the_call_is_heard",),
     ),
+    Fault(
+        "a stem that is lost goes unsaid",
+        ("fused_resnet/runtime/fused.py",),
+        "(current.graph is None or state.only_calls)",
+        "current.graph is None",
+        ("tests/test_pooling.py::test_a_stem_that_is_lost_says_so",),
+    ),
+    Fault(
+        "a network of calls says that it runs unfused",
+        ("fused_resnet/runtime/fused.py",),
+        "had_convolutions = not state.only_calls",
+        "had_convolutions = True",
+        ("tests/test_pooling.py::test_a_network_that_takes_other_things_than_images",),
+    ),
 )

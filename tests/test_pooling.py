@@ -268,6 +268,32 @@ def test_a_network_that_takes_other_things_than_images(kernels: Any, monkeypatch
         assert ours._fused_resnet.current.graph is None
 
 
+def test_compiled_it_takes_other_things_too(kernels: Any) -> None:
+    original = DeepStem().eval()
+    original.stem = nn.Sequential(Bytes(), original.stem)
+    ours: Any = copy.deepcopy(original)
+    fuse_(ours)
+    x = torch.randint(0, 256, (1, 3, 33, 33), dtype=torch.uint8)
+    compiled = torch.compile(ours, backend="eager")
+    with torch.no_grad():
+        for y in (x, x.tolist()):
+            torch.testing.assert_close(compiled(y), original(y), rtol=1e-4, atol=1e-4)
+
+
+def test_a_stem_that_is_lost_says_so(kernels: Any) -> None:
+    original = models.resnet18(num_classes=5).eval()
+    ours: Any = copy.deepcopy(original)
+    fuse_(ours)
+    x = torch.randn(1, 3, 32, 32)
+    for model in (ours, original):
+        model.relu = nn.SiLU()
+    with torch.no_grad():
+        with pytest.warns(RuntimeWarning, match="runs unfused, .* does not begin with a convolution"):
+            y = ours(x)
+        torch.testing.assert_close(y, original(x), rtol=1e-4, atol=1e-4)
+    assert _nodes(ours)[3] is MaxPool
+
+
 def _not_followed(self: Any, x: Tensor) -> Tensor:
     with torch.no_grad():
         result: Tensor = self.blocks(self.pool(self.stem(x))).mean((2, 3))

@@ -95,7 +95,7 @@ class FusedModule:
         state = self._fused_resnet
         if torch.compiler.is_compiling():
             reads = _watched(self)
-            if reads is not None and x.dim() == 4 and x.dtype in LEGAL_DTYPES.get(x.device.type, ()):
+            if reads is not None and isinstance(x, Tensor) and x.dim() == 4 and x.dtype in LEGAL_DTYPES.get(x.device.type, ()):
                 _read(self, reads)
                 for reader in state.current.facts.readers:  # type: ignore[union-attr]
                     reader()
@@ -224,12 +224,12 @@ def refresh(module: Any, state: State) -> Decision:
     """Look at the module again: find its graph, or keep the reason why it runs as its author wrote it."""
     current = Decision(module, type(module)._fused_network)
     current.bind(module)
-    if current.graph is None and not state.warned and not state.only_calls:
-        state.warned = True
-        warnings.warn(
-            f"{type(module).__name__} runs unfused, as its own forward says: {current.refusal}", RuntimeWarning, stacklevel=4
-        )
+    had_convolutions = not state.only_calls
     state.keep(current)
+    if had_convolutions and not state.warned and (current.graph is None or state.only_calls):
+        state.warned = True
+        why = current.refusal or "it does not begin with a convolution, a batch norm and a ReLU any more"
+        warnings.warn(f"{type(module).__name__} runs unfused, as its own forward says: {why}", RuntimeWarning, stacklevel=4)
     return current
 
 
