@@ -30,15 +30,19 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
 SOURCES: dict[str, list[str]] = {
     "csrc/bindings.cpp": ["-O2"],
     "csrc/facts.cpp": ["-O2"],
+    "csrc/watch.cpp": ["-O2"],
     "csrc/cpu/algorithm.cpp": ["-O2"],
-    "csrc/cpu/block.cpp": ["-O2"],
     "csrc/cpu/convolution.cpp": ["-O2"],
     "csrc/cpu/direct_convolution.cpp": ["-O3"],
     "csrc/cpu/dispatch.cpp": ["-O2"],
     "csrc/cpu/fingerprint.cpp": ["-O3"],
     "csrc/cpu/max_pool.cpp": ["-O2"],
+    "csrc/cpu/mean_pool.cpp": ["-O2"],
+    "csrc/cpu/network.cpp": ["-O2"],
     "csrc/cpu/passes.cpp": ["-O2"],
+    "csrc/cpu/program.cpp": ["-O2"],
     "csrc/cpu/winograd_convolution.cpp": ["-O2"],
+    "csrc/cpu/zero_pad.cpp": ["-O2"],
     "csrc/cpu/isa_scalar.cpp": ["-O3"],
     **({"csrc/cpu/isa_avx2.cpp": ["-O3", *AVX2]} if X86 else {}),
     **({"csrc/cpu/isa_avx512.cpp": ["-O3", "-Wno-maybe-uninitialized", *AVX512]} if X86 else {}),
@@ -130,7 +134,7 @@ def targets(name: str, wanted: list[str]) -> list[str]:
 
 
 def cpu_units() -> list[Unit]:
-    includes = dict.fromkeys(("csrc/bindings.cpp", "csrc/facts.cpp"), python_includes())
+    includes = dict.fromkeys(("csrc/bindings.cpp", "csrc/facts.cpp", "csrc/watch.cpp"), python_includes())
     return [Unit("compile", source, [*includes.get(source, []), *flags]) for source, flags in SOURCES.items()]
 
 

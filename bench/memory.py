@@ -3,25 +3,37 @@
     python bench/memory.py --model resnet50 --batch 1 8 32 --json bench/results/memory.json
 
 Prints the peak resident set of the whole process (ru_maxrss), which holds PyTorch itself and the parameters, and what lies above
-the resident set just before the first forward pass: activations, workspaces, packed weights. Both in channels_last.
+the resident set just before the first forward pass: activations, workspaces, packed weights. Both in channels_last. The process that
+is not converted does not import this package: the network's source is loaded by itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
-import fused_resnet
-from fused_resnet import _machine, _plain, cases
-from fused_resnet.cli._common import table, write_json
-
 MIB = 1024  # ru_maxrss is in KiB
+MODELS = ("resnet18", "resnet50")
+PLAIN = Path(__file__).parent.parent / "fused_resnet" / "_plain.py"
+
+
+def plain_networks() -> ModuleType:
+    """The networks' source, which needs torch alone, without the package around it."""
+    spec = importlib.util.spec_from_file_location("plain_networks", PLAIN)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def resident() -> float:
@@ -31,11 +43,15 @@ def resident() -> float:
 
 def one(model: str, batch: int, fused: bool) -> dict[str, float]:
     torch.set_num_threads(1)
-    size, make = cases.NETWORKS[model]
-    net = _plain.randomise(make(), torch.Generator().manual_seed(0)).eval().to(memory_format=torch.channels_last)
+    plain = plain_networks()
+    net = plain.randomise(getattr(plain, model)(), torch.Generator().manual_seed(0)).eval().to(memory_format=torch.channels_last)
     if fused:
+        import fused_resnet
+
         fused_resnet.fuse_(net)
-    x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
+    elif "fused_resnet" in sys.modules:
+        raise SystemExit("the package is imported in the process without it")
+    x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
     before = resident()
     with torch.inference_mode():
         for _ in range(3):
@@ -46,7 +62,7 @@ def one(model: str, batch: int, fused: bool) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=tuple(cases.NETWORKS), default="resnet50")
+    parser.add_argument("--model", choices=MODELS, default="resnet50")
     parser.add_argument("--batch", type=int, nargs="+", default=(1, 8, 32))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", choices=("eager", "fused"), help=argparse.SUPPRESS)
@@ -54,6 +70,9 @@ def main() -> int:
     if options.one:
         print(json.dumps(one(options.model, options.batch[0], options.one == "fused")))
         return 0
+    from fused_resnet import _machine
+    from fused_resnet.cli._common import table, write_json
+
     rows, results = [], []
     for batch in options.batch:
         found = {}

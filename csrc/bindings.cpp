@@ -9,13 +9,15 @@
 #include <memory>
 #include <optional>
 
-#include "cpu/block.h"
 #include "cpu/convolution.h"
 #include "cpu/fingerprint.h"
 #include "cpu/max_pool.h"
 #include "cpu/passes.h"
+#include "cpu/program.h"
+#include "cpu/workspace.h"
 #include "facts.h"
 #include "python_shapes.h"
+#include "watch.h"
 
 namespace py = pybind11;
 namespace fr = fused_resnet;
@@ -29,7 +31,7 @@ using fr::strides;
 
 namespace {
 
-constexpr int kInterface = 6;  // fused_resnet/_extension.py holds the same number
+constexpr int kInterface = 7;  // fused_resnet/_extension.py holds the same number
 
 fr::DType dtype(const std::string& name) {
   if (name == "float32") return fr::DType::float32;
@@ -63,17 +65,13 @@ std::unique_ptr<fr::Convolution> convolution(const std::string& type, const Four
   return fr::Convolution::make(s, dtype(type), threads, request(algorithm, strict));
 }
 
-// (weight [K, C, R, S], output [N, K, P, Q], stride, pad, dilation, has_bias, relu)
-using LayerTuple = std::tuple<Four, Four, Two, Two, Two, bool, bool>;
-
-fr::Layer layer(const LayerTuple& t) {
-  const auto& [weight, output, stride, pad, dilation, has_bias, relu] = t;
+fr::Layer layer(const Four& weight, const Two& output, const Two& stride, const Two& pad, const Two& dilation, bool has_bias, bool relu) {
   fr::Layer l;
   l.k = weight[0];
   l.r = weight[2];
   l.s = weight[3];
-  l.p = output[2];
-  l.q = output[3];
+  l.p = output[0];
+  l.q = output[1];
   l.stride_h = stride[0];
   l.stride_w = stride[1];
   l.pad_top = pad[0];
@@ -85,29 +83,15 @@ fr::Layer layer(const LayerTuple& t) {
   return l;
 }
 
-std::unique_ptr<fr::Block> block(const std::string& type, const Four& input, const Four& input_strides,
-                                 const std::vector<LayerTuple>& main, const std::optional<LayerTuple>& projection,
-                                 const std::string& shortcut, const Four& shortcut_strides, const Four& output_strides,
-                                 int threads, const std::string& algorithm, bool strict) {
-  fr::BlockShape s;
-  s.n = input[0];
-  s.c = input[1];
-  s.h = input[2];
-  s.w = input[3];
-  s.x = strides(input_strides);
-  s.y = strides(output_strides);
-  s.shortcut = strides(shortcut_strides);
-  for (const LayerTuple& t : main) s.main.push_back(layer(t));
-  if (projection) {
-    s.kind = fr::Shortcut::projection;
-    s.projection = layer(*projection);
-  } else if (shortcut == "identity") {
-    s.kind = fr::Shortcut::identity;
-  } else if (shortcut == "external") {
-    s.kind = fr::Shortcut::external;
+// The addresses of a program's packed weights and biases; whoever makes them keeps the memory.
+struct Weights {
+  Weights(const std::vector<Pointer>& packed, const std::vector<Pointer>& biases) {
+    if (packed.size() != biases.size()) throw std::invalid_argument("as many packed weights as biases");
+    for (const Pointer p : packed) weight.push_back(in(p));
+    for (const Pointer p : biases) bias.push_back(in(p));
   }
-  return std::make_unique<fr::Block>(s, dtype(type), threads, request(algorithm, strict));
-}
+  std::vector<const void*> weight, bias;
+};
 
 const char* algorithm_name(const fr::Convolution& c) {
   switch (c.choice().algorithm) {
@@ -126,6 +110,26 @@ std::unique_ptr<fr::Facts> facts(const std::vector<std::tuple<int, py::handle, p
                      value.is(missing) ? nullptr : value.ptr()});
   }
   return std::make_unique<fr::Facts>(std::move(found));
+}
+
+// rows: (place, name, tensor or None, version, address, shape, strides, dtype). tensor: torch.Tensor.
+std::unique_ptr<fr::Watch> watch(
+    const std::vector<std::tuple<py::handle, py::handle, py::handle, long, Pointer, py::handle, py::handle, py::handle>>& rows,
+    const py::object& tensor) {
+  // Kept for good: interned names, and methods of a class that is never gone.
+  static const fr::TensorQuestions ask = [&tensor] {
+    const auto method = [&tensor](const char* name) { return py::object(tensor.attr(name)).release().ptr(); };
+    return fr::TensorQuestions{method("data_ptr"), method("stride"), method("numel"), method("is_contiguous"),
+                               PyUnicode_InternFromString("_version"), PyUnicode_InternFromString("shape"),
+                               PyUnicode_InternFromString("dtype"), PyUnicode_InternFromString("requires_grad")};
+  }();
+  std::vector<fr::Watch::Row> all;
+  for (const auto& [place, name, t, version, address, shape, strides, dtype] : rows) {
+    const bool is_vector = !t.is_none() && py::len(shape) == 1;
+    all.push_back({place.ptr(), name.ptr(), t.ptr(), version, address, shape.ptr(), strides.ptr(), dtype.ptr(), is_vector,
+                   is_vector ? shape.attr("__getitem__")(0).cast<Py_ssize_t>() : 0});
+  }
+  return std::make_unique<fr::Watch>(std::move(all), ask);
 }
 
 // GFLOP/s of one thread doing nothing but float32 FMAs in the instruction set in force: the best of runs over `seconds`.
@@ -161,6 +165,7 @@ PYBIND11_MODULE(_cpu, m) {
     const auto& c = fr::cache_sizes();
     return std::map<std::string, i64>{{"l1d", c.l1d}, {"l2", c.l2}, {"l3", c.l3}};
   });
+  m.def("release_workspaces", &fr::Workspace::release, "Frees the scratch memory that is kept from call to call.");
   m.def("measure_fma_peak", &measure_fma_peak, py::arg("seconds"), py::call_guard<py::gil_scoped_release>());
 
   py::class_<fr::Convolution>(m, "Convolution")
@@ -191,29 +196,63 @@ PYBIND11_MODULE(_cpu, m) {
       .def("describe", &fr::Convolution::describe)
       .def_property_readonly("reason", [](const fr::Convolution& c) { return c.choice().reason; });
 
-  py::class_<fr::Block>(m, "Block")
-      .def(py::init(&block), py::arg("dtype"), py::arg("input"), py::arg("input_strides"), py::arg("main"),
-           py::arg("projection"), py::arg("shortcut"), py::arg("shortcut_strides"), py::arg("output_strides"),
-           py::arg("threads"), py::arg("algorithm") = "auto", py::arg("strict") = false)
+  py::class_<fr::Network>(m, "Network")
+      .def(py::init<i64>(), py::arg("images"))
+      .def(
+          "input",
+          [](fr::Network& n, i64 channels, i64 h, i64 w, const Four& stride) { return n.input(channels, h, w, strides(stride)); },
+          py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("strides"))
+      .def(
+          "convolution",
+          [](fr::Network& n, int value, int shortcut, const Four& weight, const Two& output, const Two& stride, const Two& pad,
+             const Two& dilation, bool has_bias, bool relu) {
+            return n.convolution(value, layer(weight, output, stride, pad, dilation, has_bias, relu), shortcut);
+          },
+          py::arg("value"), py::arg("shortcut"), py::arg("weight"), py::arg("output"), py::arg("stride"), py::arg("pad"),
+          py::arg("dilation"), py::arg("has_bias"), py::arg("relu"))
+      .def(
+          "max_pool",
+          [](fr::Network& n, int value, const Two& output, const Two& kernel, const Two& stride, const Two& pad) {
+            fr::PoolShape s;
+            s.p = output[0], s.q = output[1], s.kernel_h = kernel[0], s.kernel_w = kernel[1];
+            s.stride_h = stride[0], s.stride_w = stride[1], s.pad_top = pad[0], s.pad_left = pad[1];
+            return n.max_pool(value, s);
+          },
+          py::arg("value"), py::arg("output"), py::arg("kernel"), py::arg("stride"), py::arg("pad"))
+      .def("mean_pool", &fr::Network::mean_pool, py::arg("value"))
+      .def("zero_pad", &fr::Network::zero_pad, py::arg("value"), py::arg("channels"), py::arg("before"), py::arg("stride_h"),
+           py::arg("stride_w"))
+      .def("section", &fr::Network::section);
+  py::class_<Weights>(m, "Weights")
+      .def(py::init<const std::vector<Pointer>&, const std::vector<Pointer>&>(), py::arg("packed"), py::arg("biases"));
+  py::class_<fr::Program>(m, "Program")
+      .def(py::init([](const fr::Network& network, const Four& output_strides, const std::string& type, int threads,
+                       const std::string& algorithm, bool strict) {
+             return std::make_unique<fr::Program>(network, strides(output_strides), dtype(type), threads, request(algorithm, strict));
+           }),
+           py::arg("network"), py::arg("output_strides"), py::arg("dtype"), py::arg("threads"), py::arg("algorithm") = "auto",
+           py::arg("strict") = false)
       .def(
           "run",
-          [](const fr::Block& b, Pointer x, const std::vector<Pointer>& weights, const std::vector<Pointer>& biases,
-             Pointer shortcut, Pointer y) {
-            fr::BlockOperands o;
-            o.x = in(x);
-            for (const Pointer p : weights) o.weight.push_back(in(p));
-            for (const Pointer p : biases) o.bias.push_back(in(p));
-            o.shortcut = in(shortcut);
-            o.y = out(y);
-            return b.run(o);
+          [](const fr::Program& p, const Weights& weights, Pointer first, Pointer second, Pointer output) {
+            if (weights.weight.size() != p.convolutions()) throw std::invalid_argument("the weights of another program");
+            const void* const inputs[] = {in(first), in(second)};
+            py::gil_scoped_release release;
+            return p.run({inputs, weights.weight.data(), weights.bias.data(), out(output)});
           },
-          py::arg("input"), py::arg("packed_weights"), py::arg("biases"), py::arg("shortcut"), py::arg("output"),
-          py::call_guard<py::gil_scoped_release>())
-      .def("convolution", &fr::Block::convolution, py::arg("index"), py::return_value_policy::reference_internal)
-      .def_property_readonly("convolutions", &fr::Block::convolutions)
-      .def_property_readonly("joined", &fr::Block::joined)
-      .def_property_readonly("workspace_bytes", &fr::Block::workspace_bytes)
-      .def("describe", &fr::Block::describe);
+          py::arg("weights"), py::arg("input"), py::arg("second_input"), py::arg("output"))
+      .def(
+          "convolution",
+          [](const fr::Program& p, i64 i) {
+            if (i < 0 || i >= i64(p.convolutions())) throw py::index_error("a program has no such convolution");
+            return p.convolution(std::size_t(i));
+          },
+          py::arg("index"), py::return_value_policy::reference_internal)
+      .def("joined_to", &fr::Program::joined_to, py::arg("index"))
+      .def_property_readonly("convolutions", &fr::Program::convolutions)
+      .def_property_readonly("threads", &fr::Program::threads)
+      .def_property_readonly("workspace_bytes", &fr::Program::workspace_bytes)
+      .def("describe", &fr::Program::describe);
 
   m.def(
       "bias_add_relu",
@@ -259,7 +298,11 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("grad"), py::arg("output"), py::arg("result"), py::arg("bias_grad"), py::arg("threads"));
   py::class_<fr::Facts>(m, "Facts")
       .def(py::init(&facts), py::arg("rows"), py::arg("missing"))
+      .def("include", [](fr::Facts& f, fr::Facts& other, py::dict owner) { f.include(other, owner.ptr()); }, py::arg("other"), py::arg("owner"))
       .def("first_broken", [](fr::Facts& f, py::dict owner) { return f.first_broken(owner.ptr()); }, py::arg("owner"));
+  py::class_<fr::Watch>(m, "Watch")
+      .def(py::init(&watch), py::arg("rows"), py::arg("tensor"))
+      .def("first_changed", &fr::Watch::first_changed, py::arg("grad"));
   py::class_<fr::Guard>(m, "Guard")
       .def(py::init([](Pointer data, i64 bytes, i64 most) {
              auto guard = std::make_unique<fr::Guard>();

@@ -123,6 +123,18 @@ bool Facts::classes_are_as_they_were() const {
 }
 
 Py_ssize_t Facts::first_broken(PyObject* owner) {
+  const Py_ssize_t own = first_broken_own(owner);
+  if (own >= 0) return own;
+  Py_ssize_t before = static_cast<Py_ssize_t>(facts_.size());
+  for (const Included& included : included_) {
+    const Py_ssize_t found = included.facts->first_broken(included.owner);
+    if (found >= 0) return before + found;
+    before += static_cast<Py_ssize_t>(included.facts->facts_.size());
+  }
+  return -1;
+}
+
+Py_ssize_t Facts::first_broken_own(PyObject* owner) {
   const auto broken = [this, owner](Py_ssize_t i) {
     const Fact& f = facts_[static_cast<std::size_t>(i)];
     return !holds(f, f.place == nullptr ? owner : f.place);

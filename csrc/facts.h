@@ -25,7 +25,10 @@ class Facts {
 
   explicit Facts(std::vector<Fact> facts);
 
-  // The number of the first fact that does not hold, or -1. owner: the dictionary of the object that the facts are about.
+  // To be checked after these: what a decision about another object was made on. owner: that object's dictionary.
+  void include(Facts& other, PyObject* owner) { included_.push_back({&other, owner}); }
+
+  // The number of the first fact that does not hold, or -1; those of included ones follow. owner: the dictionary of the object that the facts are about.
   Py_ssize_t first_broken(PyObject* owner);
 
  private:
@@ -34,11 +37,18 @@ class Facts {
     unsigned int version;  // CPython's, when the lookups in the class held last; 0: not known
   };
 
+  struct Included {
+    Facts* facts;
+    PyObject* owner;
+  };
+
   bool classes_are_as_they_were() const;
+  Py_ssize_t first_broken_own(PyObject* owner);
 
   std::vector<Fact> facts_;
   std::vector<Py_ssize_t> others_;  // the numbers of the facts that are no lookups
   std::vector<Class> classes_;      // of the lookups
+  std::vector<Included> included_;
 };
 
 }  // namespace fused_resnet

@@ -57,6 +57,13 @@ _DeviceContext: Any = _find("utils._device.DeviceContext", ())
 _HOOKS = ("_global_forward_pre_hooks", "_global_forward_hooks", "_global_backward_pre_hooks", "_global_backward_hooks")
 GLOBAL_HOOKS: tuple[dict[int, Any], ...] = tuple([_find(name, {0: None}, nn_module) for name in _HOOKS])
 
+# Hooks by where a module keeps them.
+HOOKS: dict[str, str] = {
+    "_forward_pre_hooks": "a forward pre-hook",
+    "_forward_hooks": "a forward hook",
+    "_backward_hooks": "a backward hook",
+    "_backward_pre_hooks": "a backward pre-hook",
+}
 
 # Its ``_current_level`` is -1 where no forward-mode gradients are being computed.
 _levels: Any = forward_ad

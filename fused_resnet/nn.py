@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .ops.api import conv_bias_add_relu
 from .runtime.fused import FusedModule, State
+from .zero_pad import ZeroPadShortcut
 
 __all__ = ["BasicBlock", "Bottleneck", "ConvBiasAddReLU2d", "PlainBlock", "PlainBottleneck", "ZeroPadShortcut"]
 
@@ -39,43 +39,6 @@ class ConvBiasAddReLU2d(nn.Conv2d):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, relu={self.relu}"  # type: ignore[no-untyped-call]
-
-
-class ZeroPadShortcut(nn.Module):
-    """The shortcut without parameters (He et al. 2015, section 4.2, option A): strided pixels, zero channels.
-
-    pad: "end" puts the zero channels behind the others, "both" half in front and half behind (the odd one behind).
-    x [N, C, H, W] -> [N, K, ceil(H / stride), ceil(W / stride)], which is x itself if nothing changes.
-
-    Raises:
-        ValueError: for fewer output than input channels, a stride below 1 or another ``pad``.
-    """
-
-    _fx_leaf: ClassVar[bool] = True
-    _fx_pure: ClassVar[bool] = True
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, pad: str = "end") -> None:
-        super().__init__()
-        if in_channels < 1 or out_channels < in_channels:
-            raise ValueError(f"out_channels must be at least in_channels = {in_channels}, got {out_channels}")
-        if stride < 1:
-            raise ValueError(f"stride must be at least 1, got {stride}")
-        if pad not in ("end", "both"):
-            raise ValueError(f"pad must be 'end' or 'both', got {pad!r}")
-        self.in_channels, self.out_channels, self.stride, self.pad = in_channels, out_channels, stride, pad
-        extra = out_channels - in_channels
-        self.before = extra // 2 if pad == "both" else 0
-        self.after = extra - self.before
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.stride > 1:
-            x = x[:, :, :: self.stride, :: self.stride]
-        if self.before or self.after:
-            x = F.pad(x, (0, 0, 0, 0, self.before, self.after))
-        return x
-
-    def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, stride={self.stride}, pad={self.pad!r}"
 
 
 def _conv(inplanes: int, planes: int, kernel: int, norm: nn.Module, **kwargs: Any) -> nn.Conv2d:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import fused_resnet.nn
 from fused_resnet.fusion import FusionReport, fuse_, unfuse_
-from fused_resnet.runtime import executor, fused, whole
+from fused_resnet.runtime import bound, executor, fused, program
 
 SPELLINGS = sorted(blocks.SPELLINGS)
 
@@ -602,36 +602,34 @@ _operator = executor.conv_bias_add_relu
 def test_planted_faults(monkeypatch: pytest.MonkeyPatch, fault: Callable[..., Tensor], kind: str) -> None:
     """Layer by layer."""
     original, converted = _block(kind)
-    monkeypatch.setattr(executor, "_execute_whole", lambda graph, block, x: [])
+    monkeypatch.setattr(executor, "_run_native", lambda graph, segment, held: None)
     monkeypatch.setattr(executor, "conv_bias_add_relu", fault)
     with torch.no_grad(), pytest.raises(AssertionError, match="bound"):
         assert_same(converted, original, torch.randn(2, 8, 6, 6))
 
 
-_whole_run = whole.run
+_native_run = program.run
+_operand_of = program.operand_of
 
 
-def _whole_without_bias(plans: Any, store: Any, layers: Any, *rest: Any) -> Any:
-    return _whole_run(plans, store, [layer._replace(sources=_without_bias(layer)) for layer in layers], *rest)
-
-
-def _without_bias(layer: whole.Operand) -> tuple[Tensor | None, ...]:
-    weight, _, *norm = layer.sources
+def _without_bias(node: bound.BoundConvolution) -> program.Operand:
+    operand = _operand_of(node)
+    weight, _, *norm = operand.sources
     if not norm:
-        return weight, None
+        return operand._replace(sources=(weight, None))
     gamma, _, mean, variance = norm
-    return weight, None, gamma, None, torch.zeros_like(mean), variance  # type: ignore[arg-type]
+    return operand._replace(sources=(weight, None, gamma, None, torch.zeros_like(mean), variance))  # type: ignore[arg-type]
 
 
-def _whole_without_shortcut(plans: Any, store: Any, layers: Any, x: Tensor, shortcut: Any, kind: str, *rest: Any) -> Any:
-    return _whole_run(plans, store, layers[:-1] if kind == "projection" else layers, x, None, "none", *rest)
+def _without_relu(node: bound.BoundConvolution) -> program.Operand:
+    return _operand_of(node)._replace(relu=False)
 
 
-def _whole_without_relu(plans: Any, store: Any, layers: Any, *rest: Any) -> Any:
-    return _whole_run(plans, store, [layer._replace(relu=False) for layer in layers], *rest)
+def _without_shortcut(segment: bound.Segment) -> bound.Segment:
+    return segment._replace(steps=tuple([step._replace(shortcut=None) for step in segment.steps]))
 
 
-@pytest.mark.parametrize("fault", [None, _whole_without_bias, _whole_without_shortcut, _whole_without_relu])
+@pytest.mark.parametrize("fault", [None, _without_bias, _without_shortcut, _without_relu])
 @pytest.mark.parametrize("kind", [kind for kind in SPELLINGS if kind != "pooled"])
 def test_planted_faults_in_whole_blocks(
     monkeypatch: pytest.MonkeyPatch, fault: Callable[..., Any] | None, kind: str, kernels: object
@@ -640,11 +638,13 @@ def test_planted_faults_in_whole_blocks(
     original, converted = _block(kind)
     runs: list[Any] = []
 
-    def run(*arguments: Any) -> Any:
-        runs.append((fault or _whole_run)(*arguments))
+    def run(plans: Any, segment: bound.Segment, x: Tensor, external: Tensor | None) -> Any:
+        runs.append(_native_run(plans, _without_shortcut(segment) if fault is _without_shortcut else segment, x, external))
         return runs[-1]
 
-    monkeypatch.setattr(whole, "run", run)
+    monkeypatch.setattr(program, "run", run)
+    if fault is not None and fault is not _without_shortcut:
+        monkeypatch.setattr(program, "operand_of", fault)
     x = torch.randn(2, 8, 6, 6)
     with torch.no_grad():
         if fault is None:

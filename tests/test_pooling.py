@@ -42,6 +42,15 @@ def _run(module: nn.MaxPool2d, x: Tensor) -> Tensor | None:
     return max_pool(Plans(9), module, x)
 
 
+def test_other_windows_of_one_module(kernels: object) -> None:
+    """Its settings are read at each call."""
+    plans, module, x = Plans(9), nn.MaxPool2d(2, 2), torch.randn(2, 3, 12, 12)
+    with torch.no_grad():
+        for kernel, stride, padding, ceil_mode in ((2, 2, 0, False), (3, 2, 0, False), (3, 2, 1, False), (3, 3, 1, False), (3, 2, 0, True)):
+            module.kernel_size, module.stride, module.padding, module.ceil_mode = kernel, stride, padding, ceil_mode
+            _assert_same(max_pool(plans, module, x), module(x))
+
+
 def _input(shape: tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
     """Values of which many are equal, with NaN, infinities and denormals among them."""
     generator = torch.Generator().manual_seed(3)

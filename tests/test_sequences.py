@@ -24,7 +24,8 @@ import fused_resnet.nn as fnn
 from fused_resnet import _plain, _settings, reference, testing
 from fused_resnet.cases import ConvCase
 from fused_resnet.ops import derived, plans
-from fused_resnet.runtime import whole
+from fused_resnet.runtime import program
+from fused_resnet.runtime.cached import key_of
 
 
 def integers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -174,17 +175,17 @@ def test_clear_derived_makes_everything_anew(kernels: ModuleType, what: str, thr
 def test_clear_derived_while_a_call_runs(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was made before, and would be kept after it, is not."""
     block = fnn.BasicBlock(64, 64).eval()
-    x, whole_run = torch.randn(1, 64, 14, 14), whole.run
+    x, native_run = torch.randn(1, 64, 14, 14), program.run
 
     def run(*arguments: Any) -> Any:
-        result = whole_run(*arguments)
+        result = native_run(*arguments)
         unseen(block.conv2.weight)
         fused_resnet.clear_derived()
         return result
 
     with torch.no_grad():
         with monkeypatch.context() as patched:
-            patched.setattr(whole, "run", run)
+            patched.setattr(program, "run", run)
             before = block(x)
         expected = copy.deepcopy(block)(x)
         assert not torch.equal(before, expected)
@@ -384,17 +385,19 @@ def test_no_growth_over_200_models(kernels: ModuleType) -> None:
 def test_what_a_call_reads_is_held(kernels: ModuleType, no_garbage_collector: None) -> None:
     """Another thread may clear, or drop what has changed, while a call runs: the call's packed weights live until it ends."""
     block: Any = called(fnn.BasicBlock(64, 64).eval())
-    ready = block._fused_resnet.current.bound.store.ready
     x = torch.randn(8, 64, 28, 28)
     with torch.no_grad():
         expected = block(x)
+    (cached,) = block._fused_resnet.current.bound.store.cached.values()
+    call, _ = cached.calls[key_of(x)]
+    del cached
     entries = [*block._fused_resnet.current.bound.store.entries.values()]
-    read = [weakref.ref(entry.value.buffer) for entry in entries if any(p.buffer is entry.value.buffer for p in ready.repeat.keeps)]
+    read = [weakref.ref(entry.value.buffer) for entry in entries if any(p.buffer is entry.value.buffer for p in call.packed)]
     del entries
     fused_resnet.clear_derived()
     assert len(read) == alive(read) == 2
-    assert torch.equal(ready.repeat(x), expected)
-    del ready
+    assert torch.equal(call(x), expected)
+    del call
     assert alive(read) == 0
 
 
@@ -459,10 +462,9 @@ def test_the_guard_reads_memory_that_is_held(kernels: ModuleType, no_garbage_col
             assert spy.calls == 1
             assert not fused_resnet.conv_bias_add_relu(x, weight, padding=1).any()
         block = called(fnn.BasicBlock(64, 64).eval())
-        ready = block._fused_resnet.current.bound.store.ready  # type: ignore[union-attr]
-        x = torch.randn(8, 64, 28, 28)
-        ready.guard = spy = Replacing(ready.guard, block.conv1.weight)  # type: ignore[arg-type]
-        del ready
+        (cached,) = block._fused_resnet.current.bound.store.cached.values()  # type: ignore[union-attr]
+        cached.guard = spy = Replacing(cached.guard, block.conv1.weight)  # type: ignore[arg-type]
+        del cached
         block(x)
         assert spy.calls == 1
         assert testing.norm_error(block(x), block._plain_forward(x).double()) <= 1e-5  # type: ignore[operator]

@@ -31,7 +31,7 @@ import fused_resnet.nn as fnn
 from fused_resnet import _settings, reference, testing
 from fused_resnet.cases import AWKWARD, BLOCKS, CONVS, BlockCase, ConvCase, Operands
 from fused_resnet.ops import cpu, derived
-from fused_resnet.runtime import whole as native_block
+from fused_resnet.runtime import program as native_program
 from fused_resnet.testing.compare import unit_roundoff
 
 WINOGRAD = ("winograd2", "winograd4")
@@ -309,16 +309,16 @@ def test_a_blocks_convolutions_say_why(kernels: ModuleType) -> None:
         block = fnn.BasicBlock(channels, channels).eval()
         with torch.no_grad():
             block(torch.randn(batch, channels, size, size))
-        ((plan, *_),) = [block._fused_resnet.current.bound.plans.kept.values()]  # type: ignore[union-attr]
-        assert plan.block.convolutions == 2
+        (plan,) = block._fused_resnet.current.bound.plans.kept.values()  # type: ignore[union-attr]
+        assert plan.program.convolutions == 2
         for i in range(2):
-            found = plan.block.convolution(i)
+            found = plan.program.convolution(i)
             # The reason has estimates of a whole convolution, to which the shortcut is no matter.
             alone = kernel_of(ConvCase(channels, channels, (size, size), (3, 3), padding=(1, 1), batch=batch))
             assert (found.algorithm, found.reason) == (alone.algorithm, alone.reason)
         for wrong in (2, 2**40):
             with pytest.raises(IndexError):
-                plan.block.convolution(wrong)
+                plan.program.convolution(wrong)
 
 
 def test_algorithms_have_names(kernels: ModuleType) -> None:
@@ -498,7 +498,7 @@ def test_a_weight_that_is_replaced_while_eight_threads_use_it(algorithm: str, wh
 def test_a_weight_that_changes_during_a_blocks_call(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the kernels run, other threads may. What they change is seen at the next call, also where it would be repeated."""
     x = torch.randn(1, 16, 8, 8)
-    whole_run = native_block.run
+    native_run = native_program.run
     for change in ("in place", ".data =", "running_mean", "eps"):
         block = fnn.BasicBlock(16, 16).eval()
 
@@ -513,13 +513,13 @@ def test_a_weight_that_changes_during_a_blocks_call(kernels: ModuleType, monkeyp
                 block.bn1.eps = 1.0  # type: ignore[union-attr]
 
         def run(*arguments: Any, meanwhile: Callable[[], None] = meanwhile) -> Any:
-            result = whole_run(*arguments)
+            result = native_run(*arguments)
             meanwhile()
             return result
 
         with torch.no_grad():
             with monkeypatch.context() as patched:
-                patched.setattr(native_block, "run", run)
+                patched.setattr(native_program, "run", run)
                 before = block(x)
             expected = copy.deepcopy(block)(x)
             assert not torch.equal(before, expected)
@@ -562,7 +562,7 @@ def test_a_weight_that_is_replaced_and_put_back(
         expected = copy.deepcopy(module)(x)
         with monkeypatch.context() as patched:
             replaced = replaced_within if moment == "while it packs" else replaced_before
-            patched.setattr(native_block if whole else cpu, "find", replaced)
+            patched.setattr(native_program if whole else cpu, "find", replaced)
             y = module(x)
         assert torch.equal(y, expected) == (moment == "while it packs"), "the weight was not replaced at that moment"
         for _ in range(3):

@@ -42,7 +42,14 @@ constexpr i64 kBadPitch = 2048;
 // FMA instructions for which a second thread is worth its while: some 45 microseconds of one core.
 constexpr double kSerialSlots = 2.5e5;
 
+// Some 60 microseconds of one core from memory.
+constexpr double kStreamedBytes = 1 << 20;
+
 }  // namespace
+
+bool streams_weights(const ConvShape& s, const DTypeKernels& kernels) {
+  return double(s.k) * double(s.reduction()) * double(kernels.storage_bytes) >= kStreamedBytes;
+}
 
 double serial_macs(const DTypeKernels& kernels) { return kSerialSlots * kernels.vector * kernels.group; }
 

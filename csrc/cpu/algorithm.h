@@ -30,6 +30,10 @@ Choice choose_algorithm(const ConvShape& shape, const DTypeKernels& kernels, con
 // this one's caches.
 double serial_macs(const DTypeKernels& kernels);
 
+// Whether there is so much of the weight, and so little else, that reading it is what takes the time: then two threads read at twice the rate,
+// however few multiply-adds there are.
+bool streams_weights(const ConvShape& shape, const DTypeKernels& kernels);
+
 // Winograd: runs of tiles, times ranges of panels of output channels. Either one phase, whose tasks each transform the input of
 // their tiles for themselves; or two, the first of which transforms the whole input for the tasks of the second.
 struct WinogradBlocking {

@@ -1,13 +1,11 @@
 #include "convolution.h"
 
-#include <omp.h>
-
 #include <algorithm>
 
+#include "crew.h"
 #include "direct_convolution.h"
 #include "huge_pages.h"
 #include "winograd_convolution.h"
-#include "workspace.h"
 
 namespace fused_resnet {
 
@@ -25,7 +23,8 @@ std::unique_ptr<Convolution> Convolution::make(const ConvShape& shape, DType dty
 
 std::unique_ptr<Convolution> Convolution::make(const ConvShape& shape, DType dtype, int threads, const Choice& choice) {
   shape.validate();
-  threads = shape.macs() < serial_macs(current_table().dtype[int(dtype)]) ? 1 : std::max(threads, 1);
+  const DTypeKernels& kernels = current_table().dtype[int(dtype)];
+  threads = shape.macs() < serial_macs(kernels) && !streams_weights(shape, kernels) ? 1 : std::max(threads, 1);
   if (choice.algorithm == Algorithm::direct) return std::make_unique<DirectConvolution>(shape, dtype, threads, choice);
   return std::make_unique<WinogradConvolution>(shape, dtype, threads, choice);
 }
@@ -42,27 +41,6 @@ std::string Convolution::packing_of(const std::string& algorithm, const Panels& 
          ", vectors of " + n(cut.vector) + ", panels of " + n(cut.channels);
 }
 
-bool Convolution::run(const Operands& operands) const {
-  if (shape_.empty()) return true;
-  Workspace workspace(workspace_bytes());
-  char* const shared = workspace.data();
-  bool finite = true;
-  if (threads_ == 1) {
-    for (int phase = 0; phase < phases(); ++phase) {
-      for (i64 i = 0; i < tasks(phase); ++i) finite &= run_task(phase, i, operands, shared, shared + shared_bytes());
-    }
-    return finite;
-  }
-#pragma omp parallel num_threads(threads_) reduction(&& : finite)
-  {
-    char* const mine = shared + shared_bytes() + omp_get_thread_num() * thread_bytes();
-    for (int phase = 0; phase < phases(); ++phase) {
-      const i64 count = tasks(phase);
-#pragma omp for schedule(dynamic, 1)
-      for (i64 i = 0; i < count; ++i) finite = run_task(phase, i, operands, shared, mine) && finite;
-    }
-  }
-  return finite;
-}
+bool Convolution::run(const Operands& operands) const { return shape_.empty() || run_phases(*this, operands, threads_); }
 
 }  // namespace fused_resnet

@@ -180,7 +180,7 @@ void DirectConvolution::pack_joined(const Task& t, const void* x, char* out) con
   }
 }
 
-bool DirectConvolution::run_task(int, i64 index, const Operands& operands, char*, char* workspace) const {
+bool DirectConvolution::run_task(int, i64 index, const Operands& operands, char*, char* workspace) const noexcept {
   const Task t = task(index);
   const ConvShape& s = shape_;
   const Blocking& b = blocking_;

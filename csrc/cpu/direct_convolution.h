@@ -17,7 +17,7 @@ class DirectConvolution final : public Convolution {
 
   int phases() const override { return 1; }
   i64 tasks(int) const override { return shape_.empty() ? 0 : blocking_.tasks(); }
-  bool run_task(int phase, i64 index, const Operands& operands, char* shared, char* mine) const override;
+  bool run_task(int phase, i64 index, const Operands& operands, char* shared, char* mine) const noexcept override;
   i64 thread_bytes() const override { return workspace_; }
 
  private:

@@ -111,6 +111,13 @@ struct LargestWindowsArgs {
   void* y = nullptr;  // storage dtype
 };
 
+// The mean of several rows, element by element: y[i] = sum over row of x[row * stride + i] / rows, added up in the accumulator's type.
+struct MeanRowArgs {
+  const void* x = nullptr;  // storage dtype
+  i64 stride = 0, rows = 0, length = 0;
+  void* y = nullptr;  // storage dtype
+};
+
 // Winograd: the transform of one panel of the weight [K, C, 3, 3] to out[position][C][width], zeros beyond K.
 struct WinogradWeightArgs {
   const void* weight = nullptr;
@@ -191,6 +198,7 @@ struct DTypeKernels {
   void (*mask_row)(const MaskRowArgs&);
   void (*largest_row)(const LargestRowArgs&);
   void (*largest_windows)(const LargestWindowsArgs&);
+  void (*mean_row)(const MeanRowArgs&);
   void (*store)(void* out, const double* values, i64 count);  // to the storage dtype, rounded once
   WinogradKernels winograd2, winograd2_stride2, winograd4;
   void (*winograd_multiply)(const WinogradMultiplyArgs&);

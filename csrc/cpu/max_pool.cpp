@@ -1,14 +1,11 @@
 #include "max_pool.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <limits>
 #include <stdexcept>
 #include <string>
 
-#include "../conv_shape.h"
-#include "workspace.h"
+#include "crew.h"
 
 namespace fused_resnet {
 namespace {
@@ -73,7 +70,7 @@ i64 MaxPool::thread_bytes() const {
   return shape_.channels ? 0 : (line_elements() * kernels_->accumulator_bytes + 63) / 64 * 64;
 }
 
-bool MaxPool::run_task(int, i64 index, const Operands& operands, char*, char* mine) const {
+bool MaxPool::run_task(int, i64 index, const Operands& operands, char*, char* mine) const noexcept {
   const i64 p = index % shape_.p, outer = index / shape_.p;
   const char* const x = static_cast<const char*>(operands.x);
   char* const y = static_cast<char*>(operands.y);
@@ -85,13 +82,10 @@ bool MaxPool::run_task(int, i64 index, const Operands& operands, char*, char* mi
   return true;
 }
 
-bool MaxPool::run(const Operands& operands) const {
-  const i64 count = tasks(0), bytes = thread_bytes();
-  Workspace workspace(workspace_bytes());
-  char* const all = workspace.data();
-#pragma omp parallel for schedule(static) num_threads(threads_) if (threads_ > 1)
-  for (i64 i = 0; i < count; ++i) run_task(0, i, operands, nullptr, all + omp_get_thread_num() * bytes);
-  return true;
+bool MaxPool::run(const Operands& operands) const { return run_phases(*this, operands, threads_); }
+
+std::string MaxPool::describe() const {
+  return "max pooling " + std::to_string(shape_.kernel_h) + "x" + std::to_string(shape_.kernel_w);
 }
 
 void MaxPool::channels_row(i64 n, i64 p, const char* x, char* y) const {

@@ -1,8 +1,9 @@
 // Max pooling without indices, planned once and run many times.
 #pragma once
 
-#include "convolution.h"
+#include "../conv_shape.h"
 #include "dispatch.h"
+#include "step.h"
 
 namespace fused_resnet {
 
@@ -14,7 +15,7 @@ struct PoolShape {
   bool channels = false;  // in both, channels lie side by side; else the pixels of a row do
 };
 
-class MaxPool {
+class MaxPool final : public Step {
  public:
   static constexpr i64 kMostTaps = 64;  // elements of a window
 
@@ -25,12 +26,12 @@ class MaxPool {
   // Convolution::run where all is well.
   bool run(const Operands& operands) const;
 
-  // As Convolution's: a task is one row of the output. The tests run them by hand, as they run a convolution's.
-  int phases() const { return 1; }
-  i64 tasks(int phase) const;
-  bool run_task(int phase, i64 index, const Operands& operands, char* shared, char* mine) const;
-  i64 shared_bytes() const { return 0; }
-  i64 thread_bytes() const;
+  // A task is one row of the output.
+  int phases() const override { return 1; }
+  i64 tasks(int phase) const override;
+  bool run_task(int phase, i64 index, const Operands& operands, char* shared, char* mine) const noexcept override;
+  i64 thread_bytes() const override;
+  std::string describe() const override;
   i64 workspace_bytes() const { return thread_bytes() * threads_; }
 
  private:

@@ -1,4 +1,4 @@
-// The kernels of max pooling: the largest of several rows, and the largest in each window of one row.
+// The kernels of pooling: the largest of several rows, the largest in each window of one row, the mean of several rows.
 #pragma once
 
 #include "kernels.h"
@@ -44,6 +44,19 @@ void largest_windows(const LargestWindowsArgs& a) {
     typename V::reg value = load_every<V>(x + i * a.stride, a.stride, count);
     for (i64 j = 1; j < a.size; ++j) value = V::larger(value, load_every<V>(x + i * a.stride + j, a.stride, count));
     V::store_n(y + i, value, count);
+  }
+}
+
+template <class V, class S>
+void mean_row(const MeanRowArgs& a) {
+  const S* x = static_cast<const S*>(a.x);
+  S* y = static_cast<S*>(a.y);
+  const typename V::reg share = V::set1(typename V::type(1) / typename V::type(a.rows));
+  for (i64 i = 0; i < a.length; i += V::width) {
+    const i64 count = smaller(a.length - i, V::width);
+    typename V::reg sum = V::zero();
+    for (i64 row = 0; row < a.rows; ++row) sum = V::add(sum, V::load_n(x + row * a.stride + i, count));
+    V::store_n(y + i, V::mul(sum, share), count);
   }
 }
 

@@ -27,6 +27,7 @@ constexpr DTypeKernels dtype_kernels() {
                       mask_row<V, S>,
                       largest_row<V, S>,
                       largest_windows<V, S>,
+                      mean_row<V, S>,
                       store_values<V, S>,
                       winograd_kernels<V, S, D, Winograd2<V>>(),
                       winograd_kernels<V, S, D, Winograd2Stride2<V>>(),

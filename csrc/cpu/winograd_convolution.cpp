@@ -215,7 +215,7 @@ i64 WinogradConvolution::tasks(int phase) const {
   return blocking_.shared && phase == 0 ? vectors() * shape_.n * blocking_.rows : blocking_.tasks();
 }
 
-bool WinogradConvolution::run_task(int phase, i64 index, const Operands& operands, char* shared, char* mine) const {
+bool WinogradConvolution::run_task(int phase, i64 index, const Operands& operands, char* shared, char* mine) const noexcept {
   const WinogradBlocking& b = blocking_;
   const i64 bytes = kernels_->accumulator_bytes, vector = kernels_->vector;
   const i64 product_bytes = align64(b.positions() * b.tiles * b.cut.channels * bytes);

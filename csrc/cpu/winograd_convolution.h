@@ -15,7 +15,7 @@ class WinogradConvolution final : public Convolution {
 
   int phases() const override { return blocking_.shared ? 2 : 1; }
   i64 tasks(int phase) const override;
-  bool run_task(int phase, i64 index, const Operands& operands, char* shared, char* mine) const override;
+  bool run_task(int phase, i64 index, const Operands& operands, char* shared, char* mine) const noexcept override;
   i64 shared_bytes() const override { return blocking_.shared ? transformed_bytes(all_tiles()) : 0; }
   i64 thread_bytes() const override;
 

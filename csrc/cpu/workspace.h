@@ -1,54 +1,101 @@
-// Scratch memory, kept from call to call in the thread that calls: a fresh allocation of this size would pay page faults
-// each time.
+// Scratch memory, kept from call to call: a fresh allocation of this size would pay page faults each time.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
+#include <mutex>
 #include <new>
+#include <vector>
 
 #include "../types.h"
 #include "huge_pages.h"
 
 namespace fused_resnet {
 
+// Memory of one call, 64-byte aligned, from a pool for the process: taken when made, given back when destroyed. A call has its own,
+// however many threads call at once.
 class Workspace {
  public:
-  // More than this is given back after the call.
-  static constexpr i64 kKept = i64(16) << 20;
+  // Of what was given back so much is kept, in all: a ResNet-50's batch of eight images in float32, twice. The rest is freed.
+  static constexpr i64 kKept = i64(128) << 20;
 
-  explicit Workspace(i64 bytes) : data_(kept().data) {
-    if (bytes > kept().size) {
-      void* data = nullptr;
-      if (posix_memalign(&data, 64, std::size_t(bytes)) != 0) throw std::bad_alloc();
-      prefer_huge_pages(data, bytes);
-      std::free(kept().data);
-      kept().data = static_cast<char*>(data);
-      kept().size = bytes;
-      data_ = kept().data;
-    }
+  // Throws std::bad_alloc.
+  explicit Workspace(i64 bytes) : memory_{nullptr, bytes} {
+    if (bytes > 0 && !pool().take(memory_)) memory_.data = allocate(bytes);
   }
   ~Workspace() {
-    if (kept().size > kKept) kept().release();
+    if (memory_.data != nullptr && !pool().give(memory_)) std::free(memory_.data);
   }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
-  char* data() const { return data_; }
+  char* data() const { return memory_.data; }
+
+  // Frees what is kept.
+  static void release() { pool().release(); }
 
  private:
-  struct Kept {
-    char* data = nullptr;
-    i64 size = 0;
-    void release() {
-      std::free(data);
-      data = nullptr;
-      size = 0;
-    }
-    ~Kept() { release(); }
+  struct Memory {
+    char* data;
+    i64 bytes;
   };
-  static Kept& kept() {
-    static thread_local Kept buffer;
-    return buffer;
+
+  static char* allocate(i64 bytes) {
+    void* data = nullptr;
+    if (posix_memalign(&data, 64, std::size_t(bytes)) != 0) throw std::bad_alloc();
+    prefer_huge_pages(data, bytes);
+    return static_cast<char*>(data);
   }
-  char* data_;
+
+  // Nobody waits for the lock: in a child that was forked while another thread held it, that would be for ever. Without it, a call
+  // allocates its memory and frees it.
+  class Pool {
+   public:
+    // The smallest piece that is large enough; where none is, the largest one is freed, in whose place the caller will give back another.
+    bool take(Memory& wanted) {
+      const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+      if (!lock.owns_lock() || kept_.empty()) return false;
+      const auto less = [](const Memory& a, const Memory& b) { return a.bytes < b.bytes; };  // kept_ is in this order
+      auto found = std::lower_bound(kept_.begin(), kept_.end(), wanted, less);
+      const bool enough = found != kept_.end();
+      if (enough) {
+        wanted = *found;
+      } else {
+        std::free((--found)->data);
+      }
+      bytes_ -= found->bytes;
+      kept_.erase(found);
+      return enough;
+    }
+    bool give(const Memory& memory) {
+      const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+      if (!lock.owns_lock() || bytes_ + memory.bytes > kKept || kept_.size() == kept_.capacity()) return false;
+      const auto less = [](const Memory& a, const Memory& b) { return a.bytes < b.bytes; };
+      kept_.insert(std::upper_bound(kept_.begin(), kept_.end(), memory, less), memory);
+      bytes_ += memory.bytes;
+      return true;
+    }
+    void release() {
+      const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+      if (!lock.owns_lock()) return;
+      for (const Memory& memory : kept_) std::free(memory.data);
+      kept_.clear();
+      bytes_ = 0;
+    }
+    Pool() { kept_.reserve(kMostPieces); }
+
+   private:
+    static constexpr std::size_t kMostPieces = 64;  // giving back must not allocate
+
+    std::mutex mutex_;
+    std::vector<Memory> kept_;
+    i64 bytes_ = 0;
+  };
+  static Pool& pool() {
+    static Pool* const made = new Pool;  // never destroyed: a thread may run when the process ends
+    return *made;
+  }
+
+  Memory memory_;
 };
 
 }  // namespace fused_resnet

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .._compat import HOOKS
 from . import objects
 from .facts import MISSING, Facts, lookup
 from .objects import attribute
@@ -19,13 +20,6 @@ from .recorder import Recorder
 from .trace import Operation, Refused, name_of, operations_in
 from .values import DICTS, PLAIN, Known, Local, Method, Native, Super, is_module
 
-# Hooks by where a module keeps them.
-HOOKS = {
-    "_forward_pre_hooks": "a forward pre-hook",
-    "_forward_hooks": "a forward hook",
-    "_backward_hooks": "a backward hook",
-    "_backward_pre_hooks": "a backward pre-hook",
-}
 _REPLACED = {
     "forward": "was replaced on the instance",
     "_call_impl": "is called in another way",

@@ -157,7 +157,14 @@ class Checked:
         self.rows = rows  # they keep alive what the native pass compares with
         self.reads = tuple([path[1:] for path in reads if path[0] == ""])  # from the owner
         self.readers = _readers([path for path in reads if path[0] != ""])  # each from the globals of one file, or one cell
-        self.first_broken: Callable[[dict[str, Any]], int] = _Plain(rows).first_broken if cpu is None else cpu.Facts(rows, MISSING).first_broken
+        self._pass: Any = _Plain(rows) if cpu is None else cpu.Facts(rows, MISSING)
+        self._included: list[Any] = []  # alive: the native pass borrows them
+        self.first_broken: Callable[[dict[str, Any]], int] = self._pass.first_broken
+
+    def include(self, other: Checked, owner: dict[str, Any]) -> None:
+        """To be checked with these: what a decision about another object was made on. owner: that object's ``__dict__``."""
+        self._included.append((other, owner))
+        self._pass.include(other._pass, owner)
 
 
 def _readers(paths: list[tuple[Any, ...]]) -> list[Callable[[], Any]]:
@@ -196,11 +203,21 @@ class _Plain:
 
     def __init__(self, rows: tuple[Row, ...]) -> None:
         self.rows = rows
+        self.included: list[tuple[_Plain, dict[str, Any]]] = []
+
+    def include(self, other: _Plain, owner: dict[str, Any]) -> None:
+        self.included.append((other, owner))
 
     def first_broken(self, owner: dict[str, Any]) -> int:
         for i, (kind, place, name, value) in enumerate(self.rows):
             if not _holds(kind, owner if place is None else place, name, value):
                 return i
+        before = len(self.rows)
+        for other, its_owner in self.included:
+            found = other.first_broken(its_owner)
+            if found >= 0:
+                return before + found
+            before += len(other.rows)
         return -1
 
 

@@ -132,14 +132,14 @@ def _holds(t: Tensor | None, source: Source | None) -> bool:
 
 
 class Store:
-    """The derived values of one module; and what repeats its last call (``runtime.whole.Ready``) with them.
+    """The derived values of one module; and the calls that can be repeated with them (``runtime.cached.CachedCalls``), by segment.
 
     A tag begins with the place in the block of the first source: a value of a source that has changed is not kept beside those of the new one.
     """
 
     def __init__(self) -> None:
         self.entries: dict[tuple[Hashable, ...], Entry] = {}
-        self.ready: Any = None
+        self.cached: dict[int, Any] = {}
         key, stores = id(self), _stores
         _stores[key] = weakref.ref(self, lambda _: stores.pop(key, None))
 
@@ -151,7 +151,7 @@ class Store:
 
     def clear(self) -> None:
         """Give everything back."""
-        self.ready = None
+        self.cached.clear()
         self.entries.clear()
 
 
@@ -335,7 +335,8 @@ def training_captured(t: Tensor) -> None:
 
 
 def clear() -> None:
-    """Forget everything that is derived from tensors; each value is made again when it is next needed. CUDA graphs that were captured with
+    """Forget everything that is derived from tensors; each value is made again when it is next needed. Scratch memory that no call uses now is
+    freed as well. CUDA graphs that were captured with
     frozen parameters must be captured again, not replayed: the memory that they read is given back."""
     global generation
     generation += 1  # what is being made meanwhile is not kept
@@ -345,3 +346,5 @@ def clear() -> None:
             store.clear()
     _entries.clear()
     _for_graphs.clear()
+    if cpu is not None:
+        cpu.release_workspaces()

@@ -1,191 +1,78 @@
-"""Runs a graph with the modules of one object: the block with which it begins in one native call where that can be, else node by node.
+"""Runs a module's graph, part after part: as one native call where that can be, else node by node.
 
 Parameters are read from the modules at every call.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._compat import nobody_listens
+from .._compat import GLOBAL_HOOKS, nobody_listens
 from .._extension import cpu
-from .._settings import Plans
-from ..graph.ir import FUNCTIONS, Addition, Call, Convolution, Graph, MaxPool, Node
+from ..graph.ir import Addition
 from ..ops.api import bias_add_relu, conv_bias_add_relu
-from ..ops.derived import Store
 from ..ops.plans import backends, joined
 from ..ops.spec import is_channels_last
-from . import whole
-from .fold import folded, sources_of
+from . import program
+from .bound import Bound, BoundCall, BoundConvolution, BoundMaxPool, BoundNode, Part, Segment
+from .cached import CachedCalls, external_layout, key_of, run_cached
+from .fold import folded
 from .pooling import max_pool
 
-_MOST_PLANS = 256  # of one module: beyond, start over
 
-
-class BoundConvolution(NamedTuple):
-    conv: nn.Conv2d
-    norm: Any  # a BatchNorm2d or SyncBatchNorm, or None
-    relu: bool
-    addition: Addition | None
-    store: Store | None  # its module's; None while compiling, where nothing is kept
-
-
-class BoundMaxPool(NamedTuple):
-    module: nn.MaxPool2d
-    plans: Plans | None  # None while compiling
-
-
-class BoundCall(NamedTuple):
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-BoundNode = BoundConvolution | BoundMaxPool | BoundCall
-
-
-class WholeBlock(NamedTuple):
-    """The first nodes of a graph, where they are a block that can be executed as a whole.
-
-    kind: of its shortcut, as ``whole.run`` has it. main: its convolutions. projection: where ``kind`` says so. external: what makes the
-    shortcut of the input, where that is something else. end: the number of its nodes.
-    """
-
-    kind: str
-    main: tuple[BoundConvolution, ...]
-    projection: BoundConvolution | None
-    external: tuple[BoundNode, ...]
-    end: int
-
-    @property
-    def addition(self) -> Addition | None:
-        return self.main[-1].addition
-
-
-class Bound(NamedTuple):
-    """A graph with the modules of one object in the place of their paths.
-
-    inputs: the number of the value that each node reads. dead_after: for each node, the values that nothing reads any more.
-    """
-
-    nodes: tuple[BoundNode, ...]
-    inputs: tuple[int, ...]
-    dead_after: tuple[tuple[int, ...], ...]
-    block: WholeBlock | None
-    rest: tuple[BoundNode, ...]  # what follows the block, each of the one before
-    plans: Plans
-    store: Store | None  # None while compiling
-
-    def clear(self) -> None:
-        """Give back what is derived from the module's parameters."""
-        if self.store is not None:
-            self.store.clear()
-
-
-def _find(module: nn.Module, path: str) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module
-
-
-def _bind_node(module: nn.Module, node: Node, store: Store | None, plans: Plans) -> BoundNode:
-    if isinstance(node, MaxPool):
-        return BoundMaxPool(_find(module, node.module), None if store is None else plans)
-    if isinstance(node, Call):
-        return BoundCall(FUNCTIONS[node.target] if node.function else _find(module, node.target), node.args, dict(node.kwargs))
-    norm = None if node.norm is None else _find(module, node.norm)
-    return BoundConvolution(_find(module, node.conv), norm, node.relu, node.addition, store)
-
-
-def bind(module: nn.Module, graph: Graph, store: Store | None) -> Bound:
-    """The graph with ``module``'s submodules filled in. store: where to keep what is derived from their parameters; None while
-    torch.compile or torch.export traces, where nothing is kept and nothing runs as a whole."""
-    plans = Plans(_MOST_PLANS)
-    nodes = tuple([_bind_node(module, node, store, plans) for node in graph.nodes])
-    inputs = tuple([node.input for node in graph.nodes])
-    block = None if store is None else _block_of(graph, nodes)
-    rest = () if block is None else nodes[block.end :]
-    return Bound(nodes, inputs, _last_reads(graph.nodes), block, rest, plans, store)
-
-
-def _reads(node: Node) -> tuple[int, ...]:
-    addition = node.addition if isinstance(node, Convolution) else None
-    return (node.input,) if addition is None else (node.input, addition.shortcut)
-
-
-def _last_reads(nodes: tuple[Node, ...]) -> tuple[tuple[int, ...], ...]:
-    last = {value: i for i, node in enumerate(nodes) for value in _reads(node)}
-    return tuple([tuple([value for value in last if last[value] == i]) for i in range(len(nodes))])
-
-
-def _block_of(graph: Graph, bound: tuple[BoundNode, ...]) -> WholeBlock | None:
-    """The block with which a graph begins: all up to its last convolution, behind which there are only calls."""
-    end = max([i + 1 for i, node in enumerate(graph.nodes) if isinstance(node, Convolution)], default=0)
-    if not end:
-        return None
-    last = graph.nodes[end - 1]
-    assert isinstance(last, Convolution)
-    number = {id(node): i for i, node in enumerate(graph.nodes)}
-    main = [bound[number[id(node)]] for node in graph.path_to(end)]
-    if cpu is None or not all([isinstance(node, BoundConvolution) for node in main]):
-        return None
-    convolutions: tuple[Any, ...] = tuple(main)
-    if last.addition is None:
-        return WholeBlock("none", convolutions, None, (), end)
-    external = tuple([bound[number[id(node)]] for node in graph.path_to(last.addition.shortcut)])
-    if not external:
-        return WholeBlock("identity", convolutions, None, (), end)
-    if len(external) == 1 and isinstance(external[0], BoundConvolution) and not external[0].relu:
-        return WholeBlock("projection", convolutions, external[0], (), end)
-    return WholeBlock("external", convolutions, None, external, end)
-
-
-def repeat(graph: Bound, x: Tensor) -> Tensor | None:
-    """What the graph gives for a plain tensor ``x``, where its block's last call can be repeated; or None."""
-    store = graph.store
-    ready = None if store is None else store.ready
-    y: Tensor | None = None if ready is None else ready(x)
-    if y is None or not graph.rest:
+def repeat(module: Any, graph: Bound, x: Tensor) -> Tensor | None:
+    """What ``module``'s graph gives for a plain tensor ``x``, where its first part's call is one that can be repeated; or None."""
+    first = graph.parts[0]
+    y = None if first.segment is None else _repeat(graph, first.segment, x)
+    if y is None or len(graph.parts) == 1:
         return y
     held = [y]
     del y
-    return _run_chain(graph.rest, held)
+    return _run_parts(module, graph, 1, held, False)
 
 
-def execute(graph: Bound, x: Tensor, compiling: bool) -> Tensor:
-    """Run a bound graph. ``compiling``: inside torch.compile or torch.export, where nothing may be kept."""
-    block = graph.block
-    if block is not None:
-        held = _execute_whole(graph, block, x)
-        if held:
-            return _run_chain(graph.rest, held)
-    values: list[Any] = [x]
-    joins = block is not None and block.kind == "projection" and backends.of(x).on_gpu
-    for i, node in enumerate(graph.nodes):
-        if joins and block is not None and node is block.projection:
-            held = _joined(block, values[graph.inputs[block.end - 1]], x)
-            if held:
-                values.clear()
-                return _run_chain(graph.rest, held)
-        values.append(_run(node, values[graph.inputs[i]], values, compiling))
-        for number in graph.dead_after[i]:
+def execute(module: Any, graph: Bound, x: Tensor, compiling: bool) -> Tensor:
+    """Run ``module``'s bound graph. ``compiling``: inside torch.compile or torch.export, where nothing may be kept."""
+    return _run_parts(module, graph, 0, [x], compiling)
+
+
+def _run_parts(module: Any, graph: Bound, begin: int, held: list[Tensor], compiling: bool) -> Tensor:
+    """held: the input of part number ``begin``, which is taken away: nobody keeps a value longer than something may read it."""
+    for i, part in enumerate(graph.parts[begin:], begin):
+        segment = part.segment
+        if segment is not None and (i == 0 or graph.holds(module)):
+            # Else a module that was called before, in this call, has changed what the segment stands for.
+            if i and not any(GLOBAL_HOOKS) and type(held[0]) is Tensor:
+                repeated = _repeat(graph, segment, held[0])
+                if repeated is not None:
+                    held[0] = repeated
+                    continue
+            _run_native(graph, segment, held)
+            if len(held) > 1:
+                del held[0]
+                continue
+        held.append(_run_nodes(part, [held.pop()], compiling))
+    return held.pop()
+
+
+def _run_nodes(part: Part, values: list[Any], compiling: bool) -> Tensor:
+    """Node by node. values: the part's input."""
+    joins = part.projection is not None and backends.of(values[0]).on_gpu
+    for i, node in enumerate(part.nodes):
+        if joins and i == part.projection:
+            assert isinstance(node, BoundConvolution)
+            found = _joined(part.nodes[-1], node, values[part.inputs[-1]], values[0])
+            if found is not None:
+                return found
+        values.append(_run(node, values[part.inputs[i]], values, compiling))
+        for number in part.dead_after[i]:
             values[number] = None
     output: Tensor = values[-1]
     return output
-
-
-def _run_chain(nodes: Iterable[BoundNode], held: list[Tensor]) -> Tensor:
-    """What the nodes make, each of the one before. held: the value of the first, which is taken away: nobody keeps it while the others run."""
-    x = held.pop()
-    for node in nodes:
-        x = _run(node, x, [], False)
-    return x
 
 
 def _run(node: BoundNode, x: Tensor, values: list[Any], compiling: bool) -> Tensor:
@@ -200,87 +87,65 @@ def _run(node: BoundNode, x: Tensor, values: list[Any], compiling: bool) -> Tens
     return _residual(node, node.addition, x, values[node.addition.shortcut], compiling)
 
 
-def _joined(block: WholeBlock, h: Tensor, x: Tensor) -> list[Tensor]:
-    """The last convolution and the projection as one kernel on a GPU, in a list as ``_execute_whole``; empty where they have to be two."""
-    last, projection = block.main[-1], block.projection
-    assert projection is not None
-    if _is_live(last.norm) or _is_live(projection.norm) or not _is_projection(projection.conv):
-        return []
-    sources = [t for node in (last, projection) for t in _operand(node).sources]
+def _repeat(graph: Bound, segment: Segment, x: Tensor) -> Tensor | None:
+    """What a segment gives for a plain tensor, where its call is one that can be repeated; or None."""
+    cached: CachedCalls | None = None if graph.store is None else graph.store.cached.get(segment.number)
+    found = None if cached is None else cached.find(x)
+    if found is None:
+        return None
+    return run_cached(found, x, _external(segment, x))
+
+
+def _external(segment: Segment, x: Tensor) -> Tensor | None:
+    """The value ``EXTERNAL``; None where no step reads it."""
+    if not segment.external:
+        return None
+    for node in segment.external:
+        x = _run(node, x, [], False)
+    return x
+
+
+def _run_native(graph: Bound, segment: Segment, held: list[Tensor]) -> None:
+    """Adds the segment's output to the value that it is made of; nothing where it has to go node by node."""
+    x, store = held[0], graph.store
+    if cpu is None or store is None or not nobody_listens(x) or backends.of(x).on_gpu or any(GLOBAL_HOOKS):
+        return
+    if torch.is_grad_enabled() and any([p.requires_grad for node in segment.convolutions[:1] for p in node.conv.parameters(False)]):
+        return  # the rest would only say the same, later
+    # The statistics of a live norm must change once.
+    if any([isinstance(node, BoundConvolution) and node.is_live for node in segment.external]):
+        return
+    if any([node.is_live for node in segment.convolutions]):
+        return
+    cached = CachedCalls(segment)
+    shortcut = _external(segment, x)
+    found = program.run(graph.plans, segment, x, shortcut)
+    if found is None:
+        return
+    if cached.usual and cached.accept(key_of(x), found, external_layout(shortcut), store.cached.get(segment.number)):
+        store.cached[segment.number] = cached
+    held.append(found.output)
+
+
+def _joined(last: BoundNode, projection: BoundConvolution, h: Tensor, x: Tensor) -> Tensor | None:
+    """The last convolution and the projection as one kernel on a GPU; None where they have to be two."""
+    assert isinstance(last, BoundConvolution)
+    if last.is_live or projection.is_live or not _is_projection(projection.conv):
+        return None
+    sources = [t for node in (last, projection) for t in program.operand_of(node).sources]
     if not nobody_listens(h, x, *sources) or h.dtype != x.dtype or h.dtype != last.conv.weight.dtype:
-        return []
+        return None
     operands = [
         (node.conv.weight, node.conv.bias) if node.norm is None else folded(node.conv, node.norm, False, node.store)
         for node in (last, projection)
     ]
     conv = last.conv
     parameters = conv.stride, conv.padding, conv.dilation, conv.groups
-    y = joined(h, operands[0], parameters, x, operands[1], projection.conv.stride, last.relu)
-    return [] if y is None else [y]
+    return joined(h, operands[0], parameters, x, operands[1], projection.conv.stride, last.relu)
 
 
 def _is_projection(conv: nn.Conv2d) -> bool:
     return tuple(conv.kernel_size) == (1, 1) and conv.groups == 1 and conv.padding in (0, (0, 0), "valid") and conv.padding_mode == "zeros"
-
-
-def _execute_whole(graph: Bound, block: WholeBlock, x: Tensor) -> list[Tensor]:
-    """The block's output by one call, in a list from which the caller's caller can take it; empty where the block has to go node by node."""
-    if not nobody_listens(x) or backends.of(x).on_gpu:
-        return []
-    ready = _ready(block, x)
-    inside = [*block.main, *([] if block.projection is None else [block.projection])]
-    if any([_is_live(node.norm) for node in inside]):
-        return []
-    # The statistics of a live norm must change once.
-    if any([isinstance(node, BoundConvolution) and _is_live(node.norm) for node in block.external]):
-        return []
-    operands = [_operand(node) for node in inside]
-    shortcut = _run_chain(block.external, [x]) if block.external else None
-    left_is_main = block.addition is None or block.addition.left == "main"
-    found = whole.run(graph.plans, graph.store, operands, x, shortcut, block.kind, left_is_main)
-    if found is None:
-        return []
-    if ready is not None and ready.accept(found, shortcut):
-        assert graph.store is not None
-        graph.store.ready = ready
-    return [found.output]
-
-
-_CONV_SETTINGS = operator.itemgetter("stride", "padding", "dilation", "groups")
-_NORM_SETTINGS = operator.itemgetter("training", "eps")
-
-
-def _ready(block: WholeBlock, x: Tensor) -> whole.Ready | None:
-    """What will repeat this call; None for tensors that are kept in unusual places."""
-    places: list[tuple[dict[str, Any], str]] = []
-    settings: list[tuple[dict[str, Any], Callable[[Any], Any]]] = []
-    # An external shortcut is made anew each time; of its convolutions it matters only whether a norm is live.
-    settings += [(n.norm.__dict__, _NORM_SETTINGS) for n in block.external if isinstance(n, BoundConvolution) and n.norm is not None]
-    for node in (*block.main, *(() if block.projection is None else (block.projection,))):
-        conv, norm = node.conv, node.norm
-        places += [(conv._parameters, "weight"), (conv._parameters, "bias")]
-        settings.append((conv.__dict__, _CONV_SETTINGS))
-        if norm is not None:
-            places += [(norm._parameters, "weight"), (norm._parameters, "bias")]
-            places += [(norm._buffers, "running_mean"), (norm._buffers, "running_var")]
-            settings.append((norm.__dict__, _NORM_SETTINGS))
-    if any([name not in place for place, name in places]):
-        return None
-    external = block.external
-    return whole.Ready(places, settings, x, (lambda x: _run_chain(external, [x])) if external else None)
-
-
-def _operand(node: BoundConvolution) -> whole.Operand:
-    conv, norm = node.conv, node.norm
-    sources = (conv.weight, conv.bias) if norm is None else sources_of(conv, norm)
-    return whole.Operand(
-        sources, None if norm is None else norm.eps, conv.stride, conv.padding, conv.dilation, conv.groups, node.relu
-    )
-
-
-def _is_live(norm: Any) -> bool:
-    """Whether a normalisation takes its statistics from the batch (``nn.BatchNorm2d.forward``'s own rule)."""
-    return norm is not None and (norm.training or norm.running_mean is None)
 
 
 def _convolution(node: BoundConvolution, x: Tensor, shortcut: Tensor | None, relu: bool, compiling: bool) -> Tensor:
@@ -288,7 +153,7 @@ def _convolution(node: BoundConvolution, x: Tensor, shortcut: Tensor | None, rel
     conv, norm = node.conv, node.norm
     if norm is None:
         weight, bias = conv.weight, conv.bias
-    elif _is_live(norm):
+    elif node.is_live:
         y: Tensor = norm(conv(x))
         return F.relu(y, inplace=True) if relu else y
     else:
@@ -299,7 +164,7 @@ def _convolution(node: BoundConvolution, x: Tensor, shortcut: Tensor | None, rel
 def _residual(node: BoundConvolution, addition: Addition, h: Tensor, shortcut: Tensor, compiling: bool) -> Tensor:
     """A convolution, the addition behind it and the ReLU."""
     left_is_main = addition.left == "main"
-    if _is_live(node.norm):
+    if node.is_live:
         y = _convolution(node, h, None, False, compiling)
         if (
             y.dtype != shortcut.dtype

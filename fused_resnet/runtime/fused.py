@@ -26,7 +26,9 @@ from ..graph.network import NetworkReader
 from ..graph.trace import Refused
 from ..ops.derived import Store
 from ..ops.spec import LEGAL_DTYPES
-from .executor import Bound, bind, execute, repeat
+from .bound import Bound, bind
+from .executor import execute, repeat
+from .inline import inline, may_inline
 
 
 class State:
@@ -56,9 +58,11 @@ class Decision:
     def __init__(self, module: Any, network: bool = False) -> None:
         """Look at ``module`` as a residual block; ``network``: for its stem and calls of its children."""
         cls = type(module)
+        self.network = network
         self.graph: Graph | None = None
         self.refusal: Refused | None = None
         self.bound: Bound | None = None
+        self.inlined: Bound | None = None  # of a network
         facts = Facts(module)
         original = cls.__dict__.get("_fused_original")
         forward = facts.lookup(original or cls, "forward" if original or not isinstance(module, FusedModule) else "_plain_forward")
@@ -74,6 +78,19 @@ class Decision:
     def bind(self, module: Any) -> None:
         if self.graph is not None:
             self.bound = bind(module, self.graph, Store())
+            self.network = self.network and may_inline(self.bound)
+
+    def whole(self, module: Any) -> Bound | None:
+        """The bound graph; of a network, with its blocks as sections of native calls. None where that has to be made anew (``inline``)."""
+        if self.bound is None or not self.network:
+            return self.bound
+        inlined = self.inlined
+        return inlined if inlined is not None and inlined.holds(module) else None
+
+    def inline(self, module: Any) -> Bound:
+        assert self.bound is not None
+        self.inlined = inlined = inline(module, self.bound, _current)
+        return inlined
 
     def holds(self, module: Any) -> bool:
         """Whether nothing has changed since."""
@@ -99,7 +116,7 @@ class FusedModule:
                 _read(self, reads)
                 for reader in state.current.facts.readers:  # type: ignore[union-attr]
                     reader()
-                return execute(bind(self, state.current.graph, None), x, True)  # type: ignore[union-attr, arg-type]
+                return execute(self, bind(self, state.current.graph, None), x, True)  # type: ignore[union-attr, arg-type]
             return self._plain_forward(x)
         current = state.current
         if current is None or not current.holds(self):
@@ -107,14 +124,14 @@ class FusedModule:
                 # It is looked at when a call comes that can run fused: torch.jit.trace would record what is read of its tensors.
                 return self._plain_forward(x)
             current = refresh(self, state)
-        bound = current.bound
-        if bound is not None:
-            if type(x) is Tensor and not any(GLOBAL_HOOKS):
-                y = repeat(bound, x)
+        if current.bound is not None:
+            bound = current.whole(self)
+            if bound is not None and type(x) is Tensor and not any(GLOBAL_HOOKS):
+                y = repeat(self, bound, x)
                 if y is not None:
                     return y
             if not _obstacle(x, state.only_calls):
-                return execute(bound, x, False)
+                return execute(self, bound or current.inline(self), x, False)
         return self._plain_forward(x)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -231,6 +248,13 @@ def refresh(module: Any, state: State) -> Decision:
         why = current.refusal or "it does not begin with a convolution, a batch norm and a ReLU any more"
         warnings.warn(f"{type(module).__name__} runs unfused, as its own forward says: {why}", RuntimeWarning, stacklevel=4)
     return current
+
+
+def _current(module: Any) -> Decision | None:
+    """What holds for a converted block now."""
+    state = module._fused_resnet
+    current = state.current
+    return current if current is not None and current.holds(module) else refresh(module, state)
 
 
 @constant_result

@@ -3,21 +3,50 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import _settings
-from .._compat import GLOBAL_HOOKS, nobody_listens
+from .._compat import GLOBAL_HOOKS, HOOKS, nobody_listens
 from .._extension import cpu
-from ..graph.calls import HOOKS
 from ..ops.spec import LEGAL_DTYPES, address, dtype_name
 
 # Inputs of fewer elements, in contiguous memory and in channels_last: the module's whole call takes less than our checks (bench/pooling.py).
 FEW, FEW_CHANNELS_LAST = 4096, 20480
 
-_SETTINGS = operator.itemgetter("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+SETTINGS = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+_read = operator.itemgetter(*SETTINGS)
+
+
+class Window(NamedTuple):
+    """What steers a pooling. Sizes in pixels: height, width."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    ceil_mode: bool
+
+    def output(self, like: Tensor) -> Tensor | None:
+        """The output's shape and memory format, for an input on the meta device; None where PyTorch refuses it."""
+        try:
+            return torch.max_pool2d(like, self.kernel, self.stride, self.padding, (1, 1), self.ceil_mode)
+        except RuntimeError:
+            return None
+
+
+def window_of(module: nn.MaxPool2d) -> Window | None:
+    """The settings of a plain ``nn.MaxPool2d`` as they are now; None where our kernel is not for them."""
+    assert cpu is not None
+    try:
+        *sizes, ceil_mode, return_indices = _read(module.__dict__)
+    except KeyError:
+        return None
+    kernel, stride, padding, dilation = map(_pair, sizes)
+    if kernel is None or stride is None or padding is None or dilation != (1, 1) or type(ceil_mode) is not bool or return_indices is not False:
+        return None
+    return Window(kernel, stride, padding, ceil_mode) if kernel[0] * kernel[1] <= cpu.MaxPool.MOST_TAPS else None
 
 
 def max_pool(plans: _settings.Plans, module: nn.MaxPool2d, x: Tensor) -> Tensor | None:
@@ -31,17 +60,13 @@ def max_pool(plans: _settings.Plans, module: nn.MaxPool2d, x: Tensor) -> Tensor 
     # What was quiet when the network was looked at may have been changed by a module that ran before in this call.
     if any(GLOBAL_HOOKS) or "forward" in attributes or any([attributes.get(name) for name in HOOKS]):
         return None
-    try:
-        *sizes, ceil_mode, return_indices = _SETTINGS(attributes)
-    except KeyError:
+    window = window_of(module)
+    if window is None:
         return None
-    kernel, stride, padding, dilation = map(_pair, sizes)
-    if kernel is None or stride is None or padding is None or dilation != (1, 1) or type(ceil_mode) is not bool or return_indices is not False:
-        return None
-    key = (kernel, stride, padding, ceil_mode, x.shape, x.stride(), x.dtype, torch.get_num_threads(), _settings.number)
+    key = (window, x.shape, x.stride(), x.dtype, torch.get_num_threads(), _settings.number)
     plan = plans.kept.get(key, _settings.UNKNOWN)
     if plan is _settings.UNKNOWN:
-        plan = plans.make(key, lambda: _plan(kernel, stride, padding, ceil_mode, x))
+        plan = plans.make(key, lambda: _plan(window, x))
     if plan is None:
         return None
     pool, shape, strides = plan
@@ -59,21 +84,17 @@ def _pair(value: Any) -> tuple[int, int] | None:
     return None
 
 
-def _plan(kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], ceil_mode: bool, x: Tensor) -> Any:
+def _plan(window: Window, x: Tensor) -> Any:
     """The pooling, and the output's shape and strides."""
     assert cpu is not None
     if x.dtype not in LEGAL_DTYPES["cpu"] or x.numel() == 0:
         return None
-    try:
-        like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        y = torch.max_pool2d(like, kernel, stride, padding, (1, 1), ceil_mode)
-    except RuntimeError:
+    y = window.output(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"))
+    if y is None:
         return None
     channels = x.stride(1) == 1 and y.stride(1) == 1
     if not channels and not x.stride(3) == y.stride(3) == 1:
         return None
-    if kernel[0] * kernel[1] > cpu.MaxPool.MOST_TAPS:
-        return None
-    threads = torch.get_num_threads()
-    pool = cpu.MaxPool(dtype_name(x.dtype), x.shape, y.shape, kernel, stride, padding, x.stride(), y.stride(), channels, threads)
+    sizes = window[:3]
+    pool = cpu.MaxPool(dtype_name(x.dtype), x.shape, y.shape, *sizes, x.stride(), y.stride(), channels, torch.get_num_threads())
     return pool, y.shape, y.stride()

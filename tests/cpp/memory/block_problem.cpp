@@ -71,6 +71,30 @@ const char* name(Kind kind) {
   }
 }
 
+int add_block(Network& network, const BlockShape& block, int in, int external) {
+  int shortcut = external;
+  if (block.kind == Shortcut::identity) shortcut = in;
+  if (block.kind == Shortcut::projection) shortcut = network.convolution(in, block.projection);
+  int value = in;
+  for (std::size_t i = 0; i < block.main.size(); ++i) {
+    value = network.convolution(value, block.main[i], i + 1 == block.main.size() ? shortcut : Network::kNone);
+  }
+  return value;
+}
+
+Network network_of(const BlockShape& block) {
+  const Layer& last = block.main.back();
+  Network network(block.n);
+  const int x = network.input(block.c, block.h, block.w, block.x);
+  const bool external = block.kind == Shortcut::external;
+  add_block(network, block, x, external ? network.input(last.k, last.p, last.q, block.shortcut) : Network::kNone);
+  return network;
+}
+
+bool is_joined(const BlockShape& block, const Program& program) {
+  return block.kind == Shortcut::projection && program.joined_to(0) == int(block.number(block.main.size() - 1));
+}
+
 BlockProblem block_problem(const Geometry& g, Kind kind, int number) {
   std::mt19937 random(unsigned(number + 1));
   const i64 stride = kind == Kind::identity ? 1 : g.stride, out = kind == Kind::identity ? g.c : g.out;
@@ -104,34 +128,36 @@ BlockProblem block_problem(const Geometry& g, Kind kind, int number) {
     b.weight.push_back(weights(l.k, channels, l.r, l.s, random));
     b.bias.push_back(l.has_bias ? integers(l.k, 2, random) : Values(std::size_t(l.k), 0.0));
   };
-  for (const Layer& l : s.main) add(l, c), c = l.k;
   if (s.kind == Shortcut::projection) add(s.projection, s.c);
+  for (const Layer& l : s.main) add(l, c), c = l.k;
   return b;
 }
 
-Expected expected(const BlockProblem& b, const Block& block, DType dtype) {
+Expected expected(const BlockProblem& b, const Program& program, DType dtype) {
   const BlockShape& s = b.shape;
+  const std::size_t first = s.number(0);  // convolution of the main path
+  const bool is_joined = memory::is_joined(s, program);
   const bool pairs = current_table().dtype[int(dtype)].group > 1;
   // Convolution `index` of `in`, plus bias, plus `shortcut` (may be null); where `joined`, plus the projection.
   const auto apply = [&](std::size_t index, const Intermediate& in, i64 c, i64 h, i64 w, const Intermediate* shortcut, bool joined) {
-    const Layer& l = index < s.main.size() ? s.main[index] : s.projection;
+    const Layer& l = index < first ? s.projection : s.main[index - first];
     const ConvShape shape = conv_shape(l, s.n, c, h, w);
     Values sum(std::size_t(s.n * l.k * l.p * l.q), 0.0), squares = sum;
     convolve(shape, in.values, b.weight[index], sum, squares);
     i64 terms = shape.reduction() + 2;
     if (joined) {
-      convolve(conv_shape(s.projection, s.n, s.c, s.h, s.w), b.x, b.weight.back(), sum, squares);
+      convolve(conv_shape(s.projection, s.n, s.c, s.h, s.w), b.x, b.weight.front(), sum, squares);
       terms += s.c;
     }
     for (std::size_t i = 0; i < sum.size(); ++i) {
       const std::size_t k = i / std::size_t(l.p * l.q) % std::size_t(l.k);
-      const double bias = b.bias[index][k] + (joined ? b.bias.back()[k] : 0), more = shortcut ? shortcut->values[i] : 0;
+      const double bias = b.bias[index][k] + (joined ? b.bias.front()[k] : 0), more = shortcut ? shortcut->values[i] : 0;
       sum[i] += bias + more;
       squares[i] += bias * bias + more * more;
     }
     // F(2x2, 3x3) is exact where its transformed input is: sums of four integers, which as bfloat16 hold 256. Elsewhere everything
     // rounds, and the errors of the operands come on top.
-    const Algorithm algorithm = block.convolution(index)->choice().algorithm;
+    const Algorithm algorithm = program.convolution(index)->choice().algorithm;
     double error = in.error * gain(b.weight[index], l.k) + (shortcut ? shortcut->error : 0);
     const bool exact = error == 0 && (algorithm == Algorithm::direct || (algorithm == Algorithm::winograd2 &&
                                                                          (!pairs || 4 * largest_of(in.values) <= 256)));
@@ -145,11 +171,11 @@ Expected expected(const BlockProblem& b, const Block& block, DType dtype) {
   Intermediate in{b.x, 0}, shortcut;
   if (s.kind == Shortcut::identity) shortcut = in;
   if (s.kind == Shortcut::external) shortcut.values = b.external;
-  if (s.kind == Shortcut::projection && !block.joined()) shortcut = apply(s.main.size(), in, s.c, s.h, s.w, nullptr, false);
+  if (s.kind == Shortcut::projection && !is_joined) shortcut = apply(0, in, s.c, s.h, s.w, nullptr, false);
   i64 c = s.c, h = s.h, w = s.w;
   for (std::size_t i = 0; i < s.main.size(); ++i) {
     const bool last = i + 1 == s.main.size();
-    in = apply(i, in, c, h, w, last && !shortcut.values.empty() ? &shortcut : nullptr, last && block.joined());
+    in = apply(first + i, in, c, h, w, last && !shortcut.values.empty() ? &shortcut : nullptr, last && is_joined);
     c = s.main[i].k, h = s.main[i].p, w = s.main[i].q;
   }
   return {in.values, in.error};

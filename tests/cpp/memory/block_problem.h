@@ -4,15 +4,36 @@
 #include <random>
 #include <vector>
 
-#include "../../../csrc/cpu/block.h"
+#include "../../../csrc/cpu/program.h"
 #include "reference.h"
 
 namespace memory {
 
-using fused_resnet::Block;
-using fused_resnet::BlockShape;
 using fused_resnet::Layer;
-using fused_resnet::Shortcut;
+using fused_resnet::Network;
+using fused_resnet::Program;
+using fused_resnet::Strides;
+
+enum class Shortcut { none, identity, external, projection };
+
+struct BlockShape {
+  i64 n = 0, c = 0, h = 0, w = 0;  // input
+  Strides x, y, shortcut;          // shortcut: of an external one
+  std::vector<Layer> main;
+  Layer projection;
+  Shortcut kind = Shortcut::none;
+
+  // The number of a convolution of the main path in the program; the projection's is 0.
+  std::size_t number(std::size_t layer) const { return layer + (kind == Shortcut::projection); }
+  std::size_t convolutions() const { return number(main.size()); }
+};
+
+// Adds a block of the value `in` to a network; `external`: the value that it adds, if it adds one. Returns its output.
+int add_block(Network& network, const BlockShape& block, int in, int external);
+// The block by itself: its input is the first, an external shortcut the second.
+Network network_of(const BlockShape& block);
+// Whether the projection is a part of the last convolution.
+bool is_joined(const BlockShape& block, const Program& program);
 
 // The kinds of shortcut; a projection is a part of the last product, or a convolution of its own.
 enum class Kind { none, identity, external, projection, joined };
@@ -30,7 +51,7 @@ struct Geometry {
 struct BlockProblem {
   BlockShape shape;  // without strides
   Values x, external;
-  std::vector<Values> weight, bias;  // of the main path's layers, then the projection's
+  std::vector<Values> weight, bias;  // in the order of the program's convolutions
 };
 
 // `number`: which layers have a bias, and whether the block ends with a ReLU.
@@ -41,6 +62,6 @@ struct Expected {
   Values y;
   double bound = 0;
 };
-Expected expected(const BlockProblem& problem, const Block& block, DType dtype);
+Expected expected(const BlockProblem& problem, const Program& program, DType dtype);
 
 }  // namespace memory

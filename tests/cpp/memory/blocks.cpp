@@ -1,6 +1,4 @@
-// Whole residual blocks.
-#include "../../../csrc/cpu/block.h"
-
+// Whole residual blocks, each a program of one section.
 #include <memory>
 #include <set>
 #include <string>
@@ -25,7 +23,7 @@ struct Variant {
 };
 
 // How the images are dealt out.
-std::string schedule(const Block& block, const BlockShape& shape) {
+std::string schedule(const Program& block, const BlockShape& shape) {
   const std::string text = block.describe();
   if (text.rfind("depth first, ", 0) != 0) return "layer by layer, ";
   const i64 images = std::stol(text.substr(13));
@@ -47,33 +45,41 @@ void run_case(const BlockProblem& g, Kind kind, DType dtype, const Request& want
   x.set(g.x), external.set(problem.external);
   s.x = x.strides(), s.y = y.strides(), s.shortcut = external.strides();
 
-  const Block block(s, dtype, v.threads, wanted);
-  expect(block.joined() == (kind == Kind::joined), "the projection is joined where it can be");
+  const Program block(network_of(s), s.y, dtype, v.threads, wanted);
+  const bool joins = is_joined(s, block);
+  expect(joins == (kind == Kind::joined), "the projection is joined where it can be");
   const std::string hit = std::string(current_table().isa) + ", " + schedule(block, s);
   hits.insert(hit + (block.threads() > 1 ? "several threads, " : "one thread, ") + name(kind));
 
   // Packed weights and biases; a joined projection's are in the last layer's.
   std::vector<std::unique_ptr<Tensor>> biases;
   std::vector<std::unique_ptr<Guarded>> packed;
-  BlockOperands operands;
-  operands.x = x.data();
-  if (s.kind == Shortcut::external) operands.shortcut = external.data();
+  const void* const inputs[] = {x.data(), external.data()};
+  std::vector<const void*> packed_weights, bias;
+  const std::size_t first = s.number(0), last_number = s.convolutions() - 1;
+  const auto layer_of = [&](std::size_t i) -> const Layer& { return i < first ? s.projection : s.main[i - first]; };
   const auto weight_of = [&](std::size_t i) {
-    const Layer& l = i < s.main.size() ? s.main[i] : s.projection;
-    const i64 c = i == 0 || i == s.main.size() ? s.c : s.main[i - 1].k;
+    const Layer& l = layer_of(i);
+    const i64 c = i <= first ? s.c : s.main[i - first - 1].k;
     auto made = std::make_unique<Tensor>(dtype, l.k, c, l.r, l.s, layout(v.weight, c, l.r, l.s));
     made->set(g.weight[i]);
     return made;
   };
   for (std::size_t i = 0; i < block.convolutions(); ++i) {
+    if (block.convolution(i) == nullptr) {
+      expect(joins && i == 0, "a convolution without a kernel is a joined projection");
+      packed_weights.push_back(nullptr);
+      bias.push_back(nullptr);
+      continue;
+    }
     const Convolution& convolution = *block.convolution(i);
     hits.insert(std::string(current_table().isa) + ", " + algorithm + " " + std::to_string(int(convolution.choice().algorithm)));
     if (convolution.phases() > 1) {
       const bool depth_first = hit.find("depth first") != std::string::npos;
       hits.insert(std::string(current_table().isa) + ", two phases, " + (depth_first ? "depth first" : "layer by layer"));
     }
-    const bool with_projection = block.joined() && i + 1 == s.main.size();
-    const auto weight = weight_of(i), joined = weight_of(with_projection ? s.main.size() : i);
+    const bool with_projection = joins && i == last_number;
+    const auto weight = weight_of(i), joined = weight_of(with_projection ? 0 : i);
     packed.push_back(std::make_unique<Guarded>(convolution.packed_bytes()));
     packed.back()->fill(0xff);
     const WeightView joined_view{joined->data(), joined->strides()};
@@ -81,14 +87,15 @@ void run_case(const BlockProblem& g, Kind kind, DType dtype, const Request& want
     expect(convolution.pack(view, with_projection ? joined_view : WeightView{}, packed.back()->get()), "the transformed weight is finite");
     expect(weight->intact() && joined->intact(), "guard bytes of the weight after packing");
     Values sum = g.bias[i];
-    for (std::size_t k = 0; with_projection && k < sum.size(); ++k) sum[k] += g.bias.back()[k];
-    const Layer& l = i < s.main.size() ? s.main[i] : s.projection;
+    for (std::size_t k = 0; with_projection && k < sum.size(); ++k) sum[k] += g.bias.front()[k];
+    const Layer& l = layer_of(i);
     const bool has_bias = l.has_bias || (with_projection && s.projection.has_bias);
     biases.push_back(std::make_unique<Tensor>(dtype, l.k, 1, 1, 1, Strides{1, 0, 0, 0}));
     if (has_bias) biases.back()->set(sum);
-    operands.weight.push_back(packed.back()->get());
-    operands.bias.push_back(has_bias ? biases.back()->data() : nullptr);
+    packed_weights.push_back(packed.back()->get());
+    bias.push_back(has_bias ? biases.back()->data() : nullptr);
   }
+  ProgramOperands operands{inputs, packed_weights.data(), bias.data(), nullptr};
   const auto intact = [&] {
     bool ok = x.intact() && external.intact() && y.intact() && by_run.intact();
     for (const auto& p : packed) ok = ok && p->intact();

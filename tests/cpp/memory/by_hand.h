@@ -63,18 +63,17 @@ bool by_hand(const Work& work, const Operands& operands) {
   return finite && shared->intact() && std::all_of(mine.begin(), mine.end(), [](const auto& m) { return m->intact(); });
 }
 
-// work.run(operands) with a workspace of exactly the size that it asks for, full of NaN. A workspace is kept from call to call in
-// the thread that calls: one as large as the largest so far would hide from AddressSanitizer that a run leaves it, and one that a
-// run before has filled would hide that a value is never written. So each run has a thread of its own. Returns what the run does.
+// work.run(operands) with a workspace of exactly the size that it asks for, full of NaN. Workspaces are kept from call to call: one as
+// large as the largest so far would hide from AddressSanitizer that a run leaves it, and one that a run before has filled would hide
+// that a value is never written. Returns what the run does.
 template <class Work, class Operands>
 bool run_afresh(const Work& work, const Operands& operands) {
-  bool finite = false;
-  std::thread([&] {
-    fused_resnet::Workspace kept(work.workspace_bytes());
-    if (work.workspace_bytes() > 0) std::memset(kept.data(), 0xff, std::size_t(work.workspace_bytes()));
-    finite = work.run(operands);
-  }).join();
-  return finite;
+  fused_resnet::Workspace::release();
+  {
+    const fused_resnet::Workspace next(work.workspace_bytes());
+    if (work.workspace_bytes() > 0) std::memset(next.data(), 0xff, std::size_t(work.workspace_bytes()));
+  }
+  return work.run(operands);
 }
 
 }  // namespace memory

@@ -6,6 +6,7 @@ namespace memory {
 void convolutions();  // direct ones, also with a joined convolution
 void winograd();
 void blocks();
+void programs();  // of several sections
 void passes();
 void pooling();
 void arithmetic();  // sizes and indices, without running a kernel

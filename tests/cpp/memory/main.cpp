@@ -24,6 +24,7 @@ int main(int arguments, char** argument) {
   const int winograd = shared.of_several;
   memory::blocks();
   const int blocks = shared.of_several - winograd;
+  memory::programs();
   memory::passes();
   memory::pooling();
   memory::arithmetic();

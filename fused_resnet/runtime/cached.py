@@ -1,0 +1,154 @@
+"""Calls of a segment that are repeated, in a few microseconds, as long as nothing has changed that they depend on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _settings, zero_pad
+from .._compat import is_in_memory, is_quiet, nobody_listens
+from .._extension import cpu
+from ..graph.facts import ABSENT, ITEM, LOOKUP, MISSING, Row
+from ..ops import derived
+from ..ops.derived import Source
+from ..ops.spec import address
+from ..zero_pad import ZeroPadShortcut
+from . import pooling
+from .bound import BoundConvolution, BoundLinear, BoundMaxPool, BoundZeroPad, Segment
+from .program import Call, Result
+
+_MOST = 8  # layouts in turn whose calls are kept: beyond, the oldest is made again
+_CONV_SETTINGS = ("stride", "padding", "dilation", "groups")
+_NORM_SETTINGS = ("training", "eps")
+
+Key = tuple[Any, ...]
+External = tuple[Any, ...] | None  # the layout of an external shortcut
+
+
+def external_layout(t: Tensor | None) -> External:
+    return None if t is None else (t.shape, t.stride(), t.dtype)
+
+
+class CachedCalls:
+    """The calls of one segment, by the layout of the input, and the state of the world that they belong to: the modules' settings, and
+    the tensors that the packed weights were derived from.
+
+    ``calls`` belongs to ``watch``, ``guard`` and ``facts``: it is only added to what was made in that state. A module's store holds it.
+    """
+
+    def __init__(self, segment: Segment) -> None:
+        """To be made before the call that is to be repeated, so that a change meanwhile is seen; ``accept`` is for after it."""
+        self.calls: dict[Key, tuple[Call, External]] = {}
+        self.places: list[tuple[dict[str, Any], str]] = []
+        self.rows: list[Row] = []
+        self.usual = True  # the tensors are kept where modules keep them
+        for step in segment.steps:
+            if isinstance(step.node, BoundMaxPool):
+                self._read(step.node.module.__dict__, pooling.SETTINGS)
+            elif isinstance(step.node, BoundZeroPad):
+                for module in [call.function for call in step.node.calls if isinstance(call.function, ZeroPadShortcut)]:
+                    self._read(module.__dict__, (*zero_pad.SETTINGS, "forward"))
+                    self.rows.append((LOOKUP, type(module), "forward", ZeroPadShortcut.forward))
+            elif isinstance(step.node, BoundLinear):
+                self.places += [(step.node.module._parameters, "weight"), (step.node.module._parameters, "bias")]
+            elif isinstance(step.node, BoundConvolution):
+                self._read_convolution(step.node, True)
+        # An external shortcut is made anew each time; of its convolutions it matters only whether a norm is live.
+        for node in segment.external:
+            if isinstance(node, BoundConvolution):
+                self._read_convolution(node, False)
+        self.usual = all([name in place for place, name in self.places])
+        self.tensors = [place.get(name) for place, name in self.places]
+        self.environment = _settings.number, derived.generation
+
+    def _read(self, place: dict[str, Any], names: tuple[str, ...]) -> None:
+        self.rows += [(ITEM if name in place else ABSENT, place, name, place.get(name, MISSING)) for name in names]
+
+    def _read_convolution(self, node: BoundConvolution, with_tensors: bool) -> None:
+        conv, norm = node.conv, node.norm
+        if with_tensors:
+            self._read(conv.__dict__, _CONV_SETTINGS)
+            self.places += [(conv._parameters, "weight"), (conv._parameters, "bias")]
+        if norm is not None:
+            self._read(norm.__dict__, _NORM_SETTINGS)
+            if with_tensors:
+                self.places += [(norm._parameters, "weight"), (norm._parameters, "bias")]
+                self.places += [(norm._buffers, "running_mean"), (norm._buffers, "running_var")]
+
+    def accept(self, key: Key, result: Result, external: External, before: CachedCalls | None) -> bool:
+        """Whether the call can be repeated: a change of every tensor that it depends on would be seen. before: calls of other layouts, which
+        are taken over where nothing has changed since.
+
+        What the tensors are compared with is what the values were derived from, not what the tensors are now: another thread may have
+        replaced one meanwhile, and put it back.
+        """
+        assert cpu is not None
+        sources: dict[int, Source] = {}
+        for entry in result.entries:
+            if not entry.watched:
+                return False
+            sources.update({id(source.strong): source for source in entry.sources if source is not None})
+        seen = [None if t is None else sources.get(id(t)) for t in self.tensors]
+        if any([t is not None and (source is None or source.state[0] < 0) for t, source in zip(self.tensors, seen, strict=True)]):
+            return False
+        self.states = [None if source is None else source.state for source in seen]
+        watched = [
+            (place, name, t, *((0, 0, (), (), None) if state is None else state))
+            for (place, name), t, state in zip(self.places, self.tensors, self.states, strict=True)
+        ]
+        self.watched = watched  # alive: the native passes compare with these objects, and the guard reads the sources' memory
+        self.sources = seen
+        self.watch = cpu.Watch(watched, Tensor)
+        self.facts = cpu.Facts(self.rows, MISSING)
+        self.guard = cpu.Guard([source.guard for source in seen if source is not None])
+        if before is not None and self._is_same_world(before):
+            kept = [*before.calls.items()][1 - _MOST :]
+            self.calls.update({k: call for k, call in kept if k != key})
+        self.calls[key] = result.call, external
+        return True
+
+    def _is_same_world(self, other: CachedCalls) -> bool:
+        return (
+            self.environment == other.environment
+            and self.states == other.states
+            and all([a is b for a, b in zip(self.tensors, other.tensors, strict=True)])
+            and self.facts.first_broken({}) < 0
+            and other.facts.first_broken({}) < 0
+            and self.guard.holds()
+            and other.guard.holds()
+        )
+
+    def find(self, x: Tensor) -> tuple[Call, External] | None:
+        """The call for ``x``, a plain tensor outside of torch.compile; None where there is none or something has changed."""
+        if (_settings.number, derived.generation) != self.environment or not is_quiet():  # before anything is read of x: torch.jit.trace
+            return None  # would record that
+        try:
+            if not x.is_cpu or not is_in_memory(x):
+                return None
+            found = self.calls.get(key_of(x))
+        except RuntimeError:  # sparse and nested tensors have no strides
+            return None
+        if found is None:
+            return None
+        grad = torch.is_grad_enabled()
+        if grad and x.requires_grad:
+            return None
+        if self.facts.first_broken({}) >= 0 or self.watch.first_changed(grad) >= 0 or not self.guard.holds():
+            return None
+        return found
+
+
+def key_of(x: Tensor) -> Key:
+    return x.shape, x.stride(), x.dtype, torch.get_num_threads()
+
+
+def run_cached(found: tuple[Call, External], x: Tensor, shortcut: Tensor | None) -> Tensor | None:
+    """What ``CachedCalls.find`` found, with the external shortcut that was made of ``x``; None where that is another than it was."""
+    call, external = found
+    if external is None:
+        return call(x)
+    if shortcut is None or external_layout(shortcut) != external or not nobody_listens(shortcut):
+        return None
+    return call(x, address(shortcut, "shortcut"))

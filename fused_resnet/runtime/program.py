@@ -1,0 +1,310 @@
+"""A segment as one native call (``csrc/cpu/program.h``): no gradient wanted, running statistics, every layer for our kernels.
+
+``run`` gives None for everything else, which is then for ``executor.py``, node by node: the same function, and the same errors.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _settings
+from .._compat import nobody_listens
+from .._extension import cpu
+from ..ops.derived import Entry, Store, find
+from ..ops.select import why_general_on_cpu, why_not_in_program
+from ..ops.spec import SUSPICIOUS, ConvSpec, address, check_operands, dtype_name, geometry_of_call, spec_of
+from ..zero_pad import ZeroPad
+from .bound import (
+    EXTERNAL,
+    INPUT,
+    STEPS,
+    BoundConvolution,
+    BoundFlatten,
+    BoundLinear,
+    BoundMaxPool,
+    BoundMeanPool,
+    BoundZeroPad,
+    Segment,
+    Step,
+)
+from .fold import library_fold, sources_of
+from .pooling import Window, window_of
+
+
+class Operand(NamedTuple):
+    """A convolution: the tensors that its weight and bias come from, what steers it, and where what is derived of them is kept."""
+
+    sources: tuple[Tensor | None, ...]  # weight, bias; with a normalisation also its weight, bias, running mean and variance
+    eps: float | None  # None: no normalisation
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: int
+    relu: bool
+    place: int
+    store: Callable[[], Store | None]  # weak: what a store keeps refers to operands
+
+    def key(self) -> tuple[Any, ...]:
+        weight = self.sources[0]
+        assert weight is not None
+        return weight.stride(), weight.dtype, *[None if t is None else t.shape for t in self.sources], *self[1:7]
+
+
+def operand_of(node: BoundConvolution | BoundLinear) -> Operand:
+    """A linear layer is a convolution of a map of one pixel."""
+    store: Any = (lambda: None) if node.store is None else weakref.ref(node.store)
+    if isinstance(node, BoundLinear):
+        return Operand((node.module.weight, node.module.bias), None, 1, 0, 1, 1, False, node.place, store)
+    conv, norm = node.conv, node.norm
+    sources = (conv.weight, conv.bias) if norm is None else sources_of(conv, norm)
+    eps = None if norm is None else norm.eps
+    return Operand(sources, eps, conv.stride, conv.padding, conv.dilation, conv.groups, node.relu, node.place, store)
+
+
+def _folded(sources: Sequence[Tensor | None], eps: float | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a layer from its ``sources``."""
+    if eps is None:
+        weight, bias = sources
+        assert weight is not None
+        return weight, None if bias is None else bias.contiguous()
+    return library_fold(*sources, eps)  # type: ignore[arg-type, call-arg]
+
+
+class Packed(NamedTuple):
+    """What the kernels read: the addresses, and the tensors that keep them alive. No buffer: see ``Convolution::pack``."""
+
+    weight: int
+    bias: int
+    buffer: Tensor | None
+    bias_tensor: Tensor | None
+
+
+Packer = Callable[[Sequence[Operand]], Entry]
+
+
+class Result(NamedTuple):
+    """A segment's output, what repeats the call, and what was derived from parameters for it."""
+
+    output: Tensor
+    call: Call
+    entries: list[Entry]
+
+
+def run(plans: _settings.Plans, segment: Segment, x: Tensor, external: Tensor | None) -> Result | None:
+    """The output of a segment without live normalisations, or None where it has to go node by node. external: the value ``EXTERNAL``, where
+    a step reads it."""
+    operands = [operand_of(node) for node in segment.layers]
+    if not nobody_listens(x, external, *[t for operand in operands for t in operand.sources]):
+        return None
+    others: list[Any] = [
+        window_of(step.node.module) if isinstance(step.node, BoundMaxPool) else step.node.now()
+        for step in segment.steps
+        if isinstance(step.node, (BoundMaxPool, BoundZeroPad))
+    ]
+    if None in others:
+        return None
+    key = (
+        x.shape,
+        x.stride(),
+        x.dtype,
+        segment.number,
+        None if external is None else (external.shape, external.stride(), external.dtype),
+        tuple([operand.key() for operand in operands]),
+        tuple(others),
+        torch.get_num_threads(),
+        _settings.number,
+    )
+    plan = plans.kept.get(key, _settings.UNKNOWN)
+    if plan is _settings.UNKNOWN:
+        plan = plans.make(key, lambda: _plan(segment, operands, others, x, external))
+    if plan is None:
+        return None
+    found: Plan = plan
+    entries = [pack(operands) for pack in found.packers]
+    call = Call(found, operands, [entry.value for entry in entries])
+    return Result(call(x, 0 if external is None else address(external, "shortcut")), call, entries)
+
+
+class Plan:
+    """Of a segment, for one layout of what it reads."""
+
+    def __init__(self, network: Any, convolutions: int, x: Tensor, output: Tensor) -> None:
+        """network: what the compiled module makes programs of. x, output: without memory."""
+        assert cpu is not None
+        self.shape, self.strides = output.shape, output.stride()  # of four axes, or of two behind a head
+        # Then there is less to parse.
+        self.as_input = torch.empty_like(x).stride() == self.strides and x.shape == self.shape
+        arguments = network, _four(self.strides), dtype_name(x.dtype), torch.get_num_threads()
+        strict = _settings.current.numerics == "strict"
+
+        def make(algorithm: str) -> tuple[Any, list[Packer]]:
+            assert cpu is not None
+            program = cpu.Program(*arguments, algorithm, strict)
+            return program, [_packer(program, i) for i in range(convolutions)]
+
+        self.program, self.packers = make(_settings.current.algorithm)
+        self.direct = functools.cache(lambda: make("direct"))  # for where a value on the way is not finite
+
+    def empty(self, x: Tensor) -> Tensor:
+        return torch.empty_like(x) if self.as_input else x.new_empty_strided(self.shape, self.strides)
+
+
+class Call:
+    """A plan with packed weights: repeats a call for an input of the same layout, and the address of the external shortcut."""
+
+    def __init__(self, plan: Plan, operands: Sequence[Operand], packed: Sequence[Packed]) -> None:
+        assert cpu is not None
+        self.plan, self.operands = plan, operands
+        self.packed = packed  # alive: the addresses are theirs, whatever a store drops meanwhile
+        self.of_use = all([p.buffer is not None or p is JOINED for p in packed])  # else only direct convolution is right with these weights
+        self.weights = cpu.Weights([p.weight for p in packed], [p.bias for p in packed])
+
+    def __call__(self, x: Tensor, external: int = 0) -> Tensor:
+        at = x.data_ptr()
+        if at < SUSPICIOUS:
+            check_operands(x)
+        output = self.plan.empty(x)
+        if not self.of_use or not self.plan.program.run(self.weights, at, external, output.data_ptr()):
+            assert cpu is not None
+            program, packers = self.plan.direct()
+            packed = [pack(self.operands).value for pack in packers]
+            program.run(cpu.Weights([p.weight for p in packed], [p.bias for p in packed]), at, external, output.data_ptr())
+        return output
+
+
+def _four(numbers: Sequence[int]) -> tuple[int, ...]:
+    """Of a matrix, shape or strides as of a map of one pixel."""
+    return (*numbers, 1, 1)[:4]
+
+
+def _like(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
+def _spec(operand: Operand, h: Tensor, alone: bool) -> ConvSpec | None:
+    """A convolution of the value ``h``; None if it is not for our kernels. alone: nothing that reads or makes it is in the program."""
+    weight, bias = (None if t is None else _like(t) for t in operand.sources[:2])
+    assert weight is not None
+    try:
+        geometry = geometry_of_call(weight, operand.stride, operand.padding, operand.dilation, operand.groups)
+        spec = spec_of(h, weight, bias, None, geometry, operand.relu)
+    except (TypeError, ValueError):
+        return None  # node by node, it raises the same error
+    return None if (why_general_on_cpu(spec) if alone else why_not_in_program(spec)) else spec
+
+
+def _plan(segment: Segment, operands: Sequence[Operand], others: Sequence[Any], x: Tensor, external: Tensor | None) -> Plan | None:
+    assert cpu is not None
+    network = cpu.Network(x.shape[0] if x.dim() == 4 else 0)
+    # Each value as PyTorch would lay it out, and its number in the program.
+    values: dict[int, Tensor] = {INPUT: _like(x)}
+    if external is not None:
+        values[EXTERNAL] = _like(external)
+    if any([value.dim() != 4 for value in values.values()]):
+        return None
+    numbers = {value: network.input(*like.shape[1:], like.stride()) for value, like in values.items()}
+    remaining, remaining_others = iter(operands), iter(others)
+    # In one section, each convolution is what it would be by itself; in a network what is between them is ours.
+    alone = not any([step.begins for step in segment.steps[1:]])
+    y: Tensor | None = None
+    for number, step in enumerate(segment.steps, STEPS):
+        h = values[step.value]
+        if step.begins:
+            network.section()
+        if isinstance(step.node, BoundMaxPool):
+            window: Window = next(remaining_others)
+            y = window.output(h)
+            if y is None or (step.value == INPUT and h.stride(1) != 1) or (step is segment.steps[-1] and y.stride(1) != 1):
+                return None
+            numbers[number] = network.max_pool(numbers[step.value], y.shape[2:], *window[:3])
+        elif isinstance(step.node, BoundZeroPad):
+            pad: ZeroPad = next(remaining_others)
+            y = pad.output(h)
+            numbers[number] = network.zero_pad(numbers[step.value], y.shape[1], pad.before, *pad.stride)
+        elif isinstance(step.node, BoundMeanPool):
+            y = torch.nn.functional.adaptive_avg_pool2d(h, 1)
+            numbers[number] = network.mean_pool(numbers[step.value])
+        elif isinstance(step.node, BoundFlatten):
+            y = torch.flatten(h, 1)
+            numbers[number] = numbers[step.value]
+        elif isinstance(step.node, BoundLinear):
+            operand = next(remaining)
+            weight, bias = operand.sources
+            assert weight is not None
+            if weight.shape[1:] != h.shape[1:] or weight.dtype != h.dtype or (bias is not None and not _is_bias(bias, weight)):
+                return None
+            y = torch.empty((h.shape[0], weight.shape[0]), dtype=h.dtype, device="meta")
+            described = _four(weight.shape), (1, 1), (1, 1), (0, 0), (1, 1), bias is not None, False
+            numbers[number] = network.convolution(numbers[step.value], -1, *described)
+        else:
+            operand = next(remaining)
+            spec = _spec(operand, h, alone)
+            if spec is None:
+                return None
+            y = torch.empty_strided(*spec.output, dtype=x.dtype, device="meta")
+            if step.shortcut is not None and not _adds(step, y, values[step.shortcut]):
+                return None
+            shortcut = -1 if step.shortcut is None else numbers[step.shortcut]
+            numbers[number] = network.convolution(numbers[step.value], shortcut, *_described(operand, spec))
+        values[number] = y
+    assert y is not None
+    return Plan(network, len(operands), values[INPUT], y)
+
+
+def _is_bias(bias: Tensor, weight: Tensor) -> bool:
+    return bias.shape == weight.shape[:1] and bias.dtype == weight.dtype
+
+
+def _adds(step: Step, y: Tensor, added: Tensor) -> bool:
+    """Whether the sum is what PyTorch's would be: it has the left operand's dtype and memory format, and ours is the convolution's."""
+    assert isinstance(step.node, BoundConvolution)
+    return added.shape == y.shape and added.dtype == y.dtype and (step.node.main_is_left or added.stride() == y.stride())
+
+
+def _described(operand: Operand, spec: ConvSpec) -> tuple[Any, ...]:
+    """As the compiled module takes a network's convolution."""
+    stride, padding, dilation, _ = spec.geometry
+    has_bias = operand.eps is not None or spec.bias is not None
+    return spec.weight.shape, spec.output.shape[2:], stride, (padding.top, padding.left), dilation, has_bias, spec.relu
+
+
+JOINED = Packed(0, 0, None, None)  # of a projection: its weight is in another convolution's
+
+
+def _packer(program: Any, index: int) -> Packer:
+    """The packed weight and the bias of one of the program's convolutions, kept until a source changes."""
+    if program.joined_to(index) >= 0:
+        return lambda operands: Entry((), JOINED, None, True)
+    kernel = program.convolution(index)
+    size, pack, packing = kernel.packed_bytes, kernel.pack, kernel.packing
+    projection = next((i for i in range(program.convolutions) if program.joined_to(i) == index), None)
+
+    def packed(operands: Sequence[Operand]) -> Entry:
+        operand = operands[index]
+        sources, eps = operand.sources, operand.eps
+        other = None if projection is None else operands[projection]
+        if other is not None:
+            sources = (*sources, *other.sources)
+
+        def make(*held: Tensor | None) -> Packed:
+            weight, bias = _folded(held[: len(operand.sources)], eps)
+            more: tuple[Any, ...] = ()
+            if other is not None:
+                other_weight, other_bias = _folded(held[len(operand.sources) :], other.eps)
+                more = other_weight.data_ptr(), other_weight.stride()
+                bias = other_bias if bias is None else bias if other_bias is None else bias + other_bias
+            buffer = torch.empty(size, dtype=torch.uint8)
+            if not pack(weight.data_ptr(), _four(weight.stride()), buffer.data_ptr(), *more):
+                return Packed(0, 0, None, None)
+            return Packed(buffer.data_ptr(), 0 if bias is None else bias.data_ptr(), buffer, bias)
+
+        tag = (operand.place, "packed", packing, None if other is None else other.place, eps, other and other.eps)
+        return find(tag, sources, make, operand.store())
+
+    return packed
