@@ -63,6 +63,7 @@ class ZeroPad(NamedTuple):
 SETTINGS = ("stride", "before", "after")  # of a ZeroPadShortcut
 _FORWARD = ZeroPadShortcut.forward
 _ALL = slice(None)
+PAD = F.pad  # as it is when this package is imported
 
 
 def zero_pad_of(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> ZeroPad | None:
@@ -71,7 +72,7 @@ def zero_pad_of(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[
     if type(function) is ZeroPadShortcut and not args and not kwargs:
         attributes = function.__dict__
         stride, before, after = [attributes.get(name) for name in SETTINGS]
-        if ZeroPadShortcut.forward is not _FORWARD or "forward" in attributes:
+        if ZeroPadShortcut.forward is not _FORWARD or F.pad is not PAD or "forward" in attributes:
             return None
         return _checked(stride, stride, before, after)
     if function is operator.getitem and len(args) == 1 and not kwargs:

@@ -685,3 +685,49 @@ def test_cifar_networks_are_one_call(shortcut: str, depth: int) -> None:
     with torch.no_grad():
         model(torch.randn(1, 3, 32, 32))
     assert native(model) == [["conv1", "layer1", "layer2", "layer3", *HEAD]]
+
+
+class Doubled(fnn.BasicBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+def test_a_block_with_a_forward_of_its_own_is_called(x: Tensor) -> None:
+    model = make()
+    block = randomise(Doubled(16, 16)).eval()
+    model.layer1[1] = block
+    fuse_(model)
+    with torch.no_grad():
+        model(x)
+    assert native(model) == [["layer2", "layer3", *HEAD]]
+
+
+def test_a_patched_sequential_is_heard(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, converted = pair(x)
+    before = nn.Sequential.forward
+    monkeypatch.setattr(nn.Sequential, "forward", lambda self, input: before(self, input) * 1.5)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of blocks whose projections it changes
+        assert_same(converted, original, x)
+
+
+@pytest.mark.parametrize("where", ["attribute", "parameters"])
+def test_a_head_whose_weight_is_elsewhere(where: str, x: Tensor) -> None:
+    original, converted = pair(x)
+    other = nn.Linear(32, 10)
+    for model in (original, converted):
+        if where == "attribute":
+            object.__setattr__(model.fc, "weight", other.weight.detach())
+        else:
+            model.fc.__dict__.update(copy.deepcopy(other).__dict__)
+    with torch.no_grad():
+        torch.testing.assert_close(converted(x), original(x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_head_of_no_outputs(x: Tensor) -> None:
+    _, converted = pair(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        converted.fc = nn.Linear(32, 0)
+    with torch.no_grad():
+        assert converted(x).shape == (2, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _settings, zero_pad
@@ -50,6 +51,7 @@ class CachedCalls:
             elif isinstance(step.node, BoundZeroPad):
                 for module in [call.function for call in step.node.calls if isinstance(call.function, ZeroPadShortcut)]:
                     self._read(module.__dict__, (*zero_pad.SETTINGS, "forward"))
+                    self.rows.append((ITEM, F.__dict__, "pad", zero_pad.PAD))
                     self.rows.append((LOOKUP, type(module), "forward", ZeroPadShortcut.forward))
             elif isinstance(step.node, BoundLinear):
                 self.places += [(step.node.module._parameters, "weight"), (step.node.module._parameters, "bias")]

@@ -250,8 +250,13 @@ def refresh(module: Any, state: State) -> Decision:
     return current
 
 
+_NONE: Any = (lambda: None).__code__
+
+
 def _current(module: Any) -> Decision | None:
-    """What holds for a converted block now."""
+    """What holds for a converted block now; None where its class has another forward than ours."""
+    if getattr(type(module).forward, "__code__", _NONE).co_code != FusedModule.forward.__code__.co_code:
+        return None
     state = module._fused_resnet
     current = state.current
     return current if current is not None and current.holds(module) else refresh(module, state)

@@ -16,7 +16,7 @@ from torch import nn
 from .._extension import cpu
 from ..graph.calls import check_quiet
 from ..graph.facts import MISSING, Facts
-from ..graph.objects import computes_as_ever
+from ..graph.objects import ORIGINAL, computes_as_ever
 from ..graph.trace import Refused
 from ..ops.derived import Store
 from .bound import (
@@ -122,6 +122,11 @@ class _Looking:
         if isinstance(before, (BoundFlatten, BoundLinear)):
             if not self._is_plain(node, nn.Linear):
                 return None
+            attributes: Any = function.__dict__  # type: ignore[union-attr]
+            self.facts.item(attributes, "_parameters")
+            places = [attributes, self.facts.item(attributes, "_buffers")]
+            if any([self.facts.item(place, name) is not MISSING for place in places for name in ("weight", "bias")]):
+                return None
             self._linears += 1
             assert isinstance(function, nn.Linear)
             return BoundLinear(function, -self._linears, self._store)
@@ -141,7 +146,7 @@ class _Looking:
         return all([type(value) in (int, tuple) and value in values for value, values in found]) and computes_as_ever(self.facts, base, base)
 
     def _look_into(self, module: Any) -> list[Segment] | None:
-        if id(module) in self._open:
+        if module is None or id(module) in self._open:
             return None
         self._open.add(id(module))
         try:
@@ -158,13 +163,14 @@ class _Looking:
     def _is_sequence(self, module: nn.Module) -> bool:
         cls = type(module)
         names = ("forward", "__iter__")
-        return issubclass(cls, nn.Sequential) and all([self.facts.lookup(cls, name) is nn.Sequential.__dict__[name] for name in names])
+        return issubclass(cls, nn.Sequential) and all([self.facts.lookup(cls, name) is ORIGINAL[nn.Sequential][name] for name in names])
 
     def _block(self, module: Any) -> list[Segment] | None:
         """A converted block's own segment, where it is all that the block does."""
         state = self.facts.item(module.__dict__, "_fused_resnet")
         if state is MISSING:
             return None
+        self.facts.lookup(type(module), "forward")  # ``decide`` asks whether it is ours
         decision = self._decide(module)
         if decision is None:
             return None

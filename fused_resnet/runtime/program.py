@@ -122,7 +122,7 @@ def run(plans: _settings.Plans, segment: Segment, x: Tensor, external: Tensor | 
     )
     plan = plans.kept.get(key, _settings.UNKNOWN)
     if plan is _settings.UNKNOWN:
-        plan = plans.make(key, lambda: _plan(segment, operands, others, x, external))
+        plan = plans.make(key, lambda: _plan_if_any(segment, operands, others, x, external))
     if plan is None:
         return None
     found: Plan = plan
@@ -197,6 +197,13 @@ def _spec(operand: Operand, h: Tensor, alone: bool) -> ConvSpec | None:
     except (TypeError, ValueError):
         return None  # node by node, it raises the same error
     return None if (why_general_on_cpu(spec) if alone else why_not_in_program(spec)) else spec
+
+
+def _plan_if_any(*arguments: Any) -> Plan | None:
+    try:
+        return _plan(*arguments)
+    except (ValueError, OverflowError):  # sizes that no program can have: node by node, PyTorch says what it says
+        return None
 
 
 def _plan(segment: Segment, operands: Sequence[Operand], others: Sequence[Any], x: Tensor, external: Tensor | None) -> Plan | None:
