@@ -1,5 +1,5 @@
-// The compiled module: the only file that knows Python, beside facts.cpp. Shapes, strides and pointers come in as integers; the Python side has
-// checked the tensors that they belong to. The GIL is released while a kernel runs.
+// The compiled module: the only file that knows Python, beside facts.cpp and watch.cpp. Shapes, strides and pointers come in as integers; the
+// Python side has checked the tensors that they belong to. The GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -119,15 +119,16 @@ std::unique_ptr<fr::Watch> watch(
   // Kept for good: interned names, and methods of a class that is never gone.
   static const fr::TensorQuestions ask = [&tensor] {
     const auto method = [&tensor](const char* name) { return py::object(tensor.attr(name)).release().ptr(); };
-    return fr::TensorQuestions{method("data_ptr"), method("stride"), method("numel"), method("is_contiguous"),
-                               PyUnicode_InternFromString("_version"), PyUnicode_InternFromString("shape"),
-                               PyUnicode_InternFromString("dtype"), PyUnicode_InternFromString("requires_grad")};
+    return fr::TensorQuestions{method("data_ptr"),
+                               method("stride"),
+                               PyUnicode_InternFromString("_version"),
+                               PyUnicode_InternFromString("shape"),
+                               PyUnicode_InternFromString("dtype"),
+                               PyUnicode_InternFromString("requires_grad")};
   }();
   std::vector<fr::Watch::Row> all;
   for (const auto& [place, name, t, version, address, shape, strides, dtype] : rows) {
-    const bool is_vector = !t.is_none() && py::len(shape) == 1;
-    all.push_back({place.ptr(), name.ptr(), t.ptr(), version, address, shape.ptr(), strides.ptr(), dtype.ptr(), is_vector,
-                   is_vector ? shape.attr("__getitem__")(0).cast<Py_ssize_t>() : 0});
+    all.push_back({place.ptr(), name.ptr(), t.ptr(), version, address, shape.ptr(), strides.ptr(), dtype.ptr()});
   }
   return std::make_unique<fr::Watch>(std::move(all), ask);
 }

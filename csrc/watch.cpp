@@ -28,15 +28,9 @@ bool Watch::holds(const Row& row, bool grad) const {
   if (t == Py_None) return true;
   if (Answer(PyObject_GetAttr(t, ask_.version)).number() != row.version) return false;
   if (Answer(PyObject_CallOneArg(ask_.data_ptr, t)).address() != row.address) return false;
-  if (row.is_vector) {
-    if (Answer(PyObject_CallOneArg(ask_.numel, t)).number() != row.length) return false;
-    if (Answer(PyObject_CallOneArg(ask_.is_contiguous, t)).get() != Py_True) return false;
-  } else {
-    if (!Answer(PyObject_GetAttr(t, ask_.shape)).equals(row.shape) || !Answer(PyObject_CallOneArg(ask_.stride, t)).equals(row.strides)) {
-      return false;
-    }
-    if (Answer(PyObject_GetAttr(t, ask_.dtype)).get() != row.dtype) return false;
-  }
+  if (!Answer(PyObject_GetAttr(t, ask_.shape)).equals(row.shape)) return false;
+  if (!Answer(PyObject_CallOneArg(ask_.stride, t)).equals(row.strides)) return false;
+  if (Answer(PyObject_GetAttr(t, ask_.dtype)).get() != row.dtype) return false;
   return !grad || Answer(PyObject_GetAttr(t, ask_.requires_grad)).get() == Py_False;
 }
 

@@ -8,10 +8,10 @@
 
 namespace fused_resnet {
 
-// What PyTorch documents of a tensor, and no layout of its objects: the functions and the names by which a tensor is asked.
+// How a tensor is asked: by methods and attributes, and no layout of its object is known here.
 struct TensorQuestions {
-  PyObject *data_ptr, *stride, *numel, *is_contiguous;          // methods of torch.Tensor
-  PyObject *version, *shape, *dtype, *requires_grad;            // names of attributes
+  PyObject *data_ptr, *stride;                        // methods of torch.Tensor
+  PyObject *version, *shape, *dtype, *requires_grad;  // names of attributes
 };
 
 // Borrows every object: whoever makes a Watch holds the rows that the objects came from for as long. The caller holds the GIL, and nobody
@@ -23,9 +23,7 @@ class Watch {
     PyObject* tensor;        // None: there is none
     long version;
     std::uintptr_t address;
-    PyObject *shape, *strides, *dtype;  // of a vector the length alone is asked, and that it is contiguous
-    bool is_vector;
-    Py_ssize_t length;
+    PyObject *shape, *strides, *dtype;
   };
 
   Watch(std::vector<Row> rows, const TensorQuestions& ask) : rows_(std::move(rows)), ask_(ask) {}

@@ -96,7 +96,7 @@ def _checked(stride_h: Any, stride_w: Any, before: Any, after: Any) -> ZeroPad |
     return ZeroPad((stride_h, stride_w), before, after)
 
 
-def in_a_row(steps: Sequence[ZeroPad | None]) -> ZeroPad | None:
+def combined(steps: Sequence[ZeroPad | None]) -> ZeroPad | None:
     """Several, one after the other, as one; None where one of them is not known, and of none."""
     together = ZeroPad()
     for step in steps:

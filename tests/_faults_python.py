@@ -36,7 +36,7 @@ FAULTS = (
     Fault(
         "a pruned weight goes unseen in a repeated block",
         ("csrc/watch.cpp",),
-        "!Answer(PyObject_GetAttr(t, ask_.shape)).equals(row.shape) || ",
+        "  if (!Answer(PyObject_GetAttr(t, ask_.shape)).equals(row.shape)) return false;\n",
         "",
         ("tests/test_sequences.py::test_what_alone_is_cut_is_an_error_as_in_pytorch",),
     ),
@@ -80,7 +80,7 @@ FAULTS = (
         ("fused_resnet/runtime/executor.py",),
         "    held = [y]\n    del y\n",
         "    held = [y]\n",
-        ("tests/test_network.py::test_a_value_is_given_back_when_nothing_reads_it_any_more",),
+        ("tests/test_network_memory.py::test_a_value_is_given_back_when_nothing_reads_it_any_more",),
     ),
     Fault(
         "a network looks through a child that somebody listens to",
@@ -101,7 +101,7 @@ FAULTS = (
         ("fused_resnet/runtime/inline.py",),
         '        self.facts.item(state.__dict__, "current")\n',
         "",
-        ("tests/test_network.py::test_a_decision_that_is_made_anew",),
+        ("tests/test_network_memory.py::test_a_decision_that_is_made_anew",),
     ),
     Fault(
         "what a child does during the call goes unseen by the parts behind it",
@@ -115,14 +115,14 @@ FAULTS = (
         ("fused_resnet/runtime/cached.py",),
         "before is not None and self._is_same_world(before)",
         "before is not None",
-        ("tests/test_network.py::test_shapes_and_weights_in_turn",),
+        ("tests/test_network_memory.py::test_shapes_and_weights_in_turn",),
     ),
     Fault(
         "a network and what it keeps refer to each other",
         ("fused_resnet/runtime/inline.py",),
-        "    return bound._replace(parts=parts, facts=facts)\n",
-        "    facts.looking = looking  # type: ignore[attr-defined]\n    return bound._replace(parts=parts, facts=facts)\n",
-        ("tests/test_network.py::test_a_deleted_network_gives_everything_back",),
+        "    return bound._replace(parts=parts, facts=facts, cached=bound.store.cached)\n",
+        "    facts.looking = looking\n    return bound._replace(parts=parts, facts=facts, cached=bound.store.cached)\n",
+        ("tests/test_network_memory.py::test_a_deleted_network_gives_everything_back",),
     ),
     Fault(
         "a pooling's settings go unseen in a repeated native call",
@@ -130,6 +130,27 @@ FAULTS = (
         "                self._read(step.node.module.__dict__, pooling.SETTINGS)\n",
         "                pass\n",
         ("tests/test_stem.py::test_a_change_between_calls_is_seen",),
+    ),
+    Fault(
+        "a block's own forward is not looked at",
+        ("fused_resnet/runtime/fused.py",),
+        '    if getattr(type(module).forward, "__code__", _NONE).co_code != FusedModule.forward.__code__.co_code:\n        return None\n',
+        "",
+        ("tests/test_network.py::test_a_block_with_a_forward_of_its_own_is_called",),
+    ),
+    Fault(
+        "a patched Sequential goes unheard",
+        ("fused_resnet/runtime/inline.py",),
+        "is ORIGINAL[nn.Sequential][name] for",
+        "is nn.Sequential.__dict__[name] for",
+        ("tests/test_network.py::test_a_patched_sequential_is_heard",),
+    ),
+    Fault(
+        "a vector of another dtype at the same address goes unseen",
+        ("csrc/watch.cpp",),
+        "  if (Answer(PyObject_GetAttr(t, ask_.dtype)).get() != row.dtype) return false;\n",
+        "",
+        ("tests/test_network.py::test_the_same_memory_in_another_shape",),
     ),
     Fault(
         "a head's weight goes unseen in a repeated call",

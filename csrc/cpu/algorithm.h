@@ -30,8 +30,8 @@ Choice choose_algorithm(const ConvShape& shape, const DTypeKernels& kernels, con
 // this one's caches.
 double serial_macs(const DTypeKernels& kernels);
 
-// Whether there is so much of the weight, and so little else, that reading it is what takes the time: then two threads read at twice the rate,
-// however few multiply-adds there are.
+// Whether there is so much of the weight that reading it alone is worth two threads, which read at twice the rate, however few
+// multiply-adds there are.
 bool streams_weights(const ConvShape& shape, const DTypeKernels& kernels);
 
 // Winograd: runs of tiles, times ranges of panels of output channels. Either one phase, whose tasks each transform the input of

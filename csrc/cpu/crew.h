@@ -39,7 +39,7 @@ class Crew {
     }
   }
 
-  // After all have returned. False: as of Step::run_task; then the later phases were left out.
+  // After all have returned. False: as of Step::run_task; then nothing was begun behind the next meeting.
   bool finite() const { return finite_.load(std::memory_order_relaxed); }
 
  private:

@@ -32,7 +32,6 @@ class Network {
   int input(i64 channels, i64 h, i64 w, const Strides& strides);
   int convolution(int in, const Layer& layer, int shortcut = kNone);
   int max_pool(int in, const PoolShape& window);  // its kernel, stride, padding and output alone
-
   int mean_pool(int in);
   int zero_pad(int in, i64 channels, i64 before, i64 stride_h, i64 stride_w);
 

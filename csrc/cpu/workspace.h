@@ -30,8 +30,9 @@ class Workspace {
   Workspace& operator=(const Workspace&) = delete;
   char* data() const { return memory_.data; }
 
-  // Frees what is kept.
+  // Frees what is kept; bytes of it.
   static void release() { pool().release(); }
+  static i64 kept() { return pool().bytes(); }
 
  private:
   struct Memory {
@@ -80,6 +81,10 @@ class Workspace {
       for (const Memory& memory : kept_) std::free(memory.data);
       kept_.clear();
       bytes_ = 0;
+    }
+    i64 bytes() {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      return bytes_;
     }
     Pool() { kept_.reserve(kMostPieces); }
 

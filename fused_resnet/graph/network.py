@@ -1,8 +1,8 @@
 """Recognises a network by what its own ``forward`` does: the stem (a convolution, batch norm and ReLU) if it has one, then one call after
 another.
 
-What follows the stem stays as it is: the children are called one after the other, as the network's forward does, so that hooks, modes
-and replaced modules behave as ever. Only a max pooling to which nobody listens is a node of its own.
+In the graph, what follows the stem stays as it is: calls of the children one after the other, as in the network's forward. Only a max pooling
+to which nobody listens is a node of its own. Which children are looked through, and for how long, is ``runtime.inline``'s.
 """
 
 from __future__ import annotations

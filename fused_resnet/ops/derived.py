@@ -335,9 +335,10 @@ def training_captured(t: Tensor) -> None:
 
 
 def clear() -> None:
-    """Forget everything that is derived from tensors; each value is made again when it is next needed. Scratch memory that no call uses now is
-    freed as well. CUDA graphs that were captured with
-    frozen parameters must be captured again, not replayed: the memory that they read is given back."""
+    """Forget everything that is derived from tensors; each value is made again when it is next needed. Scratch memory is freed as well.
+
+    CUDA graphs that were captured with frozen parameters must be captured again, not replayed: the memory that they read is given back.
+    """
     global generation
     generation += 1  # what is being made meanwhile is not kept
     for reference in [*_stores.values()]:

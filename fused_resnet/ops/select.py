@@ -49,8 +49,8 @@ def why_general_on_cpu(spec: ConvSpec) -> list[str]:
 
 def why_not_in_program(spec: ConvSpec) -> list[str]:
     """The same inside a native program of several sections. A stem is ours there: what the library saves on its convolution, another pass
-    over the largest map of the network and its way into the program's memory format cost again, and more. A contiguous value is not
-    there: all that lies between the sections is channels_last."""
+    over the largest map of the network and its way into the program's memory format cost again, and more. What is said of contiguous maps does
+    not count: whatever the user's format, all that lies between the sections is channels_last."""
     outputs, channels = spec.weight.shape[0], spec.input.shape[1]
     why = why_groups(spec.geometry.groups)
     if spec.weight.shape[2] * spec.weight.shape[3] > 1 and max(channels, outputs) <= _FEW_CHANNELS and not why:

@@ -15,7 +15,7 @@ from .._settings import Plans
 from ..graph.facts import Checked
 from ..graph.ir import FUNCTIONS, Addition, Call, Convolution, Graph, MaxPool, Node
 from ..ops.derived import Store
-from ..zero_pad import ZeroPad, in_a_row, zero_pad_of
+from ..zero_pad import ZeroPad, combined, zero_pad_of
 
 _MOST_PLANS = 64  # of one module: beyond, start over
 
@@ -58,7 +58,7 @@ class BoundZeroPad(NamedTuple):
 
     def now(self) -> ZeroPad | None:
         """What they do as they are now; None where that is something else."""
-        return in_a_row([zero_pad_of(*call) for call in self.calls])
+        return combined([zero_pad_of(*call) for call in self.calls])
 
 
 class BoundMeanPool(NamedTuple):
@@ -139,12 +139,14 @@ class Part(NamedTuple):
 class Bound(NamedTuple):
     """The parts of a module's graph, one after the other, and what is kept for them.
 
-    facts: what the parts were made on besides the graph (``inline.inline``); None: nothing.
+    facts: what the parts were made on besides the graph (``inline.inline``); None: nothing. cached: the calls that can be repeated
+    (``cached.CachedCalls``), by the number of the segment; of its own for each that is made, so that what a superseded one adds dies with it.
     """
 
     parts: tuple[Part, ...]
     plans: Plans
     store: Store | None  # None while compiling
+    cached: dict[int, Any]
     facts: Checked | None = None
 
     def holds(self, module: Any) -> bool:
@@ -165,9 +167,11 @@ def bind(module: nn.Module, graph: Graph, store: Store | None) -> Bound:
     first = None if store is None else _block_of(graph, nodes)
     if first is None:
         reads = [(node.input, *_added(node)) for node in graph.nodes]
-        return Bound((Part(nodes, tuple([node.input for node in graph.nodes]), _last_reads(reads)),), plans, store)
+        all_of_it = Part(nodes, tuple([node.input for node in graph.nodes]), _last_reads(reads))
+        return Bound((all_of_it,), plans, store, {} if store is None else store.cached)
+    assert store is not None
     end = len(first.nodes)
-    return Bound((first, *([chain(nodes[end:])] if nodes[end:] else [])), plans, store)
+    return Bound((first, *([chain(nodes[end:])] if nodes[end:] else [])), plans, store, store.cached)
 
 
 def chain(nodes: Sequence[BoundNode], native: Segment | None = None) -> Part:

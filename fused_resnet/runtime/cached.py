@@ -124,8 +124,9 @@ class CachedCalls:
 
     def find(self, x: Tensor) -> tuple[Call, External] | None:
         """The call for ``x``, a plain tensor outside of torch.compile; None where there is none or something has changed."""
-        if (_settings.number, derived.generation) != self.environment or not is_quiet():  # before anything is read of x: torch.jit.trace
-            return None  # would record that
+        # Before anything is read of x, which torch.jit.trace would record.
+        if (_settings.number, derived.generation) != self.environment or not is_quiet():
+            return None
         try:
             if not x.is_cpu or not is_in_memory(x):
                 return None

@@ -43,19 +43,17 @@ def execute(module: Any, graph: Bound, x: Tensor, compiling: bool) -> Tensor:
 def _run_parts(module: Any, graph: Bound, begin: int, held: list[Tensor], compiling: bool) -> Tensor:
     """held: the input of part number ``begin``, which is taken away: nobody keeps a value longer than something may read it."""
     for i, part in enumerate(graph.parts[begin:], begin):
-        segment = part.segment
-        if segment is not None and (i == 0 or graph.holds(module)):
-            # Else a module that was called before, in this call, has changed what the segment stands for.
-            if i and not any(GLOBAL_HOOKS) and type(held[0]) is Tensor:
-                repeated = _repeat(graph, segment, held[0])
-                if repeated is not None:
-                    held[0] = repeated
-                    continue
-            _run_native(graph, segment, held)
-            if len(held) > 1:
-                del held[0]
-                continue
-        held.append(_run_nodes(part, [held.pop()], compiling))
+        native = None
+        # A module that was called before, in this call, may have changed what a segment stands for.
+        if part.segment is not None and (i == 0 or graph.holds(module)) and not any(GLOBAL_HOOKS):
+            if i and type(held[0]) is Tensor:
+                native = _repeat(graph, part.segment, held[0])
+            if native is None:
+                native = _run_native(graph, part.segment, held[0])
+        if native is None:
+            native = _run_nodes(part, [held.pop()], compiling)
+        held[:] = [native]
+        del native
     return held.pop()
 
 
@@ -89,7 +87,7 @@ def _run(node: BoundNode, x: Tensor, values: list[Any], compiling: bool) -> Tens
 
 def _repeat(graph: Bound, segment: Segment, x: Tensor) -> Tensor | None:
     """What a segment gives for a plain tensor, where its call is one that can be repeated; or None."""
-    cached: CachedCalls | None = None if graph.store is None else graph.store.cached.get(segment.number)
+    cached: CachedCalls | None = graph.cached.get(segment.number)
     found = None if cached is None else cached.find(x)
     if found is None:
         return None
@@ -105,26 +103,25 @@ def _external(segment: Segment, x: Tensor) -> Tensor | None:
     return x
 
 
-def _run_native(graph: Bound, segment: Segment, held: list[Tensor]) -> None:
-    """Adds the segment's output to the value that it is made of; nothing where it has to go node by node."""
-    x, store = held[0], graph.store
-    if cpu is None or store is None or not nobody_listens(x) or backends.of(x).on_gpu or any(GLOBAL_HOOKS):
-        return
+def _run_native(graph: Bound, segment: Segment, x: Tensor) -> Tensor | None:
+    """The segment's output; None where it has to go node by node."""
+    store = graph.store
+    if cpu is None or store is None or not nobody_listens(x) or backends.of(x).on_gpu:
+        return None
     if torch.is_grad_enabled() and any([p.requires_grad for node in segment.convolutions[:1] for p in node.conv.parameters(False)]):
-        return  # the rest would only say the same, later
-    # The statistics of a live norm must change once.
-    if any([isinstance(node, BoundConvolution) and node.is_live for node in segment.external]):
-        return
-    if any([node.is_live for node in segment.convolutions]):
-        return
-    cached = CachedCalls(segment)
+        return None  # the rest would only say the same, later
+    # Also those of an external shortcut, for the statistics of a live norm must change once.
+    external = [node for node in segment.external if isinstance(node, BoundConvolution)]
+    if any([node.is_live for node in (*segment.convolutions, *external)]):
+        return None
+    key, cached = key_of(x), CachedCalls(segment)
     shortcut = _external(segment, x)
     found = program.run(graph.plans, segment, x, shortcut)
     if found is None:
-        return
-    if cached.usual and cached.accept(key_of(x), found, external_layout(shortcut), store.cached.get(segment.number)):
-        store.cached[segment.number] = cached
-    held.append(found.output)
+        return None
+    if cached.usual and cached.accept(key, found, external_layout(shortcut), graph.cached.get(segment.number)):
+        graph.cached[segment.number] = cached
+    return found.output
 
 
 def _joined(last: BoundNode, projection: BoundConvolution, h: Tensor, x: Tensor) -> Tensor | None:

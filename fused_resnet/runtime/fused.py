@@ -8,6 +8,7 @@ at again, and if it cannot run fused any more it runs as its author wrote it and
 from __future__ import annotations
 
 import abc
+import sys
 import types
 import warnings
 import weakref
@@ -34,8 +35,8 @@ from .inline import inline, may_inline
 class State:
     """What a fused module keeps in its ``__dict__``. A copy or a pickle of it holds no decision: the copy is looked at when it is called.
 
-    only_calls: of a network without a convolution of its own: what its children are given need not be images, and nothing is lost where its
-    own forward runs but the kernel of a pooling.
+    only_calls: of a network without a convolution of its own: what its children are given need not be images, and its own forward runs
+    without a warning, for its blocks stay fused by themselves.
     """
 
     def __init__(self, only_calls: bool = False) -> None:
@@ -237,6 +238,15 @@ def _forward_like(forward: Callable[..., Any]) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
+def _stacklevel() -> int:
+    """For a warning of the caller: the first frame outside of this package and of PyTorch's way of calling a module."""
+    frame: types.FrameType | None = sys._getframe(1)
+    level = 1
+    while frame is not None and str(frame.f_globals.get("__name__")).startswith(("fused_resnet.", "torch.nn.modules.")):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 def refresh(module: Any, state: State) -> Decision:
     """Look at the module again: find its graph, or keep the reason why it runs as its author wrote it."""
     current = Decision(module, type(module)._fused_network)
@@ -246,7 +256,7 @@ def refresh(module: Any, state: State) -> Decision:
     if had_convolutions and not state.warned and (current.graph is None or state.only_calls):
         state.warned = True
         why = current.refusal or "it does not begin with a convolution, a batch norm and a ReLU any more"
-        warnings.warn(f"{type(module).__name__} runs unfused, as its own forward says: {why}", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"{type(module).__name__} runs unfused, as its own forward says: {why}", RuntimeWarning, stacklevel=_stacklevel())
     return current
 
 
@@ -318,5 +328,5 @@ def _obstacle(x: Any, only_calls: bool) -> bool:
         reason = f"its input is a {type(x).__name__}"
     if not only_calls and reason not in _warned:
         _warned.add(reason)
-        warnings.warn(f"a fused block ran as its own forward says: {reason}", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"a fused block ran as its own forward says: {reason}", RuntimeWarning, stacklevel=_stacklevel())
     return True

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .._extension import cpu
 from ..graph.calls import check_quiet
-from ..graph.facts import MISSING, Facts
+from ..graph.facts import MISSING, Facts, lookup
 from ..graph.objects import ORIGINAL, computes_as_ever
 from ..graph.trace import Refused
 from ..ops.derived import Store
@@ -38,6 +38,7 @@ from .bound import (
     segment,
 )
 
+_FLATTEN = lookup(Tensor, "flatten")  # as it is when this package is imported
 Decide = Callable[[Any], Any]  # of a converted block: the decision (``fused.Decision``) that holds for it now
 
 
@@ -50,8 +51,8 @@ def inline(module: nn.Module, bound: Bound, decide: Decide) -> Bound:
     for decision, owner in looking.decisions:
         facts.include(decision.facts, owner)
     assert bound.store is not None
-    bound.store.cached.clear()  # of the segments before
-    return bound._replace(parts=parts, facts=facts)
+    bound.store.cached = {}  # the calls of the segments before go with them
+    return bound._replace(parts=parts, facts=facts, cached=bound.store.cached)
 
 
 class _Looking:
@@ -73,16 +74,16 @@ class _Looking:
 
         def end_native() -> None:
             ours = [*native]
+            poolings: list[BoundNode] = []
             native.clear()
             while ours and isinstance(ours[-1][0], BoundMaxPool):  # an output as PyTorch lays it out: for the kernel by itself
-                native.append(ours.pop())
+                poolings.insert(0, ours.pop()[0])
             if sum([len(found) for _, found in ours]) > 1 and any([isinstance(node, BoundCall) for node, _ in ours]):
                 end_called()
-                parts.append(chain([node for node, _ in ours], in_a_row([s for _, found in ours for s in found])))
+                parts.append(chain([node for node, _ in ours], concatenated([s for _, found in ours for s in found])))
             else:
                 called.extend([node for node, _ in ours])
-            called.extend([node for node, _ in native[::-1]])
-            native.clear()
+            called.extend(poolings)
 
         def end_called() -> None:
             if called:
@@ -118,7 +119,8 @@ class _Looking:
         function, args = node.function, node.args
         if isinstance(before, BoundMeanPool):
             by_function = function is torch.flatten and args == (1,) and not node.kwargs
-            return BoundFlatten() if by_function or self._is_plain(node, nn.Flatten, start_dim=(1,), end_dim=(-1,)) else None
+            by_module = self._is_plain(node, nn.Flatten, start_dim=(1,), end_dim=(-1,)) and self.facts.lookup(Tensor, "flatten") is _FLATTEN
+            return BoundFlatten() if by_function or by_module else None
         if isinstance(before, (BoundFlatten, BoundLinear)):
             if not self._is_plain(node, nn.Linear):
                 return None
@@ -177,12 +179,14 @@ class _Looking:
         self.facts.item(state.__dict__, "current")
         self.decisions.append((decision, module.__dict__))
         bound = decision.bound
-        if bound is None or len(bound.parts) != 1 or bound.parts[0].segment is None or bound.parts[0].segment.external:
+        found = None if bound is None or len(bound.parts) != 1 else bound.parts[0].segment
+        if found is None or found.external:
             return None
-        return [bound.parts[0].segment]
+        # Groups are the library's: asked here, for a network's plan would be refused at each call.
+        return [found] if all([self.facts.item(node.conv.__dict__, "groups") == 1 for node in found.convolutions]) else None
 
 
-def in_a_row(segments: Sequence[Segment]) -> Segment:
+def concatenated(segments: Sequence[Segment]) -> Segment:
     """Several segments as one, each of the output of the one before."""
     steps: list[Step] = []
     for each in segments:

@@ -38,7 +38,8 @@ from .pooling import Window, window_of
 
 
 class Operand(NamedTuple):
-    """A convolution: the tensors that its weight and bias come from, what steers it, and where what is derived of them is kept."""
+    """A convolution or a linear layer: the tensors that its weight and bias come from, what steers it, and where what is derived of them is
+    kept."""
 
     sources: tuple[Tensor | None, ...]  # weight, bias; with a normalisation also its weight, bias, running mean and variance
     eps: float | None  # None: no normalisation
@@ -122,7 +123,7 @@ def run(plans: _settings.Plans, segment: Segment, x: Tensor, external: Tensor | 
     )
     plan = plans.kept.get(key, _settings.UNKNOWN)
     if plan is _settings.UNKNOWN:
-        plan = plans.make(key, lambda: _plan_if_any(segment, operands, others, x, external))
+        plan = plans.make(key, lambda: _plan(segment, operands, others, x, external))
     if plan is None:
         return None
     found: Plan = plan
@@ -199,13 +200,6 @@ def _spec(operand: Operand, h: Tensor, alone: bool) -> ConvSpec | None:
     return None if (why_general_on_cpu(spec) if alone else why_not_in_program(spec)) else spec
 
 
-def _plan_if_any(*arguments: Any) -> Plan | None:
-    try:
-        return _plan(*arguments)
-    except (ValueError, OverflowError):  # sizes that no program can have: node by node, PyTorch says what it says
-        return None
-
-
 def _plan(segment: Segment, operands: Sequence[Operand], others: Sequence[Any], x: Tensor, external: Tensor | None) -> Plan | None:
     assert cpu is not None
     network = cpu.Network(x.shape[0] if x.dim() == 4 else 0)
@@ -227,7 +221,7 @@ def _plan(segment: Segment, operands: Sequence[Operand], others: Sequence[Any], 
         if isinstance(step.node, BoundMaxPool):
             window: Window = next(remaining_others)
             y = window.output(h)
-            if y is None or (step.value == INPUT and h.stride(1) != 1) or (step is segment.steps[-1] and y.stride(1) != 1):
+            if y is None:
                 return None
             numbers[number] = network.max_pool(numbers[step.value], y.shape[2:], *window[:3])
         elif isinstance(step.node, BoundZeroPad):
@@ -244,7 +238,7 @@ def _plan(segment: Segment, operands: Sequence[Operand], others: Sequence[Any], 
             operand = next(remaining)
             weight, bias = operand.sources
             assert weight is not None
-            if weight.shape[1:] != h.shape[1:] or weight.dtype != h.dtype or (bias is not None and not _is_bias(bias, weight)):
+            if not _is_linear(h, weight, bias):
                 return None
             y = torch.empty((h.shape[0], weight.shape[0]), dtype=h.dtype, device="meta")
             described = _four(weight.shape), (1, 1), (1, 1), (0, 0), (1, 1), bias is not None, False
@@ -264,8 +258,10 @@ def _plan(segment: Segment, operands: Sequence[Operand], others: Sequence[Any], 
     return Plan(network, len(operands), values[INPUT], y)
 
 
-def _is_bias(bias: Tensor, weight: Tensor) -> bool:
-    return bias.shape == weight.shape[:1] and bias.dtype == weight.dtype
+def _is_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether ``F.linear`` takes them, and there is something to compute."""
+    fits = weight.shape[1:] == h.shape[1:] and weight.dtype == h.dtype and weight.shape[0] > 0
+    return fits and (bias is None or (bias.shape == weight.shape[:1] and bias.dtype == weight.dtype))
 
 
 def _adds(step: Step, y: Tensor, added: Tensor) -> bool:

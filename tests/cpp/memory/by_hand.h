@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "../../../csrc/cpu/crew.h"
 #include "../../../csrc/cpu/workspace.h"
 #include "check.h"
 #include "guarded.h"
@@ -61,6 +62,26 @@ bool by_hand(const Work& work, const Operands& operands) {
     for (std::thread& thread : others) thread.join();
   }
   return finite && shared->intact() && std::all_of(mine.begin(), mine.end(), [](const auto& m) { return m->intact(); });
+}
+
+// All phases by a crew of real threads, with its own meetings between them: ThreadSanitizer sees those. Otherwise as by_hand.
+template <class Work, class Operands>
+bool by_crew(const Work& work, const Operands& operands) {
+  constexpr int threads = 3;
+  std::vector<std::unique_ptr<Guarded>> memory;
+  for (int t = 0; t <= threads; ++t) {
+    memory.push_back(std::make_unique<Guarded>(t == threads ? work.shared_bytes() : work.thread_bytes()));
+    memory.back()->fill(0xff);
+  }
+  fused_resnet::Crew crew;
+  const auto member = [&](int number) {
+    crew.work(work, operands, number, threads, memory[threads]->get(), memory[std::size_t(number)]->get());
+  };
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; ++t) others.emplace_back(member, t);
+  member(0);
+  for (std::thread& thread : others) thread.join();
+  return crew.finite() && std::all_of(memory.begin(), memory.end(), [](const auto& m) { return m->intact(); });
 }
 
 // work.run(operands) with a workspace of exactly the size that it asks for, full of NaN. Workspaces are kept from call to call: one as

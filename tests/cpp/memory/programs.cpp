@@ -1,8 +1,11 @@
 // Programs of several sections: a stem, a pooling and residual blocks as one call must give, bit for bit, what each section gives as a
 // program of its own, from tensors between them that are not the program's.
+#include <atomic>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <stdexcept>
+#include <thread>
 
 #include "block_problem.h"
 #include "by_hand.h"
@@ -218,6 +221,9 @@ void run_case(const Pieces& made, DType dtype, i64 n, Size input, bool channels_
   expect(by_hand(program, operands), "guard bytes of the workspaces, and finite");
   expect(intact(), "guard bytes after the tasks by hand");
   expect(y.same_bits(by_run), "the same bits in any order of tasks");
+  y.poison();
+  expect(by_crew(program, operands), "guard bytes of a crew's workspaces, and finite");
+  expect(intact() && y.same_bits(by_run), "the same bits from a crew of another size");
 }
 
 // A zero-padded shortcut by itself, against its definition.
@@ -298,6 +304,51 @@ void zero_pads() {
   }
 }
 
+std::atomic<bool> shared_workspace{false};
+void expect_of_thread(bool ok) {
+  if (!ok) shared_workspace = true;
+}
+
+// Workspaces: two at a time are two, one that is given back is taken again where it is large enough, and no more is kept than there may be.
+void workspaces() {
+  describe("workspaces");
+  Workspace::release();
+  char *small, *large;
+  {
+    const Workspace a(1000), b(5000);
+    small = a.data(), large = b.data();
+    expect(small != large && reinterpret_cast<std::uintptr_t>(small) % 64 == 0, "two, aligned");
+    std::memset(small, 1, 1000), std::memset(large, 1, 5000);
+  }
+  {
+    const Workspace a(900), b(900);
+    expect(a.data() == small && b.data() == large, "the smallest that is large enough");
+  }
+  {
+    const Workspace a(6000);
+    std::memset(a.data(), 1, 6000);
+    const Workspace b(1000);
+    expect(b.data() == small, "where none is large enough, the largest made room");
+  }
+  { const Workspace none(0); }
+  Workspace::release();
+  { const Workspace all(Workspace::kKept), more(64); }
+  expect(Workspace::kept() == 64, "what would be too much is freed");
+  Workspace::release();
+  expect(Workspace::kept() == 0, "nothing is kept after a release");
+  const auto use = [](int number) {
+    for (i64 bytes = 64; bytes < 20000; bytes += 640) {
+      const Workspace mine(bytes);
+      std::memset(mine.data(), number, std::size_t(bytes));
+      for (i64 i = 0; i < bytes; i += 63) expect_of_thread(mine.data()[i] == number);
+    }
+  };
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t) threads.emplace_back(use, t);
+  for (std::thread& thread : threads) thread.join();
+  expect(!shared_workspace, "no two threads have the same");
+}
+
 // A program that a caller must not get.
 void expect_refused(const char* what, const std::function<void(Network&)>& build) {
   describe("%s", what);
@@ -317,6 +368,7 @@ void expect_refused(const char* what, const std::function<void(Network&)>& build
 void programs() {
   zero_pads();
   mean_pools();
+  workspaces();
   const Size input{3, 21, 18};
   int turn = 0;
   for (const KernelTable* table : available_tables()) {
