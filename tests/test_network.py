@@ -456,7 +456,7 @@ def test_the_same_memory_in_another_shape(view: str, x: Tensor) -> None:
 
 def test_the_warning_names_the_caller(x: Tensor) -> None:
     """Whichever way leads to the block that runs unfused."""
-    original, converted = pair(x)
+    _, converted = pair(x)
     for call in (lambda: converted(x), lambda: converted.layer1(torch.randn(1, 16, 8, 8))):
         block = converted.layer1[0]
         block._fused_resnet.warned = False
