@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# Its functions take the process group of the time of its import as a default, and so keep it until the process ends.
+# DistributedDataParallel imports it too: imported here, before there is a group, it keeps none.
+import torch.distributed.nn.functional
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -137,4 +142,7 @@ def join(device: str) -> Iterator[World]:
             raise Failed("another process of this run is gone or does not answer; the last checkpoint is whole") from error
         raise
     # Not after an error: the group could wait for ranks that are gone. The process ends then, and its connections with it.
+    # The group's threads end with the last reference to it. A thread that still holds a tensor when Python ends would abort
+    # the process (pytorch/pytorch#179291). So DistributedDataParallel, which lies in circles of references, is freed first.
+    gc.collect()
     dist.destroy_process_group()
