@@ -31,7 +31,7 @@ using fr::strides;
 
 namespace {
 
-constexpr int kInterface = 7;  // fused_resnet/_extension.py holds the same number
+constexpr int kInterface = 8;  // fused_resnet/_extension.py holds the same number
 
 fr::DType dtype(const std::string& name) {
   if (name == "float32") return fr::DType::float32;
@@ -112,23 +112,32 @@ std::unique_ptr<fr::Facts> facts(const std::vector<std::tuple<int, py::handle, p
   return std::make_unique<fr::Facts>(std::move(found));
 }
 
-// rows: (place, name, tensor or None, version, address, shape, strides, dtype). tensor: torch.Tensor.
+// rows: (tensor, class, version, address, shape, strides, dtype, DLPack's code and bits of it). tensor: torch.Tensor. exchange: its capsule of
+// DLPack's C interface, or None.
 std::unique_ptr<fr::Watch> watch(
-    const std::vector<std::tuple<py::handle, py::handle, py::handle, long, Pointer, py::handle, py::handle, py::handle>>& rows,
-    const py::object& tensor) {
-  // Kept for good: interned names, and methods of a class that is never gone.
-  static const fr::TensorQuestions ask = [&tensor] {
-    const auto method = [&tensor](const char* name) { return py::object(tensor.attr(name)).release().ptr(); };
-    return fr::TensorQuestions{method("data_ptr"),
-                               method("stride"),
-                               PyUnicode_InternFromString("_version"),
-                               PyUnicode_InternFromString("shape"),
-                               PyUnicode_InternFromString("dtype"),
-                               PyUnicode_InternFromString("requires_grad")};
+    const std::vector<std::tuple<py::handle, py::type, long, Pointer, py::tuple, py::tuple, py::handle, std::pair<int, int>>>& rows,
+    const py::object& tensor, const py::object& exchange) {
+  // Kept for good, as the class is.
+  static const fr::TensorQuestions questions = [&tensor] {
+    const auto of_class = [&tensor](const char* name) { return py::object(tensor.attr(name)).release().ptr(); };
+    return fr::TensorQuestions{nullptr,
+                               of_class("data_ptr"),
+                               of_class("stride"),
+                               of_class("_version"),
+                               of_class("shape"),
+                               of_class("dtype"),
+                               of_class("requires_grad")};
   }();
+  fr::TensorQuestions ask = questions;
+  if (!exchange.is_none()) ask.describe = fr::dlpack::describe_of(exchange.ptr());
   std::vector<fr::Watch::Row> all;
-  for (const auto& [place, name, t, version, address, shape, strides, dtype] : rows) {
-    all.push_back({place.ptr(), name.ptr(), t.ptr(), version, address, shape.ptr(), strides.ptr(), dtype.ptr()});
+  for (const auto& [t, cls, version, address, shape, strides, dtype, type] : rows) {
+    std::vector<std::int64_t> layout;
+    for (const py::tuple& numbers : {shape, strides}) {
+      for (const py::handle n : numbers) layout.push_back(n.cast<std::int64_t>());
+    }
+    const fr::dlpack::DataType as_dlpack{static_cast<std::uint8_t>(type.first), static_cast<std::uint8_t>(type.second), 1};
+    all.push_back({t.ptr(), reinterpret_cast<PyTypeObject*>(cls.ptr()), version, address, shape.ptr(), strides.ptr(), dtype.ptr(), std::move(layout), as_dlpack});
   }
   return std::make_unique<fr::Watch>(std::move(all), ask);
 }
@@ -235,13 +244,15 @@ PYBIND11_MODULE(_cpu, m) {
            py::arg("strict") = false)
       .def(
           "run",
-          [](const fr::Program& p, const Weights& weights, Pointer first, Pointer second, Pointer output) {
+          [](const fr::Program& p, const Weights& weights, Pointer first, Pointer second, Pointer output,
+             const fr::Guard* guard) -> std::optional<bool> {
             if (weights.weight.size() != p.convolutions()) throw std::invalid_argument("the weights of another program");
             const void* const inputs[] = {in(first), in(second)};
+            const fr::ProgramOperands operands{inputs, weights.weight.data(), weights.bias.data(), out(output)};
             py::gil_scoped_release release;
-            return p.run({inputs, weights.weight.data(), weights.bias.data(), out(output)});
+            return guard == nullptr ? p.run(operands) : p.run_if(*guard, operands);
           },
-          py::arg("weights"), py::arg("input"), py::arg("second_input"), py::arg("output"))
+          py::arg("weights"), py::arg("input"), py::arg("second_input"), py::arg("output"), py::arg("guard") = nullptr)
       .def(
           "convolution",
           [](const fr::Program& p, i64 i) {
@@ -300,9 +311,9 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<fr::Facts>(m, "Facts")
       .def(py::init(&facts), py::arg("rows"), py::arg("missing"))
       .def("include", [](fr::Facts& f, fr::Facts& other, py::dict owner) { f.include(other, owner.ptr()); }, py::arg("other"), py::arg("owner"))
-      .def("first_broken", [](fr::Facts& f, py::dict owner) { return f.first_broken(owner.ptr()); }, py::arg("owner"));
+      .def("broken", [](fr::Facts& f, py::dict owner) { return f.broken(owner.ptr()); }, py::arg("owner"));
   py::class_<fr::Watch>(m, "Watch")
-      .def(py::init(&watch), py::arg("rows"), py::arg("tensor"))
+      .def(py::init(&watch), py::arg("rows"), py::arg("tensor"), py::arg("exchange"))
       .def("first_changed", &fr::Watch::first_changed, py::arg("grad"));
   py::class_<fr::Guard>(m, "Guard")
       .def(py::init([](Pointer data, i64 bytes, i64 most) {
@@ -317,5 +328,5 @@ PYBIND11_MODULE(_cpu, m) {
              return guard;
            }),
            py::arg("guards"))
-      .def("holds", &fr::Guard::holds);
+      .def("holds", [](const fr::Guard& guard) { return guard.holds(); });
 }

@@ -114,6 +114,11 @@ BATCH_OR_INSTANCE_NORM = nn.modules.batchnorm._NormBase
 # Fake tensors: torch.export runs a block with them. Other subclasses (quantised, distributed, ...) compute otherwise.
 TENSORS = (Tensor, nn.Parameter, nn.Buffer, FakeTensor, FunctionalTensor)
 
+# DLPack's C interface, by which compiled code asks a tensor where it is without Python (torch 2.10); and what DLPack calls the dtypes
+# (DLDataType's code and bits).
+DLPACK: Any = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+DLPACK_TYPES = {torch.float32: (2, 32), torch.float64: (2, 64), torch.float16: (2, 16), torch.bfloat16: (4, 16)}
+
 
 def nobody_listens(*tensors: Any) -> bool:
     """Whether a call with these tensors (None: no tensor) may go straight to the kernel: it ``is_quiet``, and these are plain CPU or CUDA

@@ -1,7 +1,7 @@
 """The compiled module (csrc/bindings.cpp). Internal: pointers are addresses, and nothing here checks them."""
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 INTERFACE: int
 BUILD: dict[str, str]
@@ -10,6 +10,7 @@ def available_isas() -> list[str]: ...
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def cache_sizes() -> dict[str, int]: ...
+def release_workspaces() -> None: ...
 def measure_fma_peak(seconds: float) -> float: ...
 
 class Convolution:
@@ -54,32 +55,63 @@ class Convolution:
     @property
     def isa(self) -> str: ...
 
-class Block:
-    def __init__(
+class Network:
+    """What a ``Program`` computes: each method adds a node and returns the number of its value."""
+
+    def __init__(self, images: int) -> None: ...
+    def input(self, channels: int, height: int, width: int, strides: Sequence[int]) -> int: ...
+    def convolution(
         self,
-        dtype: str,
-        input: Sequence[int],
-        input_strides: Sequence[int],
-        main: Sequence[tuple[object, ...]],
-        projection: tuple[object, ...] | None,
-        shortcut: str,
-        shortcut_strides: Sequence[int],
-        output_strides: Sequence[int],
-        threads: int,
-        algorithm: str = "auto",
-        strict: bool = False,
+        value: int,
+        shortcut: int,
+        weight: Sequence[int],
+        output: Sequence[int],
+        stride: Sequence[int],
+        pad: Sequence[int],
+        dilation: Sequence[int],
+        has_bias: bool,
+        relu: bool,
+    ) -> int: ...
+    def max_pool(self, value: int, output: Sequence[int], kernel: Sequence[int], stride: Sequence[int], pad: Sequence[int]) -> int: ...
+    def mean_pool(self, value: int) -> int: ...
+    def zero_pad(self, value: int, channels: int, before: int, stride_h: int, stride_w: int) -> int: ...
+    def section(self) -> None: ...
+
+class Weights:
+    def __init__(self, packed: Sequence[int], biases: Sequence[int]) -> None: ...
+
+class Program:
+    def __init__(
+        self, network: Network, output_strides: Sequence[int], dtype: str, threads: int, algorithm: str = "auto", strict: bool = False
     ) -> None: ...
-    def run(
-        self, input: int, packed_weights: Sequence[int], biases: Sequence[int], shortcut: int, output: int
-    ) -> bool: ...
+    # True; False: to be computed by direct convolutions; None: the guard does not hold.
+    def run(self, weights: Weights, input: int, second_input: int, output: int, guard: Guard | None = None) -> bool | None: ...
     def convolution(self, index: int) -> Convolution: ...
+    def joined_to(self, index: int) -> int: ...
     def describe(self) -> str: ...
     @property
     def convolutions(self) -> int: ...
     @property
-    def joined(self) -> bool: ...
+    def threads(self) -> int: ...
     @property
     def workspace_bytes(self) -> int: ...
+
+class MaxPool:
+    MOST_TAPS: ClassVar[int]
+    def __init__(
+        self,
+        dtype: str,
+        input: Sequence[int],
+        output: Sequence[int],
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        pad: Sequence[int],
+        input_strides: Sequence[int],
+        output_strides: Sequence[int],
+        channels: bool,
+        threads: int,
+    ) -> None: ...
+    def run(self, input: int, output: int) -> None: ...
 
 class Guard:
     @overload
@@ -117,4 +149,12 @@ def relu_backward(
 
 class Facts:
     def __init__(self, rows: Sequence[tuple[int, Any, Any, Any]], missing: object) -> None: ...
-    def first_broken(self, owner: dict[str, Any]) -> int: ...
+    def include(self, other: Facts, owner: dict[str, Any]) -> None: ...
+    def broken(self, owner: dict[str, Any]) -> int: ...
+
+# (tensor, class, version, address, shape, strides, dtype, DLPack's code and bits of the dtype)
+TensorRow = tuple[Any, type, int, int, tuple[int, ...], tuple[int, ...], Any, tuple[int, int]]
+
+class Watch:
+    def __init__(self, rows: Sequence[TensorRow], tensor: type, exchange: object) -> None: ...
+    def first_changed(self, grad: bool) -> int: ...

@@ -210,8 +210,8 @@ FAULTS = (
     Fault(
         "fingerprint misses the last word",
         ("csrc/cpu/fingerprint.cpp",),
-        "(words - 1) * i / (kSamples - 1)",
-        "(words - 1) * i / kSamples",
+        "(bytes / kWord - 1) * i / (kSamples - 1)",
+        "(bytes / kWord - 1) * i / kSamples",
         ("tests/test_derived.py::test_writes_through_data_of_a_large_weight",),
     ),
     Fault(

@@ -36,8 +36,8 @@ FAULTS = (
     Fault(
         "a pruned weight goes unseen in a repeated block",
         ("csrc/watch.cpp",),
-        "  if (!Answer(PyObject_GetAttr(t, ask_.shape)).equals(row.shape)) return false;\n",
-        "",
+        "std::equal(layout, layout + rank, d.shape)",
+        "true",
         ("tests/test_sequences.py::test_what_alone_is_cut_is_an_error_as_in_pytorch",),
     ),
     Fault(
@@ -125,6 +125,48 @@ FAULTS = (
         ("tests/test_network_memory.py::test_a_deleted_network_gives_everything_back",),
     ),
     Fault(
+        "a repeated native call does not look at the bytes of the parameters",
+        ("fused_resnet/runtime/cached.py",),
+        "            return call.if_holds(self.guard, x)\n",
+        "            return call(x)\n",
+        ("tests/test_network_memory.py::test_bytes_that_change_in_any_tensor_are_seen",),
+    ),
+    Fault(
+        "bytes that changed are taken for a value that is not finite",
+        ("csrc/cpu/program.cpp",),
+        "    changed_.store(true, std::memory_order_relaxed);\n",
+        "",
+        ("tests/test_network_memory.py::test_bytes_that_change_in_any_tensor_are_seen",),
+    ),
+    Fault(
+        "threads look at all parameters but the last",
+        ("csrc/cpu/program.cpp",),
+        "phase == 0 ? guard_.size() : program_.tasks(phase - 1)",
+        "phase == 0 ? guard_.size() - 1 : program_.tasks(phase - 1)",
+        ("tests/test_network_memory.py::test_bytes_that_change_in_any_tensor_are_seen",),
+    ),
+    Fault(
+        "a weight that is turned in place goes unseen in a repeated call",
+        ("csrc/watch.cpp",),
+        "std::equal(layout + rank, layout + 2 * rank, d.strides)",
+        "true",
+        ("tests/test_network.py::test_data_is_replaced",),
+    ),
+    Fault(
+        "a tensor in another shape goes unseen before torch 2.10",
+        ("csrc/watch.cpp",),
+        " && Answer(attribute(ask_.shape, t)).equals(row.shape) &&",
+        " &&",
+        ("tests/test_network.py::test_data_is_replaced",),
+    ),
+    Fault(
+        "a tensor that moved goes unseen in a repeated call",
+        ("csrc/watch.cpp",),
+        "reinterpret_cast<std::uintptr_t>(d.data) + d.byte_offset == row.address && ",
+        "",
+        ("tests/test_network.py::test_data_is_replaced",),
+    ),
+    Fault(
         "a pooling's settings go unseen in a repeated native call",
         ("fused_resnet/runtime/cached.py",),
         "                self._read(step.node.module.__dict__, pooling.SETTINGS)\n",
@@ -148,9 +190,9 @@ FAULTS = (
     Fault(
         "a vector of another dtype at the same address goes unseen",
         ("csrc/watch.cpp",),
-        "  if (Answer(PyObject_GetAttr(t, ask_.dtype)).get() != row.dtype) return false;\n",
-        "",
-        ("tests/test_network.py::test_the_same_memory_in_another_shape",),
+        "         d.dtype.code == row.element.code && d.dtype.bits == row.element.bits && ",
+        "         ",
+        ("tests/test_network.py::test_data_is_replaced",),
     ),
     Fault(
         "a head's weight goes unseen in a repeated call",

@@ -1,4 +1,4 @@
-"""The analysis of forwards by its parts: facts and their two passes, sources, and that nothing of the user's runs."""
+"""The analysis of forwards by its parts: sources, and that nothing of the user's runs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import copy
 import gc
 import importlib.util
 import sys
-import types
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,153 +16,9 @@ from _blocks import Functional
 from _forwards import Parts
 from torch import Tensor, nn
 
-from fused_resnet import _extension
 from fused_resnet.fusion import fuse_
-from fused_resnet.graph import facts, source
-from fused_resnet.graph.facts import Facts
+from fused_resnet.graph import source
 from fused_resnet.graph.trace import Refused
-
-# --- facts ---
-
-
-class Holder:
-    value = 1
-
-    def method(self) -> None:
-        pass
-
-
-class Derived(Holder):
-    pass
-
-
-def _function(a: int = 1, *, b: int = 2) -> int:
-    return a + b
-
-
-def _cell() -> tuple[types.CellType, Callable[[Any], None]]:
-    inside = 1
-
-    def read() -> int:
-        return inside
-
-    def write(value: Any) -> None:
-        nonlocal inside
-        inside = value
-
-    assert read.__closure__ is not None
-    return read.__closure__[0], write
-
-
-_CELL, _write_cell = _cell()
-Case = tuple[Callable[[Facts, Any], Any], Callable[[Any], Any], bool]
-
-# what is read; what changes; whether the fact breaks
-CASES: dict[str, Case] = {
-    "item replaced": (lambda f, h: f.item(h.__dict__, "a"), lambda h: h.__dict__.update(a=[]), True),
-    "item equal": (lambda f, h: f.item(h.__dict__, "number"), lambda h: h.__dict__.update(number=float("1.5")), False),
-    "item of another type": (lambda f, h: f.item(h.__dict__, "one"), lambda h: h.__dict__.update(one=True), True),
-    "item gone": (lambda f, h: f.item(h.__dict__, "a"), lambda h: h.__dict__.pop("a"), True),
-    "tuple equal": (lambda f, h: f.item(h.__dict__, "pair"), lambda h: h.__dict__.update(pair=(1, "b" * 3)), False),
-    "tuple other": (lambda f, h: f.item(h.__dict__, "pair"), lambda h: h.__dict__.update(pair=(1, "c")), True),
-    "another item": (lambda f, h: f.item(h.__dict__, "a"), lambda h: h.__dict__.update(more=1), False),
-    "absent comes": (lambda f, h: f.item(h.__dict__, "late"), lambda h: h.__dict__.update(late=None), True),
-    "empty filled": (lambda f, h: f.is_empty(h.__dict__, "empty"), lambda h: h.empty.update(x=1), True),
-    "empty replaced": (lambda f, h: f.is_empty(h.__dict__, "empty"), lambda h: h.__dict__.update(empty=OrderedDict()), False),
-    "empty replaced, filled": (lambda f, h: f.is_empty(h.__dict__, "empty"), lambda h: h.__dict__.update(empty=OrderedDict(x=1)), True),
-    "full emptied": (lambda f, h: f.is_empty(h.__dict__, "full"), lambda h: h.full.clear(), True),
-    "contents more": (lambda f, h: f.contents(h.full), lambda h: h.full.update(z=3), True),
-    "contents other": (lambda f, h: f.contents(h.full), lambda h: h.full.update(x=[]), True),
-    "contents same": (lambda f, h: f.contents(h.full), lambda h: h.full.update(x=1), False),
-    "contents in another order": (lambda f, h: f.contents(h.full), lambda h: h.full.update(x=h.full.pop("x")), True),
-    "ordered moved": (lambda f, h: f.contents(h.ordered), lambda h: h.ordered.move_to_end("x"), True),
-    "ordered same": (lambda f, h: f.contents(h.ordered), lambda h: h.ordered.update(x=1), False),
-    "list longer": (lambda f, h: f.listed(h.a), lambda h: h.a.append(1), True),
-    "list other": (lambda f, h: f.listed(h.a), lambda h: h.a.__setitem__(0, []), True),
-    "class": (lambda f, h: f.class_of(h.inner), lambda h: setattr(h.inner, "__class__", Derived), True),
-    "attributes replaced": (lambda f, h: f.class_of(h.inner), lambda h: setattr(h.inner, "__dict__", {}), True),
-    "attributes changed": (lambda f, h: f.class_of(h.inner), lambda h: setattr(h.inner, "x", 1), False),
-    "base's attribute": (lambda f, h: f.lookup(Derived, "value"), lambda h: setattr(Holder, "value", 2), True),
-    "hidden": (lambda f, h: f.lookup(Derived, "value"), lambda h: setattr(Derived, "value", 1000), True),
-    "not found, comes": (lambda f, h: f.lookup(Derived, "late"), lambda h: setattr(Holder, "late", None), True),
-    "not found, stays": (lambda f, h: f.lookup(Derived, "late"), lambda h: setattr(Holder, "early", None), False),
-    "code": (lambda f, h: f.function(_function), lambda h: setattr(_function, "__code__", _cell.__code__.replace(co_freevars=())), True),
-    "defaults": (lambda f, h: f.function(_function), lambda h: setattr(_function, "__defaults__", (2,)), True),
-    "keyword defaults": (lambda f, h: f.function(_function), lambda h: setattr(_function, "__kwdefaults__", {"b": 3}), True),
-    "cell": (lambda f, h: f.cell(_CELL), lambda h: _write_cell(2), True),
-    "another object of the kind": (lambda f, h: f.kind(h.__dict__, "inner", (int, Holder)), lambda h: setattr(h, "inner", Holder()), False),
-    "the other kind": (lambda f, h: f.kind(h.__dict__, "inner", (int, Holder)), lambda h: setattr(h, "inner", 1), False),
-    "a kind derived from it": (lambda f, h: f.kind(h.__dict__, "inner", (int, Holder)), lambda h: setattr(h, "inner", Derived()), True),
-    "of a kind, gone": (lambda f, h: f.kind(h.__dict__, "inner", (int, Holder)), lambda h: delattr(h, "inner"), True),
-    "of no such kind": (lambda f, h: f.kind(h.__dict__, "inner", (int,)), lambda h: setattr(h, "inner", 1), True),
-}
-
-
-@pytest.fixture
-def _restored() -> Any:
-    code = _function.__code__
-    yield
-    _function.__code__, _function.__defaults__, _function.__kwdefaults__ = code, (1,), {"b": 2}
-    Holder.value = 1
-    for cls in (Holder, Derived):
-        for name in ("late", "early", *(("value",) if cls is Derived else ())):
-            if name in cls.__dict__:
-                delattr(cls, name)
-    _write_cell(1)
-
-
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.usefixtures("_restored")
-def test_a_fact_breaks(name: str) -> None:
-    """The native pass and the one in Python agree, before and after a change."""
-    read, change, breaks = CASES[name]
-    holder: Any = Holder()
-    holder.a, holder.one, holder.number, holder.pair, holder.inner = [0], 1, 1.5, (1, "bbb"), Holder()
-    holder.empty, holder.full, holder.ordered = {}, {"x": 1, "y": 2}, OrderedDict(x=1, y=2)
-    seen = Facts(holder)
-    read(seen, holder)
-    checked = seen.checked()
-    passes = [facts._Plain(checked.rows)] + ([] if _extension.cpu is None else [checked])
-    assert [p.first_broken(holder.__dict__) for p in passes] == [-1] * len(passes)
-    change(holder)
-    found = [p.first_broken(holder.__dict__) for p in passes]
-    assert [n >= 0 for n in found] == [breaks] * len(passes)
-    assert len(set(found)) == 1
-
-
-def test_the_first_broken_fact_is_told() -> None:
-    holder: Any = Holder()
-    holder.a, holder.b = 1, 2
-    seen = Facts(holder)
-    seen.item(holder.__dict__, "a"), seen.item(holder.__dict__, "b")
-    checked = seen.checked()
-    holder.b = 3
-    assert checked.first_broken(holder.__dict__) == 1
-    assert checked.rows[1][2] == "b"
-
-
-@pytest.mark.usefixtures("_restored")
-def test_a_class_that_changes_again() -> None:
-    """Lookups in a class are not repeated until it changes: after each change, of them or of others, they are."""
-    holder: Any = Holder()
-    seen = Facts(holder)
-    seen.lookup(Derived, "value"), seen.lookup(Derived, "late"), seen.lookup(Holder, "method")
-    checked = seen.checked()
-    for _ in range(3):
-        assert checked.first_broken(holder.__dict__) == -1
-        Holder.early = 1  # type: ignore[attr-defined]
-        assert checked.first_broken(holder.__dict__) == checked.first_broken(holder.__dict__) == -1
-        Holder.late = 1  # type: ignore[attr-defined]
-        assert checked.first_broken(holder.__dict__) == checked.first_broken(holder.__dict__) == 1
-        del Holder.late  # type: ignore[attr-defined]
-        assert checked.first_broken(holder.__dict__) == -1
-        Derived.value = 1000
-        assert checked.first_broken(holder.__dict__) == 0
-        del Derived.value
-        assert checked.first_broken(holder.__dict__) == -1
-
-
-# --- sources ---
 
 
 def _module_from(path: Path, text: str) -> Any:

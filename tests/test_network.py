@@ -22,7 +22,7 @@ from fused_resnet import _plain, models
 from fused_resnet import nn as fnn
 from fused_resnet._extension import cpu
 from fused_resnet.fusion import fuse_
-from fused_resnet.runtime import fused
+from fused_resnet.runtime import cached, fused
 from fused_resnet.runtime.bound import BoundZeroPad
 
 __all__ = ["quiet", "x"]  # fixtures
@@ -198,6 +198,20 @@ def test_a_change_inside_is_seen(change: str, x: Tensor) -> None:
         with torch.no_grad():
             after = converted(x)
     assert before.shape != after.shape or not torch.equal(before, after), "the change changes nothing"
+
+
+def test_settings_that_are_lists(x: Tensor) -> None:
+    """As PyTorch's convolutions take them; and changed in place, which leaves no trace."""
+    original, converted = pair(x)
+    with torch.no_grad():
+        for model in (original, converted):
+            model.layer1[0].conv1.padding, model.layer1[0].conv1.dilation = [1, 1], [1, 1]
+        for _ in range(3):
+            assert_same(converted, original, x)
+        for model in (original, converted):
+            model.layer1[0].conv1.padding[:] = model.layer1[0].conv1.dilation[:] = [2, 2]
+        for _ in range(3):
+            assert_same(converted, original, x)
 
 
 class Meddling(nn.Module):
@@ -425,21 +439,26 @@ class FlattenedByModule(Network):
         return result
 
 
-VIEWS: dict[str, Callable[[Any], tuple[Tensor, Tensor]]] = {
+DATA: dict[str, Callable[[Any], tuple[Tensor, Tensor]]] = {
     "a mean of two axes": lambda m: (m.bn1.running_mean, m.bn1.running_mean.data.view(4, 4)),
     "a mean of integers": lambda m: (m.layer1[0].bn2.running_mean, m.layer1[0].bn2.running_mean.data.view(torch.int32)),
     "a bias of two axes": lambda m: (m.fc.bias, m.fc.bias.data.view(2, 5)),
     "a weight of other axes": lambda m: (m.layer1[0].conv1.weight, m.layer1[0].conv1.weight.data.view(16, 16, 9, 1)),
+    "a kernel turned": lambda m: (m.layer1[0].conv1.weight, m.layer1[0].conv1.weight.data.transpose(2, 3)),
+    "a bias elsewhere": lambda m: (m.fc.bias, m.fc.bias.data + 1),
 }
 
 
-@pytest.mark.parametrize("view", VIEWS)
-def test_the_same_memory_in_another_shape(view: str, x: Tensor) -> None:
-    """``.data`` at the same address and of the same length: an error where it is one in PyTorch, and no repeated result."""
+@pytest.mark.parametrize("described", [True, False], ids=["by DLPack", "by attributes"])
+@pytest.mark.parametrize("data", DATA)
+def test_data_is_replaced(data: str, described: bool, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most at the same address and of the same length: an error where it is one in PyTorch, and no repeated result."""
+    if not described:  # as before torch 2.10
+        monkeypatch.setattr(cached, "DLPACK", None)
     original, converted = pair(x)
     with torch.no_grad():
         for model in (original, converted):
-            tensor, other = VIEWS[view](model)
+            tensor, other = DATA[data](model)
             tensor.requires_grad_(False)
             tensor.data = other
         outcomes = []

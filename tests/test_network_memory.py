@@ -49,6 +49,29 @@ def test_a_network_and_its_blocks_share_packed_weights(x: Tensor) -> None:
         assert {p.weight for p in call.packed if p.weight} <= kept
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("whole", [True, False], ids=["network", "block"])  # whose bytes the threads look at together; that one looks at
+def test_bytes_that_change_in_any_tensor_are_seen(x: Tensor, threads: int, whole: bool) -> None:
+    torch.set_num_threads(threads)
+    original, converted = pair(x)
+    ours, plain, value = (converted, original, x) if whole else (converted.layer1[1], original.layer1[1], torch.randn(2, 16, 9, 9))
+    store = (ours._fused_resnet.current.inlined if whole else ours._fused_resnet.current.bound).store
+    tensors = [(t, u) for t, u in zip([*ours.parameters(), *ours.buffers()], [*plain.parameters(), *plain.buffers()], strict=True)]
+    with torch.no_grad():
+        ours(value)
+        for t, u in tensors:
+            if not t.is_floating_point():
+                continue
+            (before,) = store.cached.values()
+            t.data.flatten()[-1:] += 0.25  # a view of the memory: no version counts it
+            u.data.flatten()[-1:] += 0.25
+            assert_same(ours, plain, value)
+            (after,) = store.cached.values()
+            assert after is not before
+            assert_same(ours, plain, value)
+            assert [*store.cached.values()] == [after]
+
+
 def test_a_decision_that_is_made_anew(x: Tensor) -> None:
     """By a call of the block itself, while its network was not called: the network goes on with what the block keeps then."""
     original, converted = pair(x)

@@ -435,17 +435,26 @@ def test_conversions_that_swap_parameters(kernels: ModuleType, swapping: None, w
 
 
 class Replacing:
-    """In the place of a guard: before it reads, another thread assigns to ``.data``; the memory that is read must still be somebody's."""
+    """In the place of a guard, or of a call that reads with it: before that reads, another thread assigns to ``.data``; the memory that is
+    read must still be somebody's."""
 
-    def __init__(self, guard: Any, weight: Tensor) -> None:
-        self.guard, self.weight, self.calls = guard, weight, 0
+    def __init__(self, replaced: Any, weight: Tensor) -> None:
+        self.replaced, self.weight, self.calls = replaced, weight, 0
         self.storage = weakref.ref(weight.untyped_storage())
 
-    def holds(self) -> bool:
+    def _assign(self) -> None:
         self.calls += 1
         self.weight.data = torch.zeros_like(self.weight)
         assert self.storage() is not None, "the guard would read memory that was given back"
-        return bool(self.guard.holds())
+
+    def holds(self) -> bool:
+        self._assign()
+        return bool(self.replaced.holds())
+
+    def if_holds(self, guard: Any, x: Tensor) -> Tensor | None:
+        self._assign()
+        result: Tensor | None = self.replaced.if_holds(guard, x)
+        return result
 
 
 def test_the_guard_reads_memory_that_is_held(kernels: ModuleType, no_garbage_collector: None) -> None:
@@ -462,8 +471,12 @@ def test_the_guard_reads_memory_that_is_held(kernels: ModuleType, no_garbage_col
             assert spy.calls == 1
             assert not fused_resnet.conv_bias_add_relu(x, weight, padding=1).any()
         block = called(fnn.BasicBlock(64, 64).eval())
+        block(x)
         (cached,) = block._fused_resnet.current.bound.store.cached.values()  # type: ignore[union-attr]
-        cached.guard = spy = Replacing(cached.guard, block.conv1.weight)  # type: ignore[arg-type]
+        key = key_of(x)
+        call, external = cached.calls[key]
+        spy = Replacing(call, block.conv1.weight)  # type: ignore[arg-type]
+        cached.calls[key] = spy, external
         del cached
         block(x)
         assert spy.calls == 1

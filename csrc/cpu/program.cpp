@@ -1,6 +1,7 @@
 #include "program.h"
 
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 
 #include "crew.h"
@@ -45,6 +46,35 @@ i64 place(std::vector<Life>& lives) {
   }
   return all;
 }
+
+// For a guard that reads less, threads that come together take longer than one of them alone.
+constexpr i64 kGuardAlone = 1 << 16;
+
+// A program whose first phase looks at a guard: where that does not hold, as little is computed as where a result is not finite.
+class Guarded {
+ public:
+  Guarded(const Program& program, const Guard& guard) : program_(program), guard_(guard), alone_(guard.bytes_read() < kGuardAlone) {}
+
+  int phases() const { return 1 + program_.phases(); }
+  i64 tasks(int phase) const { return phase == 0 ? guard_.size() : program_.tasks(phase - 1); }
+  bool alone(int phase) const { return phase == 0 ? alone_ : program_.alone(phase - 1); }
+  i64 shared_bytes() const { return program_.shared_bytes(); }
+  i64 thread_bytes() const { return program_.thread_bytes(); }
+  i64 workspace_bytes() const { return program_.workspace_bytes(); }
+  bool run_task(int phase, i64 index, const ProgramOperands& operands, char* shared, char* mine) const noexcept {
+    if (phase > 0) return program_.run_task(phase - 1, index, operands, shared, mine);
+    if (guard_.holds(index)) return true;
+    changed_.store(true, std::memory_order_relaxed);
+    return false;
+  }
+  bool changed() const { return changed_.load(std::memory_order_relaxed); }
+
+ private:
+  const Program& program_;
+  const Guard& guard_;
+  bool alone_;
+  mutable std::atomic<bool> changed_{false};
+};
 
 }  // namespace
 
@@ -309,6 +339,13 @@ bool Program::run_task(int phase, i64 index, const ProgramOperands& operands, ch
 }
 
 bool Program::run(const ProgramOperands& operands) const { return phases_.empty() || run_phases(*this, operands, threads_); }
+
+std::optional<bool> Program::run_if(const Guard& guard, const ProgramOperands& operands) const {
+  const Guarded guarded(*this, guard);
+  const bool finite = run_phases(guarded, operands, threads_);
+  if (guarded.changed()) return std::nullopt;
+  return finite;
+}
 
 std::string Program::describe() const {
   std::string text;

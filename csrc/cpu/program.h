@@ -3,10 +3,12 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "convolution.h"
+#include "fingerprint.h"
 #include "max_pool.h"
 #include "mean_pool.h"
 #include "zero_pad.h"
@@ -91,6 +93,9 @@ class Program {
 
   // As Convolution::run; false: to be computed by a program of direct convolutions.
   bool run(const ProgramOperands& operands) const;
+
+  // The same, if `guard` holds, which all threads look at together; nothing: it does not, and what was written to y is of no use.
+  std::optional<bool> run_if(const Guard& guard, const ProgramOperands& operands) const;
 
   // Of the network's convolutions in order, for packing and for what they say. Null: joined to the convolution `joined_to(i)`.
   const Convolution* convolution(std::size_t i) const { return convolution_.at(i); }

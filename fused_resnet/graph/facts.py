@@ -151,7 +151,7 @@ def _unpacked(row: Row) -> Row:
 
 
 class Checked:
-    """Facts that are no longer added to. ``first_broken(owner.__dict__)`` gives the number of the first that does not hold, or -1."""
+    """Facts that are no longer added to. ``broken(owner.__dict__)`` gives the number of one that does not hold, or -1."""
 
     def __init__(self, rows: tuple[Row, ...], reads: tuple[tuple[Any, ...], ...]) -> None:
         self.rows = rows  # they keep alive what the native pass compares with
@@ -159,7 +159,7 @@ class Checked:
         self.readers = _readers([path for path in reads if path[0] != ""])  # each from the globals of one file, or one cell
         self._pass: Any = _Plain(rows) if cpu is None else cpu.Facts(rows, MISSING)
         self._included: list[Any] = []  # alive: the native pass borrows them
-        self.first_broken: Callable[[dict[str, Any]], int] = self._pass.first_broken
+        self.broken: Callable[[dict[str, Any]], int] = self._pass.broken
 
     def include(self, other: Checked, owner: dict[str, Any]) -> None:
         """To be checked with these: what a decision about another object was made on. owner: that object's ``__dict__``."""
@@ -208,13 +208,13 @@ class _Plain:
     def include(self, other: _Plain, owner: dict[str, Any]) -> None:
         self.included.append((other, owner))
 
-    def first_broken(self, owner: dict[str, Any]) -> int:
+    def broken(self, owner: dict[str, Any]) -> int:
         for i, (kind, place, name, value) in enumerate(self.rows):
             if not _holds(kind, owner if place is None else place, name, value):
                 return i
         before = len(self.rows)
         for other, its_owner in self.included:
-            found = other.first_broken(its_owner)
+            found = other.broken(its_owner)
             if found >= 0:
                 return before + found
             before += len(other.rows)

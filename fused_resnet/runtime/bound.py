@@ -151,7 +151,7 @@ class Bound(NamedTuple):
 
     def holds(self, module: Any) -> bool:
         """Whether the parts are still what ``module`` does, if the graph is."""
-        return self.facts is None or self.facts.first_broken(module.__dict__) < 0
+        return self.facts is None or self.facts.broken(module.__dict__) < 0
 
     def clear(self) -> None:
         """Give back what is derived from the module's parameters."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _settings, zero_pad
-from .._compat import is_in_memory, is_quiet, nobody_listens
+from .._compat import DLPACK, DLPACK_TYPES, PLAIN, is_in_memory, is_quiet, nobody_listens
 from .._extension import cpu
 from ..graph.facts import ABSENT, ITEM, LOOKUP, MISSING, Row
 from ..ops import derived
@@ -63,6 +64,7 @@ class CachedCalls:
                 self._read_convolution(node, False)
         self.usual = all([name in place for place, name in self.places])
         self.tensors = [place.get(name) for place, name in self.places]
+        self.rows += [(ITEM, place, name, t) for (place, name), t in zip(self.places, self.tensors, strict=True)]
         self.environment = _settings.number, derived.generation
 
     def _read(self, place: dict[str, Any], names: tuple[str, ...]) -> None:
@@ -87,24 +89,21 @@ class CachedCalls:
         replaced one meanwhile, and put it back.
         """
         assert cpu is not None
-        sources: dict[int, Source] = {}
-        for entry in result.entries:
-            if not entry.watched:
-                return False
-            sources.update({id(source.strong): source for source in entry.sources if source is not None})
-        seen = [None if t is None else sources.get(id(t)) for t in self.tensors]
-        if any([t is not None and (source is None or source.state[0] < 0) for t, source in zip(self.tensors, seen, strict=True)]):
+        if not all([entry.watched for entry in result.entries]):
             return False
-        self.states = [None if source is None else source.state for source in seen]
-        watched = [
-            (place, name, t, *((0, 0, (), (), None) if state is None else state))
-            for (place, name), t, state in zip(self.places, self.tensors, self.states, strict=True)
-        ]
-        self.watched = watched  # alive: the native passes compare with these objects, and the guard reads the sources' memory
-        self.sources = seen
-        self.watch = cpu.Watch(watched, Tensor)
+        # All of them: two values that were derived from one tensor may have found it in two states.
+        self.sources: list[Source] = [source for entry in result.entries for source in entry.sources if source is not None]
+        if any([type(source.strong) not in PLAIN or source.state[0] < 0 for source in self.sources]):
+            return False
+        states = {id(source.strong): source.state for source in self.sources}
+        self.states = [states.get(id(t)) for t in self.tensors]
+        if any([t is not None and state is None for t, state in zip(self.tensors, self.states, strict=True)]):
+            return False
+        # Alive: the native passes compare with these objects, and the guard reads the sources' memory.
+        self.watched = [(s.strong, type(s.strong), *s.state, DLPACK_TYPES.get(s.state[4], (0, 0))) for s in self.sources]
+        self.watch = cpu.Watch(self.watched, Tensor, DLPACK)
         self.facts = cpu.Facts(self.rows, MISSING)
-        self.guard = cpu.Guard([source.guard for source in seen if source is not None])
+        self.guard = cpu.Guard([source.guard for source in self.sources])
         if before is not None and self._is_same_world(before):
             kept = [*before.calls.items()][1 - _MOST :]
             self.calls.update({k: call for k, call in kept if k != key})
@@ -116,14 +115,32 @@ class CachedCalls:
             self.environment == other.environment
             and self.states == other.states
             and all([a is b for a, b in zip(self.tensors, other.tensors, strict=True)])
-            and self.facts.first_broken({}) < 0
-            and other.facts.first_broken({}) < 0
+            and self.facts.broken({}) < 0
+            and other.facts.broken({}) < 0
             and self.guard.holds()
             and other.guard.holds()
         )
 
+    def run(self, x: Tensor, make_external: Callable[[Tensor], Tensor | None]) -> Tensor | None:
+        """What the segment gives for ``x``, a plain tensor outside of torch.compile; None where there is no call for it or something has
+        changed. make_external: makes the external shortcut, where there is one. It may not be without effects, so all is looked at before."""
+        found = self.find(x)
+        if found is None:
+            return None
+        call, external = found
+        if external is None:
+            # ``sources`` hold the memory, whatever is assigned to ``.data`` meanwhile. Only a thread that frees the storage itself
+            # (``resize_(0)``) takes it away, as it would under PyTorch's own convolution.
+            return call.if_holds(self.guard, x)
+        if not self.guard.holds():
+            return None
+        shortcut = make_external(x)
+        if shortcut is None or external_layout(shortcut) != external or not nobody_listens(shortcut):
+            return None
+        return call(x, address(shortcut, "shortcut"))
+
     def find(self, x: Tensor) -> tuple[Call, External] | None:
-        """The call for ``x``, a plain tensor outside of torch.compile; None where there is none or something has changed."""
+        """The call for ``x``, where nothing has changed but perhaps the bytes of the tensors."""
         # Before anything is read of x, which torch.jit.trace would record.
         if (_settings.number, derived.generation) != self.environment or not is_quiet():
             return None
@@ -138,20 +155,10 @@ class CachedCalls:
         grad = torch.is_grad_enabled()
         if grad and x.requires_grad:
             return None
-        if self.facts.first_broken({}) >= 0 or self.watch.first_changed(grad) >= 0 or not self.guard.holds():
+        if self.facts.broken({}) >= 0 or self.watch.first_changed(grad) >= 0:
             return None
         return found
 
 
 def key_of(x: Tensor) -> Key:
     return x.shape, x.stride(), x.dtype, torch.get_num_threads()
-
-
-def run_cached(found: tuple[Call, External], x: Tensor, shortcut: Tensor | None) -> Tensor | None:
-    """What ``CachedCalls.find`` found, with the external shortcut that was made of ``x``; None where that is another than it was."""
-    call, external = found
-    if external is None:
-        return call(x)
-    if shortcut is None or external_layout(shortcut) != external or not nobody_listens(shortcut):
-        return None
-    return call(x, address(shortcut, "shortcut"))

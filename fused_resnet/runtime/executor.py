@@ -5,6 +5,7 @@ Parameters are read from the modules at every call.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..ops.plans import backends, joined
 from ..ops.spec import is_channels_last
 from . import program
 from .bound import Bound, BoundCall, BoundConvolution, BoundMaxPool, BoundNode, Part, Segment
-from .cached import CachedCalls, external_layout, key_of, run_cached
+from .cached import CachedCalls, external_layout, key_of
 from .fold import folded
 from .pooling import max_pool
 
@@ -88,10 +89,7 @@ def _run(node: BoundNode, x: Tensor, values: list[Any], compiling: bool) -> Tens
 def _repeat(graph: Bound, segment: Segment, x: Tensor) -> Tensor | None:
     """What a segment gives for a plain tensor, where its call is one that can be repeated; or None."""
     cached: CachedCalls | None = graph.cached.get(segment.number)
-    found = None if cached is None else cached.find(x)
-    if found is None:
-        return None
-    return run_cached(found, x, _external(segment, x))
+    return None if cached is None else cached.run(x, partial(_external, segment))
 
 
 def _external(segment: Segment, x: Tensor) -> Tensor | None:

@@ -95,7 +95,7 @@ class Decision:
 
     def holds(self, module: Any) -> bool:
         """Whether nothing has changed since."""
-        return self.facts.first_broken(module.__dict__) < 0
+        return self.facts.broken(module.__dict__) < 0
 
 
 class FusedModule:

@@ -154,7 +154,7 @@ class _Looking:
         try:
             check_quiet(self.facts, type(module).__name__, module)
             if self._is_sequence(module):
-                children = [self._look_into(child) for child in self.facts.contents(module._modules).values()]
+                children = [self._look_into(child) for child in self.facts.contents(self.facts.item(module.__dict__, "_modules")).values()]
                 return None if not children or None in children else [s for child in children if child is not None for s in child]
             return self._block(module)
         except Refused:

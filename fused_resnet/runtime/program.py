@@ -121,7 +121,10 @@ def run(plans: _settings.Plans, segment: Segment, x: Tensor, external: Tensor | 
         torch.get_num_threads(),
         _settings.number,
     )
-    plan = plans.kept.get(key, _settings.UNKNOWN)
+    try:
+        plan = plans.kept.get(key, _settings.UNKNOWN)
+    except TypeError:  # a list among the settings: it may be changed in place, which nobody would see
+        return None
     if plan is _settings.UNKNOWN:
         plan = plans.make(key, lambda: _plan(segment, operands, others, x, external))
     if plan is None:
@@ -167,11 +170,24 @@ class Call:
         self.weights = cpu.Weights([p.weight for p in packed], [p.bias for p in packed])
 
     def __call__(self, x: Tensor, external: int = 0) -> Tensor:
+        result = self.if_holds(None, x, external)
+        assert result is not None
+        return result
+
+    def if_holds(self, guard: Any, x: Tensor, external: int = 0) -> Tensor | None:
+        """The same, if a ``Guard`` of the weights' sources holds, which the threads look at together; else None. guard None: it does."""
         at = x.data_ptr()
         if at < SUSPICIOUS:
             check_operands(x)
         output = self.plan.empty(x)
-        if not self.of_use or not self.plan.program.run(self.weights, at, external, output.data_ptr()):
+        finite = False
+        if self.of_use:
+            finite = self.plan.program.run(self.weights, at, external, output.data_ptr(), guard)
+            if finite is None:
+                return None
+        elif guard is not None and not guard.holds():
+            return None
+        if not finite:
             assert cpu is not None
             program, packers = self.plan.direct()
             packed = [pack(self.operands).value for pack in packers]

@@ -224,6 +224,19 @@ void run_case(const Pieces& made, DType dtype, i64 n, Size input, bool channels_
   y.poison();
   expect(by_crew(program, operands), "guard bytes of a crew's workspaces, and finite");
   expect(intact() && y.same_bits(by_run), "the same bits from a crew of another size");
+  // If a guard holds, which the threads look at together: of the packed weights, as memory like any other.
+  if (packed.memory.empty()) return;
+  y.poison();
+  Guard guard;
+  for (std::size_t i = 0; i < program.convolutions(); ++i) {
+    const Convolution* convolution = program.convolution(i);
+    if (convolution != nullptr) guard.add(packed.weight[i], convolution->packed_bytes(), 1 << 12);
+  }
+  expect(program.run_if(guard, operands) == true && intact() && y.same_bits(by_run), "the same bits where a guard holds");
+  char* const byte = packed.memory.back()->get();
+  *byte ^= 1;
+  expect(!program.run_if(guard, operands).has_value(), "nothing where a guard does not hold");
+  *byte ^= 1;
 }
 
 // A zero-padded shortcut by itself, against its definition.
