@@ -236,6 +236,27 @@ FAULTS = (
         ("tests/test_facts.py::test_a_fact_breaks", "tests/test_facts.py::test_facts_after_any_changes"),
     ),
     Fault(
+        "what was seen of a copy is taken for what is known of the module",
+        ("csrc/facts.cpp",),
+        "    place.version = 0;  //",
+        "    //",
+        ("tests/test_facts.py::test_facts_of_two_owners_in_turn",),
+    ),
+    Fault(
+        "facts of other names are taken for one",
+        ("csrc/facts.cpp",),
+        "std::make_tuple(f.kind, f.place, f.name, first, second)",
+        "std::make_tuple(f.kind, f.place, first, first, second)",
+        ("tests/test_facts.py::test_facts_after_any_changes",),
+    ),
+    Fault(
+        "the order of an OrderedDict is taken for its version's",
+        ("csrc/facts.cpp",),
+        "f.place == nullptr || PyDict_CheckExact(f.place);",
+        "true;",
+        ("tests/test_facts.py::test_a_fact_breaks",),
+    ),
+    Fault(
         "included facts are checked on the owner of those that include them",
         ("csrc/facts.cpp",),
         "    if (f.place == nullptr) f.place = owner;\n",

@@ -204,6 +204,37 @@ def test_facts_after_any_changes(seed: int) -> None:
     assert 0 < broken < 60
 
 
+@pytest.mark.skipif(_extension.cpu is None, reason="what the compiled module's pass remembers")
+def test_facts_of_two_owners_in_turn() -> None:
+    """As a module and a shallow copy of it, which shares its facts: what was seen of the one is nothing that is known of the other."""
+    one, other = Holder(), Holder()
+    for holder in (one, other):
+        holder.__dict__.update(empty={}, b=1)
+    seen = Facts(one)
+    assert seen.is_empty(one.__dict__, "empty")
+    seen.item(one.__dict__, "b")
+    checked = seen.checked()
+    assert [checked.broken(owner.__dict__) for owner in (one, other, one)] == [-1] * 3
+    other.__dict__["b"] = 2  # behind what is empty: that is the other's by then
+    assert [checked.broken(owner.__dict__) for owner in (one, other, one, other, one)] == [-1, 1, -1, 1, -1]
+    checked.broken(other.__dict__)
+    one.__dict__["empty"].update(x=1)
+    assert checked.broken(one.__dict__) == 0
+    one.__dict__["empty"].clear()
+    checked.broken(other.__dict__)
+    del other.__dict__["empty"]  # freed, and not to be read any more
+    assert checked.broken(one.__dict__) == -1
+
+
+@pytest.mark.skipif(_extension.cpu is None, reason="the compiled module's pass is asked")
+def test_what_is_no_dictionary_holds_no_facts() -> None:
+    holder: Any = Holder()
+    place: Any = types.MappingProxyType({"a": 1})
+    seen = Facts(holder)
+    seen.item(place, "a")
+    assert seen.checked().broken(holder.__dict__) == 0
+
+
 @pytest.mark.usefixtures("_restored")
 def test_a_class_that_changes_again() -> None:
     """Lookups in a class are not repeated until it changes: after each change, of them or of others, they are."""

@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from torch import Tensor
 import fused_resnet
 from fused_resnet._extension import cpu
 from fused_resnet.fusion import fuse_
-from fused_resnet.runtime import fused, program
+from fused_resnet.runtime import cached, fused, program
 from fused_resnet.runtime.program import Packed
 
 __all__ = ["quiet", "x"]  # fixtures
@@ -49,6 +50,44 @@ def test_a_network_and_its_blocks_share_packed_weights(x: Tensor) -> None:
         assert {p.weight for p in call.packed if p.weight} <= kept
 
 
+DATA: dict[str, Callable[[Any], tuple[Tensor, Tensor]]] = {
+    "a mean of two axes": lambda m: (m.bn1.running_mean, m.bn1.running_mean.data.view(4, 4)),
+    "a mean of integers": lambda m: (m.layer1[0].bn2.running_mean, m.layer1[0].bn2.running_mean.data.view(torch.int32)),
+    "a bias of two axes": lambda m: (m.fc.bias, m.fc.bias.data.view(2, 5)),
+    "a weight of other axes": lambda m: (m.layer1[0].conv1.weight, m.layer1[0].conv1.weight.data.view(16, 16, 9, 1)),
+    "a kernel turned": lambda m: (m.layer1[0].conv1.weight, m.layer1[0].conv1.weight.data.transpose(2, 3)),
+    "a bias elsewhere": lambda m: (m.fc.bias, m.fc.bias.data + 1),
+    "a bias cut": lambda m: (m.fc.bias, m.fc.bias.data[:4]),
+}
+
+
+@pytest.mark.parametrize("described", [True, False], ids=["by DLPack", "by attributes"])
+@pytest.mark.parametrize("data", DATA)
+def test_data_is_replaced(data: str, described: bool, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most at the same address and of the same length: an error where it is one in PyTorch, and no repeated result."""
+    if not described:  # as before torch 2.10
+        monkeypatch.setattr(cached, "DLPACK", None)
+    original, converted = pair(x)
+    (before,) = converted._fused_resnet.current.inlined.store.cached.values()
+    with torch.no_grad():
+        for model in (original, converted):
+            tensor, other = DATA[data](model)
+            tensor.requires_grad_(False)
+            tensor.data = other
+        outcomes = []
+        for model in (original, converted):
+            try:
+                outcomes.append(model(x))
+            except (RuntimeError, ValueError, TypeError) as error:
+                outcomes.append(error)
+    if isinstance(outcomes[0], Tensor):
+        assert_same(converted, original, x)
+        (after,) = converted._fused_resnet.current.inlined.store.cached.values()
+        assert after is not before  # some changes are smaller than what rounding may do
+    else:
+        assert not isinstance(outcomes[1], Tensor), f"a result where PyTorch raises {outcomes[0]}"
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("whole", [True, False], ids=["network", "block"])  # whose bytes the threads look at together; that one looks at
 def test_bytes_that_change_in_any_tensor_are_seen(x: Tensor, threads: int, whole: bool) -> None:
@@ -70,6 +109,32 @@ def test_bytes_that_change_in_any_tensor_are_seen(x: Tensor, threads: int, whole
             assert after is not before
             assert_same(ours, plain, value)
             assert [*store.cached.values()] == [after]
+
+
+def test_a_weight_of_two_layers_that_is_written_between_them(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another thread, when it was packed for the first and not yet for the second: the call is not one to be repeated."""
+    original, converted = make(), make()
+    for model in (original, converted):
+        model.layer1[1].conv2.weight = model.layer1[0].conv1.weight
+    fuse_(converted)
+    find, found = program.find, []
+
+    def find_and_write(tag: Any, sources: Any, make: Any, store: Any) -> Any:
+        entry = find(tag, sources, make, store)
+        if sources[0] is converted.layer1[0].conv1.weight:
+            found.append(entry)
+            if len(found) == 1:
+                sources[0].mul_(-1)
+        return entry
+
+    monkeypatch.setattr(program, "find", find_and_write)
+    with torch.no_grad():
+        converted(x)
+        assert len(found) == 2
+        monkeypatch.undo()
+        original.layer1[0].conv1.weight.mul_(-1)
+        for _ in range(3):
+            assert_same(converted, original, x)
 
 
 def test_a_decision_that_is_made_anew(x: Tensor) -> None:

@@ -230,7 +230,7 @@ void run_case(const Pieces& made, DType dtype, i64 n, Size input, bool channels_
   Guard guard;
   for (std::size_t i = 0; i < program.convolutions(); ++i) {
     const Convolution* convolution = program.convolution(i);
-    if (convolution != nullptr) guard.add(packed.weight[i], convolution->packed_bytes(), 1 << 12);
+    if (convolution != nullptr) guard.add(packed.weight[i], convolution->packed_bytes(), i64(1) << 30);
   }
   expect(program.run_if(guard, operands) == true && intact() && y.same_bits(by_run), "the same bits where a guard holds");
   char* const byte = packed.memory.back()->get();
