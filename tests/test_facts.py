@@ -135,7 +135,7 @@ def test_a_broken_fact_is_told() -> None:
 
 def _read_something(rng: random.Random, seen: Facts, holder: Any, shared: Holder) -> None:
     reads: list[Callable[[], Any]] = [
-        lambda: seen.item(holder.__dict__, rng.choice(("a", "b", "late"))),
+        lambda: seen.item(holder.__dict__, rng.choice(("a", "b", "late", "later"))),
         lambda: seen.is_empty(holder.__dict__, "empty"),
         lambda: seen.contents(rng.choice((holder.kept, holder.ordered))),
         lambda: seen.kind(holder.__dict__, "inner", (Holder,)),
@@ -149,7 +149,7 @@ def _change_something(rng: random.Random, holders: list[Any]) -> None:
     """One change at random of what the facts of ``test_facts_after_any_changes`` are about."""
     holder = rng.choice(holders)
     values: list[Any] = [1, 2, 1.5, "a", (1, 2), (1, 2.0), None, True, holders[0].kept, Holder(), Derived(), {}, OrderedDict(), {"x": 1}]
-    name = rng.choice(("a", "b", "inner", "empty"))
+    name = rng.choice(("a", "b", "inner", "empty", "late", "later"))
     empty = holders[0].__dict__.get("empty")
     place = rng.choice((holder.__dict__, holder.kept, holder.ordered, empty if isinstance(empty, dict) else holder.kept))
     changes: list[Callable[[], Any]] = [
@@ -198,7 +198,7 @@ def test_facts_after_any_changes(seed: int) -> None:
                     holder.__dict__.update(a=1, b=(1, 2), inner=shared, empty={})
                     holder.kept.clear(), holder.kept.update(a=1), holder.listed.__setitem__(slice(None), [1])
                     holder.ordered.clear(), holder.ordered.update(a=1, b=2)
-                    holder.__dict__.pop("late", None)
+                    holder.__dict__.pop("late", None), holder.__dict__.pop("later", None)
                 object.__setattr__(shared, "__class__", Holder)
         _change_something(rng, holders)
     assert 0 < broken < 60
