@@ -112,8 +112,8 @@ std::unique_ptr<fr::Facts> facts(const std::vector<std::tuple<int, py::handle, p
   return std::make_unique<fr::Facts>(std::move(found));
 }
 
-// rows: (tensor, class, version, address, shape, strides, dtype, DLPack's code and bits of it). tensor: torch.Tensor. exchange: its capsule of
-// DLPack's C interface, or None.
+// rows: (tensor, class, version, address, shape, strides, dtype, DLPack's code and bits of it). tensor: torch.Tensor. exchange: its capsule
+// of DLPack's C interface, or None.
 std::unique_ptr<fr::Watch> watch(
     const std::vector<std::tuple<py::handle, py::type, long, Pointer, py::tuple, py::tuple, py::handle, std::pair<int, int>>>& rows,
     const py::object& tensor, const py::object& exchange) {
@@ -137,7 +137,8 @@ std::unique_ptr<fr::Watch> watch(
       for (const py::handle n : numbers) layout.push_back(n.cast<std::int64_t>());
     }
     const fr::dlpack::DataType as_dlpack{static_cast<std::uint8_t>(type.first), static_cast<std::uint8_t>(type.second), 1};
-    all.push_back({t.ptr(), reinterpret_cast<PyTypeObject*>(cls.ptr()), version, address, shape.ptr(), strides.ptr(), dtype.ptr(), std::move(layout), as_dlpack});
+    all.push_back({t.ptr(), reinterpret_cast<PyTypeObject*>(cls.ptr()), version, address, shape.ptr(), strides.ptr(), dtype.ptr(),
+                   std::move(layout), as_dlpack});
   }
   return std::make_unique<fr::Watch>(std::move(all), ask);
 }

@@ -38,7 +38,7 @@ bool Watch::is_where_it_was(Row& row) const {
            Answer(PyObject_CallOneArg(ask_.stride, t)).equals(row.strides) && Answer(attribute(ask_.dtype, t)).get() == row.dtype;
   }
   dlpack::Description d;
-  if (ask_.describe(t, &d) != 0) return false;
+  if (ask_.describe(t, &d) != 0 || (d.ndim > 0 && d.strides == nullptr)) return false;  // no strides: before version 1.2
   row.near = d.shape;
   const std::int64_t* const layout = row.layout.data();
   const std::int32_t rank = static_cast<std::int32_t>(row.layout.size() / 2);
