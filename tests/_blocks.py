@@ -82,6 +82,15 @@ def assert_same(converted: nn.Module, original: nn.Module, x: Tensor) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def called(block: nn.Module) -> nn.Module:
+    """After calls of two sizes, which differ in algorithms and packings, some of them repeated."""
+    with torch.no_grad():
+        for x in (torch.randn(1, 64, 14, 14), torch.randn(8, 64, 28, 28)):
+            for _ in range(2):
+                block(x)
+    return block
+
+
 class ConvNormAct(nn.Module):
     """The small wrapper that half of all code bases have."""
 

@@ -313,7 +313,7 @@ class Sequences(RuleBasedStateMachine):
             for t in (*self.weights, *(b.conv1.weight for pair in self.blocks for b in pair)):
                 one_element(t.data)
         fused_resnet.clear_derived()
-        assert not derived._entries
+        assert not derived._beside
         for weight in self.weights:
             self.compare_operator(weight)
         for pair in self.blocks:
@@ -322,6 +322,6 @@ class Sequences(RuleBasedStateMachine):
     @invariant()
     def nothing_is_kept_of_what_is_gone(self) -> None:
         """Beside no storages but those of the pool's tensors and of what is folded from the blocks' parameters."""
-        if len(derived._entries) > 8 * MOST:
+        if len(derived._beside) > 8 * MOST:
             gc.collect()
-        assert len(derived._entries) <= 8 * MOST, "derived values pile up"
+        assert len(derived._beside) <= 8 * MOST, "derived values pile up"

@@ -7,6 +7,7 @@ FUSED_RESNET_BACKEND=reference asked for that is it skipped, and says so.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from types import ModuleType
@@ -42,6 +43,15 @@ def one_thread(same_start: None) -> None:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def no_garbage_collector() -> Iterator[None]:
+    """What is given back must be given back at once, not when the collector comes."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture

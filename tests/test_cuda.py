@@ -398,7 +398,7 @@ def test_a_derived_weight_on_another_stream() -> None:
     with torch.cuda.stream(second):
         late = fused_resnet.conv_bias_add_relu(*device_operands, **case.parameters)
     torch.cuda.synchronize()
-    assert len(derived._entries) == 1
+    assert len(derived._beside) == 1
     assert torch.equal(early.cpu(), expected)
     assert torch.equal(late.cpu(), expected)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import fused_resnet
 from fused_resnet import reference
-from fused_resnet.ops import cpu, derived, plans
+from fused_resnet.ops import cpu, derived, plans, store
 
 pytestmark = pytest.mark.usefixtures("one_thread", "kernels")
 
@@ -45,12 +45,12 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     tags: list[object] = []
     real = derived.find
 
-    def find(tag: tuple[Any, ...], sources: tuple[Tensor | None, ...], make: Callable[..., Any], *store: Any) -> Any:
+    def find(tag: object, sources: tuple[Tensor | None, ...], make: Callable[..., Any], *place: Any) -> Any:
         def counted(*held: Tensor | None) -> Any:
             tags.append(tag)
             return make(*held)
 
-        return real(tag, sources, counted, *store)
+        return real(tag, sources, counted, *place)
 
     monkeypatch.setattr(cpu, "find", find)
     plans.convolution_plans.kept.clear()
@@ -118,7 +118,7 @@ def test_writes_through_data_of_a_large_weight(as_parameter: bool) -> None:
     is seen. (One that changes a few words may not be: the limit is in ``ops/derived.py``'s documentation, and the version counter
     sees everything that does not go through ``.data``.)"""
     weight = torch.randint(-2, 3, (64, 64, 3, 3)).float()
-    assert weight.nbytes > derived.SOME
+    assert weight.nbytes > store.SOME
     weight = nn.Parameter(weight) if as_parameter else weight
     x = torch.randint(-2, 3, (1, 64, 4, 4)).float()
 
@@ -194,7 +194,7 @@ def test_nothing_is_saved() -> None:
         block(X)
         with torch.autocast("cpu", torch.bfloat16):
             block(X)
-    assert len(derived._entries) > 0
+    assert len(derived._beside) > 0
     assert saved(block) == before
     twin = copy.deepcopy(block)
     assert saved(twin) == before
@@ -208,7 +208,7 @@ def no_entries() -> Iterator[None]:
     plans.convolution_plans.kept.clear()
     derived.clear()
     gc.collect()
-    assert len(derived._entries) == 0
+    assert len(derived._beside) == 0
     yield
     derived.clear()
 
@@ -217,15 +217,15 @@ def test_entries_die_with_their_tensor(no_entries: None) -> None:
     weights = [_weight(seed) for seed in range(5)]
     for weight in weights:
         check(weight)
-    assert len(derived._entries) == 5
+    assert len(derived._beside) == 5
     del weights[1:], weight
     gc.collect()
-    assert len(derived._entries) == 1
+    assert len(derived._beside) == 1
     check(weights[0])
     for seed in range(50):  # new tensors at old addresses, with old ids
         check(_weight(seed))
     gc.collect()
-    assert len(derived._entries) == 1
+    assert len(derived._beside) == 1
     derived.clear()
     check(weights[0])
 
@@ -275,14 +275,14 @@ def test_weights_that_are_not_dense(no_entries: None) -> None:
         check(weight)
         buffer.data[..., 2] = 7
         check(weight)
-    assert len(derived._entries) == 0
+    assert len(derived._beside) == 0
     # Dense in another order of the axes: kept.
     dense = (_weight().permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3), _weight().mT.contiguous().mT)
     for count, weight in enumerate(dense, start=1):
         check(weight)
         weight.data.add_(1)
         check(weight)
-        assert len(derived._entries) == count
+        assert len(derived._beside) == count
 
 
 def test_what_counts_as_dense() -> None:
@@ -312,8 +312,8 @@ def test_a_failed_packing_is_not_kept(no_entries: None) -> None:
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        derived.derive(("packed",), (weight,), fails)
-    assert derived.derive(("packed",), (weight,), lambda held: 5) == 5
+        derived.derive("packed", (weight,), fails)
+    assert derived.derive("packed", (weight,), lambda held: 5) == 5
     check(weight)
 
 

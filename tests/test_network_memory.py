@@ -34,20 +34,20 @@ def test_a_network_and_its_blocks_share_packed_weights(x: Tensor) -> None:
     """And so do calls of other sizes: nothing is packed twice."""
     _, converted = pair(x)
     stores = [b._fused_resnet.current.bound.store for b in converted.modules() if isinstance(b, fused.FusedModule)]
-    entries = [len(store.entries) for store in stores]
+    entries = [len(store.entries()) for store in stores]
     with torch.no_grad():
         h = converted.maxpool(converted.relu(converted.bn1(converted.conv1(x))))
         for layer in (converted.layer1, converted.layer2, converted.layer3):
             h = layer(h)
-    assert [len(store.entries) for store in stores] == entries
+    assert [len(store.entries()) for store in stores] == entries
     with torch.no_grad():
         converted(torch.cat([x, x]))
         converted(x[:1])
     (cached,) = converted._fused_resnet.current.bound.store.cached.values()
     assert len(cached.calls) == 3
-    kept = {entry.value.weight for store in stores for entry in store.entries.values() if isinstance(entry.value, Packed)}
+    kept = {entry.value.weight for store in stores for entry in store.entries() if isinstance(entry.value, Packed)}
     for call, _ in cached.calls.values():
-        assert {p.weight for p in call.packed if p.weight} <= kept
+        assert {entry.value.weight for entry in call.entries if entry.value.weight} <= kept
 
 
 DATA: dict[str, Callable[[Any], tuple[Tensor, Tensor]]] = {
@@ -150,8 +150,8 @@ def test_a_decision_that_is_made_anew(x: Tensor) -> None:
         block(h)
         assert_same(converted, original, x)
     nodes = [step.node for part in parts(converted) for step in part.segment.steps]
-    stores = [node.store for node in nodes if getattr(node, "conv", None) is block.conv1]
-    assert stores == [block._fused_resnet.current.bound.store]
+    (place,) = [node.place for node in nodes if getattr(node, "conv", None) is block.conv1]
+    assert place.store() is block._fused_resnet.current.bound.store
 
 
 def test_a_value_is_given_back_when_nothing_reads_it_any_more(x: Tensor) -> None:
@@ -240,11 +240,11 @@ def test_a_deleted_network_gives_everything_back(x: Tensor) -> None:
     """Without the garbage collector, as a network without conversion does."""
     _, converted = pair(x)
     buffers = [
-        weakref.ref(p.buffer)
-        for store in converted._fused_resnet.current.bound.store.cached.values()
-        for call, _ in store.calls.values()
-        for p in call.packed
-        if p.buffer is not None
+        weakref.ref(entry.value.buffer)
+        for cached in converted._fused_resnet.current.bound.store.cached.values()
+        for call, _ in cached.calls.values()
+        for entry in call.entries
+        if entry.value.buffer is not None
     ]
     assert len(buffers) >= 10
     gc.collect()
@@ -263,7 +263,7 @@ def test_to_and_clear_give_back_what_a_network_keeps(x: Tensor) -> None:
         assert store.cached
         forget()
         assert not store.cached
-        assert not store.entries
+        assert not store.entries()
         with torch.no_grad():
             for _ in range(2):
                 assert_same(converted, original, x)

@@ -7,7 +7,6 @@ order of summation. Random sequences are in test_stateful.py; this file has thos
 from __future__ import annotations
 
 import copy
-import gc
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,14 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-from _calls import DTYPES, FORMATS, name, plan_of, run_python
+from _blocks import called
+from _calls import DTYPES, FORMATS, name, plan_of
 from torch import Tensor, nn
 
 import fused_resnet
 import fused_resnet.nn as fnn
 from fused_resnet import _plain, _settings, reference, testing
 from fused_resnet.cases import ConvCase
-from fused_resnet.ops import derived, plans
+from fused_resnet.ops import derived, store
 from fused_resnet.runtime import program
 from fused_resnet.runtime.cached import key_of
 
@@ -41,15 +41,6 @@ def block_of_integers(channels: int, stride: int = 1, dtype: torch.dtype = torch
         for seed, parameter in enumerate(block.parameters()):
             parameter.copy_(integers(*parameter.shape, seed=seed) * (torch.rand_like(parameter) < 4 / channels))
     return block.to(dtype).eval()
-
-
-@pytest.fixture
-def no_garbage_collector() -> Iterator[None]:
-    """What is given back must be given back at once, not when the collector comes."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,7 +120,7 @@ def test_kernels_that_share_a_packing_read_the_same_bytes(isa: str, dtype: torch
 
 def unseen(weight: Tensor) -> None:
     """A write that nothing but clear_derived can make known: one element, between two that are compared."""
-    assert weight.nbytes > derived.SOME
+    assert weight.nbytes > store.SOME
     weight.data.view(-1)[weight.numel() // 2 + 100] += 1000
 
 
@@ -241,167 +232,6 @@ def test_what_alone_is_cut_is_an_error_as_in_pytorch(kernels: ModuleType, which:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Memory is given back
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def kept_by(block: Any) -> list[weakref.ref[Any]]:
-    """Weak references to all packed weights of a block, and to the storages of its parameters."""
-    entries = block._fused_resnet.current.bound.store.entries.values()
-    packed = [weakref.ref(entry.value.buffer) for entry in entries if getattr(entry.value, "buffer", None) is not None]
-    assert packed
-    return packed + [weakref.ref(p.untyped_storage()) for p in block.parameters()]
-
-
-def alive(references: list[weakref.ref[Any]]) -> int:
-    return sum(reference() is not None for reference in references)
-
-
-def called(block: nn.Module) -> nn.Module:
-    """After calls of two sizes, which differ in algorithms and packings, some of them repeated."""
-    with torch.no_grad():
-        for x in (torch.randn(1, 64, 14, 14), torch.randn(8, 64, 28, 28)):
-            for _ in range(2):
-                block(x)
-    return block
-
-
-def test_a_deleted_block_gives_everything_back(kernels: ModuleType, no_garbage_collector: None) -> None:
-    block = called(fnn.BasicBlock(64, 64).eval())
-    kept = kept_by(block)
-    assert alive(kept) == len(kept)
-    del block
-    assert alive(kept) == 0
-
-
-CONVERSIONS: dict[str, Callable[[nn.Module], Any]] = {
-    "double": lambda m: m.double(),
-    "bfloat16": lambda m: m.to(torch.bfloat16),
-    "unfuse_": fused_resnet.unfuse_,
-    "clear_derived": lambda m: fused_resnet.clear_derived(),
-}
-
-
-@pytest.mark.parametrize("how", CONVERSIONS)
-def test_packed_weights_are_given_back(kernels: ModuleType, no_garbage_collector: None, how: str) -> None:
-    """... at once, without another call."""
-    block: Any = nn.Sequential(_plain.BasicBlock(64, 64)).eval()
-    fused_resnet.fuse_(block)
-    called(block)
-    packed = [r for r in kept_by(block[0]) if isinstance(r(), Tensor)]
-    CONVERSIONS[how](block)
-    assert alive(packed) == 0
-
-
-def test_an_operators_weight_gives_everything_back(kernels: ModuleType, no_garbage_collector: None) -> None:
-    """A Parameter has no weak reference; what is beside its storage goes with that."""
-    x = torch.randn(1, 64, 14, 14)
-    for make in (lambda t: nn.Parameter(t), lambda t: t):
-        weight = make(torch.randn(64, 64, 3, 3))
-        before = len(derived._entries)
-        with torch.no_grad():
-            fused_resnet.conv_bias_add_relu(x, weight, padding=1)
-        assert len(derived._entries) == before + 1
-        (entry,) = derived._entries[id(weight.untyped_storage())].entries.values()
-        packed = weakref.ref(entry.value)
-        del entry
-        assert packed() is not None
-        del weight
-        assert packed() is None
-        assert len(derived._entries) == before
-
-
-@pytest.mark.parametrize("channels", [8, 64])
-def test_aliases_of_one_storage(kernels: ModuleType, channels: int) -> None:
-    """Tensors made anew from the same memory for each call, through ``.data``: their own version counters, all 0, say nothing about writes to
-    the weight. A tensor is another one when it is another object; a Parameter is looked at by its bytes, which are compared in full only up to
-    64 KiB. Neither piles up."""
-    weight, x = torch.randn(channels, channels, 3, 3), torch.randn(1, channels, 6, 6)
-    middle, alive = channels // 2, []
-    with torch.no_grad():
-        for i in range(30):
-            alias = nn.Parameter(weight.data) if i % 2 and channels == 8 else weight.data
-            if i % 3 == 0:
-                alive.append(alias)
-            y = fused_resnet.conv_bias_add_relu(x, alias)
-            assert testing.norm_error(y, reference.conv_bias_add_relu(x, weight).double()) <= 1e-5
-            weight[middle, middle - 1, 1, 1] += 10
-    assert len(derived._entries[id(weight.untyped_storage())].entries) == 1
-
-
-def test_switching_numerics_to_and_fro_keeps_plans(kernels: ModuleType) -> None:
-    """Plans of a setting that is back are used again, and the packed weights of both settings stay the only ones."""
-    plans.convolution_plans.kept.clear()
-    weight, x = nn.Parameter(torch.randn(64, 64, 3, 3)), torch.randn(1, 64, 28, 28)
-    block = fnn.BasicBlock(64, 64).eval()
-    with torch.no_grad():
-        for i in range(20):
-            fused_resnet.set_numerics("strict" if i % 2 else "fast")
-            fused_resnet.conv_bias_add_relu(x, weight, padding=1)
-            block(x)
-    assert len(plans.convolution_plans.kept) == 2
-    bound = block._fused_resnet.current.bound  # type: ignore[union-attr]
-    assert bound is not None
-    assert len(bound.plans.kept) == 2
-    assert len(bound.store.entries) <= 4
-    assert len(derived._entries[id(weight.untyped_storage())].entries) <= 2
-
-
-GROWTH = """
-import resource, torch
-import fused_resnet
-from fused_resnet import _plain
-torch.set_num_threads(1)
-x = torch.randn(1, 128, 14, 14)
-def once():
-    model = torch.nn.Sequential(_plain.BasicBlock(128, 128), _plain.BasicBlock(128, 128)).eval()
-    fused_resnet.fuse_(model)
-    with torch.no_grad():
-        for _ in range(2):
-            model(x)
-        fused_resnet.conv_bias_add_relu(x, model[0].conv1.weight, padding=1)
-    packed = [e.value.buffer.nbytes for b in model for e in b._fused_resnet.current.bound.store.entries.values()]
-    return sum(packed)
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-for _ in range(20):
-    packed = once()
-before = peak()
-for _ in range(180):
-    once()
-print(packed, peak() - before)
-"""
-
-
-def test_no_growth_over_200_models(kernels: ModuleType) -> None:
-    """Made, converted, called, dropped: the last 180 take no more memory than the first 20, but for four models' worth of allocator's luck."""
-    done = run_python(GROWTH)
-    assert done.returncode == 0, done.stderr
-    packed, growth = map(int, done.stdout.split())
-    assert packed > 2**20
-    assert growth < 4 * packed, f"{growth / packed:.1f} times the packed weights of one model"
-
-
-def test_what_a_call_reads_is_held(kernels: ModuleType, no_garbage_collector: None) -> None:
-    """Another thread may clear, or drop what has changed, while a call runs: the call's packed weights live until it ends."""
-    block: Any = called(fnn.BasicBlock(64, 64).eval())
-    x = torch.randn(8, 64, 28, 28)
-    with torch.no_grad():
-        expected = block(x)
-    (cached,) = block._fused_resnet.current.bound.store.cached.values()
-    call, _ = cached.calls[key_of(x)]
-    del cached
-    entries = [*block._fused_resnet.current.bound.store.entries.values()]
-    read = [weakref.ref(entry.value.buffer) for entry in entries if any(p.buffer is entry.value.buffer for p in call.packed)]
-    del entries
-    fused_resnet.clear_derived()
-    assert len(read) == alive(read) == 2
-    assert torch.equal(call(x), expected)
-    del call
-    assert alive(read) == 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # swap_tensors; memory that another thread replaces
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -462,7 +292,7 @@ def test_the_guard_reads_memory_that_is_held(kernels: ModuleType, no_garbage_col
     with torch.no_grad():
         for weight in (nn.Parameter(torch.randn(64, 64, 3, 3)), torch.randn(64, 64, 3, 3)):
             fused_resnet.conv_bias_add_relu(x, weight, padding=1)
-            (entry,) = derived._entries[id(weight.untyped_storage())].entries.values()
+            (entry,) = derived._beside[id(weight.untyped_storage())].entries()
             source = entry.sources[0]
             assert source is not None
             source.guard = spy = Replacing(source.guard, weight)

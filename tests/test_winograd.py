@@ -718,7 +718,7 @@ def test_one_weight_for_inputs_of_every_size(algorithm: str, dtype: torch.dtype,
             error = testing.norm_error(y, truth)
             assert error <= (5e-2 if dtype == torch.bfloat16 else 1e-5), (batch, size)  # a wrong layout: of order 1; rounding: at most 2e-2
         if algorithm != "auto":
-            assert len(derived._entries[id(base.weight.untyped_storage())].entries) == 1, "packed anew for another size"
+            assert len(derived._beside[id(base.weight.untyped_storage())].entries()) == 1, "packed anew for another size"
 
 
 @pytest.mark.parametrize("algorithm", ["auto", *WINOGRAD])
@@ -746,5 +746,5 @@ def test_derived_values_of_each_algorithm_are_kept_apart(kernels: ModuleType, ge
         _settings.change(algorithm=algorithm)
         y = fused_resnet.conv_bias_add_relu(*operands, **case.parameters)
         assert torch.allclose(y, expected, rtol=0, atol=0 if algorithm != "winograd4" else 1e-3)
-    (kept,) = derived._entries.values()
+    (kept,) = derived._beside.values()
     assert len(kept.entries) == 3

@@ -137,7 +137,7 @@ class GeneralPlan:
         check_operands(input, weight, bias, shortcut)
         if self.wide:
             input = input.float()
-            weight = weight.float() if weight.is_cpu else derive(("wide",), (weight,), lambda held: held.float())
+            weight = weight.float() if weight.is_cpu else derive("wide", (weight,), lambda held: held.float())
         output = _convolution(input, weight, bias if self.adds_bias else None, self.geometry)
         if self.backend.on_gpu:  # some of the library's convolutions give other strides than its rule says
             output = output.contiguous(memory_format=output_format(input, weight, output.shape))

@@ -150,7 +150,7 @@ class CpuPlan:
 def _packer(kernel: Any, strides: tuple[int, ...]) -> Packer:
     """The packed weight of a kernel, of a weight with these strides, kept until that changes; None where it is of no use: see ``pack``."""
     packed_bytes, pack = kernel.packed_bytes, kernel.pack
-    tag = (f"packed: {kernel.packing}, strides {strides}",)
+    tag = f"packed: {kernel.packing}, strides {strides}"
 
     def make(held: Tensor) -> Tensor | None:
         buffer = torch.empty(packed_bytes, dtype=torch.uint8)

@@ -196,7 +196,7 @@ class PaddedPlan:
         self.kernel, self._plan = plan.kernel, plan
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Tensor | None) -> Tensor:
-        return self._plan(_pad_channels(input), derive(("padded channels",), (weight,), _pad_channels), bias, shortcut)
+        return self._plan(_pad_channels(input), derive("padded channels", (weight,), _pad_channels), bias, shortcut)
 
 
 class JoinedPlan:
@@ -232,7 +232,7 @@ def _sum_of_biases(first: Tensor | None, second: Tensor | None) -> Tensor | None
     if first is None or second is None:
         bias = second if first is None else first
         return None if bias is None else bias.contiguous()
-    return derive(("sum of biases",), (first, second), lambda a, b: (a.float() + b.float()).to(a.dtype))
+    return derive("sum of biases", (first, second), lambda a, b: (a.float() + b.float()).to(a.dtype))
 
 
 def _turn(t: Tensor) -> Tensor:
@@ -267,7 +267,7 @@ def krsc(weight: Tensor) -> Tensor:
     def make(held: Tensor) -> Tensor:
         return torch.empty_strided(held.shape, wanted, dtype=held.dtype, device=held.device).copy_(held)
 
-    return derive(("krsc",), (weight,), make)
+    return derive("krsc", (weight,), make)
 
 
 def tiles() -> list[str]:

@@ -1,19 +1,22 @@
 """Values derived from tensors (packed, folded or cast weights): made once, kept, remade when a tensor changes.
 
-Two kinds of owner, and nothing of what they keep is ever saved, copied or pickled:
+Whatever is kept is in a ``Store``, and there are two kinds of them. Nothing of what they hold is ever saved, copied or pickled.
 
-- a block keeps the values of its own parameters in a ``Store`` of its own. They die with the block, with ``.to()`` and its like, and
+- A module has one for its own parameters (``Place``). It holds the tensors, and dies with the module, with ``.to()`` and its like, and
   with ``clear``.
-- a call of the operator has only a tensor: its values are kept beside the tensor's storage (``_entries``) and die with that, or where
-  the tensor is no Parameter with the tensor itself. There is no weak reference to a Parameter, nor to what else ``torch.utils.swap_tensors``
-  may exchange in a module: it refuses tensors that have one.
+- A call of the operator has only a tensor: the store is beside that tensor's storage (``_beside``) and dies with it; a value dies with each
+  of its sources, by their storages, or where a source is no Parameter by the tensor itself. There is no weak reference to a Parameter,
+  nor to what else ``torch.utils.swap_tensors`` may exchange in a module: it refuses tensors that have one.
+
+What is kept of one weight takes at most ``MOST_COPIES`` times its bytes (or ``LEAST``): beyond, what was made first goes. One step
+invalidates: before a value is made anew, all that was made of that weight before it changed is dropped (``Store.forget_changed``).
 
 A change is seen by the tensor's version counter (every in-place operation, ``load_state_dict``, optimizers), its address and layout
 (``.data = ...``) and a fingerprint of its bytes, which also sees writes through ``.data`` that leave the counter alone: all
 the bytes up to 64 KiB, 64 words spread over the tensor above that. Inference tensors have no counter: all their bytes are
 read on every call. What was taken through ``.data`` has a version counter of its own, which tells nothing of writes to the tensor that
-it was taken from: such a tensor is new to a cache when it is another object, but of a Parameter only storage, state and bytes are known.
-Bytes are read only where the tensor is now, at the address that was compared, and while somebody holds them.
+it was taken from: such a tensor is new to a store when it is another object, but of a Parameter only storage, state and bytes are known
+beside a storage. Bytes are read only where the tensor is now, at the address that was compared, and while somebody holds them.
 
 Batch norm in training changes its statistics without raising their versions: the bytes tell, or its counter (``runtime.fold.folded``).
 
@@ -29,7 +32,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,141 +40,31 @@ from torch import Tensor, nn
 from .._compat import PLAIN, in_graph_trees
 from .._extension import cpu
 from .spec import check_allocated
+from .store import Entry, Made, Place, Source, Store, stores
 
 T = TypeVar("T")
-# What a change of a tensor's values or memory changes, unless it is a write through ``.data``: version, address, shape, strides, dtype.
-State = tuple[int, int, tuple[int, ...], tuple[int, ...], torch.dtype]
 _graphs_train = False  # a graph that was captured may write parameters when it is replayed
 _for_graphs: dict[int, Any] = {}  # values whose addresses a captured graph may hold, by id
-_ALL = 1 << 62  # fingerprint every byte
-SOME = 1 << 16  # ... or at most this many
-_MOST = 1024  # values beside one storage: beyond that many, start over
 
 generation = 0  # how often ``clear`` was called
 
 
-class Made:
-    """Where on the GPU a value was made: the stream, and the moment at which it is there."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.current_stream(device)
-        self.event = torch.cuda.Event()
-        self.event.record(self.stream)
-
-    def await_on(self, device: torch.device, value: Any) -> None:
-        """The current stream will find the value there, and its memory will not be given away before that stream is done."""
-        current = torch.cuda.current_stream(device)
-        if current != self.stream:
-            current.wait_event(self.event)
-            for t in _tensors(value):
-                t.record_stream(current)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [t for t in value if isinstance(t, Tensor)] if isinstance(value, tuple) else []
-
-
-def state_of(t: Tensor) -> State:
-    """A tensor's state without its bytes. The version of an inference tensor, which has none, is -1."""
-    return (-1 if t.is_inference() else t._version, t.data_ptr(), t.shape, t.stride(), t.dtype)
-
-
-class Source:
-    """A tensor as it was when a value was derived from it.
-
-    In a block's store it holds the tensor and the memory of that time. Beside a storage it holds neither, and ``gone`` is called when the
-    storage or, unless it is a Parameter, the tensor dies.
-    """
-
-    __slots__ = ("guard", "held", "state", "storage", "strong", "weak")
-
-    def __init__(self, t: Tensor, held: Tensor, gone: Callable[[Any], None] | None) -> None:
-        self.state = state_of(held)
-        self.guard = _guard(held, self.state)
-        self.strong = t if gone is None else None
-        self.held = held if gone is None else None
-        self.storage = None if gone is None else weakref.ref(held.untyped_storage(), gone)
-        self.weak = None if gone is None or isinstance(t, nn.Parameter) else weakref.ref(t, gone)
-
-    def is_as_it_was(self, t: Tensor) -> bool:
-        storage = t.untyped_storage()  # keeps the memory that the guard reads
-        if self.storage is None:
-            return t is self.strong and self.memory_is_as_it_was(t)
-        same = self.storage() is storage and (self.weak is None or self.weak() is t)
-        return same and self.memory_is_as_it_was(t)
-
-    def memory_is_as_it_was(self, t: Tensor) -> bool:
-        """The same, of a tensor that is known to be this one or its snapshot."""
-        return state_of(t) == self.state and (self.guard is None or self.guard.holds())
-
-
-def _guard(t: Tensor, state: State) -> Any:
-    """What compares the bytes of a dense tensor, which are the ``nbytes`` from its first element on; None where they are not read."""
-    if cpu is None or not t.is_cpu:
-        return None
-    return cpu.Guard(state[1], t.nbytes, _ALL if state[0] == -1 else SOME)
-
-
-class Entry(NamedTuple):
-    """A value, the sources that it was made from and, on a GPU, when. ``watched``: a change of any source would be seen."""
-
-    sources: tuple[Source | None, ...]
-    value: Any
-    made: Made | None
-    watched: bool
-
-    def holds(self, sources: Sequence[Tensor | None]) -> bool:
-        """Whether nothing has changed since."""
-        return len(sources) == len(self.sources) and all(map(_holds, sources, self.sources))
-
-
-def _holds(t: Tensor | None, source: Source | None) -> bool:
-    return t is None if source is None else t is not None and source.is_as_it_was(t)
-
-
-class Store:
-    """The derived values of one module; and the calls that can be repeated with them (``runtime.cached.CachedCalls``), by segment.
-
-    A tag begins with the place in the block of the first source: a value of a source that has changed is not kept beside those of the new one.
-    """
-
-    def __init__(self) -> None:
-        self.entries: dict[tuple[Hashable, ...], Entry] = {}
-        self.cached: dict[int, Any] = {}
-        key, stores = id(self), _stores
-        _stores[key] = weakref.ref(self, lambda _: stores.pop(key, None))
-
-    def forget_changed(self, tag: tuple[Hashable, ...], source: Tensor) -> None:
-        """Drop what was made from another first source in this place, or from this one before it changed."""
-        for other, entry in [*self.entries.items()]:
-            if other[0] == tag[0] and not _holds(source, entry.sources[0]):
-                self.entries.pop(other, None)
-
-    def clear(self) -> None:
-        """Give everything back."""
-        self.cached.clear()
-        self.entries.clear()
-
-
-class _Beside:
-    """What is derived from tensors in one storage, by tag and the address of the first source."""
+class _StorageStore(Store):
+    """What is derived from tensors in one storage."""
 
     def __init__(self, storage: Any) -> None:
-        key, entries = id(storage), _entries  # a global may be gone when the interpreter ends
+        super().__init__()
+        key, others = id(storage), _beside  # a global may be gone when the interpreter ends
 
         def gone(reference: Any) -> None:
-            found = entries.get(key)
+            found = others.get(key)
             if found is not None and found.storage is reference:  # else another storage has come to live there
-                entries.pop(key, None)
+                others.pop(key, None)
 
         self.storage = weakref.ref(storage, gone)
-        self.entries: dict[Hashable, Entry] = {}
 
 
-_stores: dict[int, weakref.ref[Store]] = {}  # all there are, by id
-_entries: dict[int, _Beside] = {}  # by the storage's id
+_beside: dict[int, _StorageStore] = {}  # by the storage's id
 
 
 def is_dense(t: Tensor) -> bool:
@@ -184,11 +77,9 @@ def is_dense(t: Tensor) -> bool:
     return True
 
 
-def _beside(tag: Hashable, t: Tensor) -> Entry | None:
-    """What is kept beside a tensor's storage under this tag, whether it still holds or not."""
-    storage = t.untyped_storage()
-    found = _entries.get(id(storage))
-    return None if found is None or found.storage() is not storage else found.entries.get((tag, t.data_ptr()))
+def _store_beside(storage: Any) -> _StorageStore | None:
+    found = _beside.get(id(storage))
+    return None if found is None or found.storage() is not storage else found
 
 
 def unchanged(tag: Hashable, t: Tensor) -> Entry | None:
@@ -197,10 +88,11 @@ def unchanged(tag: Hashable, t: Tensor) -> Entry | None:
     tag: it says shape, strides and dtype of the source, which are then not compared again.
     """
     storage = t.untyped_storage()  # keeps the memory that the guard reads
-    found = _entries.get(id(storage))
+    found = _beside.get(id(storage))
     if found is None or found.storage() is not storage:
         return None
-    entry = found.entries.get((tag, t.data_ptr()))
+    entries = found.places.get(t.data_ptr())
+    entry = None if entries is None else entries.get(tag)
     if entry is None:
         return None
     source = entry.sources[0]
@@ -214,15 +106,15 @@ def unchanged(tag: Hashable, t: Tensor) -> Entry | None:
     return entry if same and source.guard is not None and source.guard.holds() else None
 
 
-def derive(tag: tuple[Hashable, ...], sources: Sequence[Tensor | None], make: Callable[..., T], store: Store | None = None) -> T:
+def derive(tag: Hashable, sources: Sequence[Tensor | None], make: Callable[..., T], place: Place | None = None) -> T:
     """``make(*sources)``, or what it returned before if no source has changed since: see ``find``."""
-    value: T = find(tag, sources, make, store).value
+    value: T = find(tag, sources, make, place).value
     return value
 
 
-def find(tag: tuple[Hashable, ...], sources: Sequence[Tensor | None], make: Callable[..., Any], store: Store | None = None) -> Entry:
-    """The value ``make(*sources)``, made now or kept from before: in ``store``, or beside the first source's storage where there is no store or
-    that source is no Parameter (``functional_call`` puts others in a block's place for a while).
+def find(tag: Hashable, sources: Sequence[Tensor | None], make: Callable[..., Any], place: Place | None = None) -> Entry:
+    """The value ``make(*sources)``, made now or kept from before: in a module's ``place``, or beside the first source's storage where there is
+    none or that source is no Parameter (``functional_call`` puts others in a module's place for a while).
 
     tag: everything that the value depends on besides the sources. Nothing is kept where a change could not be seen: for a source that is
     not dense or of another class than torch's own, and for an inference tensor without the compiled module.
@@ -237,38 +129,55 @@ def find(tag: tuple[Hashable, ...], sources: Sequence[Tensor | None], make: Call
     assert owner is not None
     if not all([t is None or type(t) in PLAIN for t in sources]):  # a subclass may have no memory to look at
         return Entry((), _made(make, snapshots(sources)), None, False)
-    if not isinstance(owner, nn.Parameter):
-        store = None
+    module = None if place is None or not isinstance(owner, nn.Parameter) else place.store()
+    number = owner.data_ptr() if module is None or place is None else place.number
+    store = _store_beside(owner.untyped_storage()) if module is None else module
     capturing = owner.is_cuda and (torch.cuda.is_current_stream_capturing() or in_graph_trees(owner.device))
     if (capturing or (_graphs_train and owner.is_cuda)) and any([t is not None and t.requires_grad for t in sources]):
-        return _make(tag, sources, make, store)  # of a graph: a part of it, made anew at each replay
-    kept = _beside(tag, owner) if store is None else store.entries.get(tag)
+        return _make(tag, sources, make, module)  # of a graph: a part of it, made anew at each replay
+    kept = None if store is None else store.get(number, tag)
     if kept is not None and kept.holds(sources):
         if capturing:
             _for_graphs[id(kept.value)] = kept.value
         elif kept.made is not None:
             kept.made.await_on(owner.device, kept.value)
         return kept
-    if store is not None:
-        store.forget_changed(tag, owner)
+    if store is not None:  # what has changed is given back before the new is made
+        store.forget_changed(number, owner)
+        store.drop(number, tag)
+    del kept
     before = generation
-    entry = _make(tag, sources, make, store)
+    entry = _make(tag, sources, make, module)
     if entry.watched and not capturing and generation == before:
-        if store is not None:
-            store.entries[tag] = entry
-        else:
-            _keep_beside(owner, tag, entry)
+        _keep(number, tag, entry, module)
     return entry
 
 
-def _make(tag: tuple[Hashable, ...], sources: Sequence[Tensor | None], make: Callable[..., Any], store: Store | None) -> Entry:
+def _keep(number: Hashable, tag: Hashable, entry: Entry, module: Store | None) -> None:
+    """In a module's store, or beside the first source's storage, as that was when the value was made."""
+    if module is not None:
+        module.keep(number, tag, entry)
+        return
+    source = entry.sources[0]
+    assert source is not None
+    assert source.storage is not None
+    storage = source.storage()
+    if storage is None:  # replaced meanwhile
+        return
+    store = _store_beside(storage)
+    if store is None:
+        store = _beside[id(storage)] = _StorageStore(storage)
+    store.keep(source.state[1], tag, entry)
+
+
+def _make(tag: Hashable, sources: Sequence[Tensor | None], make: Callable[..., Any], module: Store | None) -> Entry:
     held = snapshots(sources)
     owner = held[0]
     assert owner is not None
     for t in held:
         if t is not None:
             check_allocated(t, "a parameter")
-    gone = None if store is not None else _forget(owner, tag)
+    gone = None if module is not None else _forget(owner, tag)
     watched = all([t is None or snap is None or _can_be_seen(t, snap) for t, snap in zip(sources, held, strict=True)])
     seen: tuple[Source | None, ...] = ()
     if watched:  # before making: a write meanwhile is then seen at the next call
@@ -296,33 +205,20 @@ def _can_be_seen(t: Tensor, snap: Tensor) -> bool:
     return is_dense(snap) and (not t.is_inference() or (cpu is not None and t.is_cpu))
 
 
-def _keep_beside(owner: Tensor, tag: Hashable, entry: Entry) -> None:
-    source = entry.sources[0]
-    assert source is not None
-    assert source.storage is not None
-    storage = source.storage()
-    if storage is None:  # replaced meanwhile
-        return
-    found = _entries.get(id(storage))
-    if found is None or found.storage() is not storage:
-        found = _entries[id(storage)] = _Beside(storage)
-    if len(found.entries) >= _MOST:
-        found.entries.clear()
-    found.entries[tag, source.state[1]] = entry
-
-
 def _forget(owner: Tensor, tag: Hashable) -> Callable[[Any], None]:
-    """What drops the entry of an owner and a tag when one of its sources is gone."""
-    key, place, entries = id(owner.untyped_storage()), (tag, owner.data_ptr()), _entries
+    """What drops the entry of an owner and a tag beside a storage when one of its sources is gone."""
+    key, address, others = id(owner.untyped_storage()), owner.data_ptr(), _beside
 
     def gone(reference: Any) -> None:
-        found = entries.get(key)
-        entry = None if found is None else found.entries.get(place)
+        store = others.get(key)
+        entry = None if store is None else store.get(address, tag)
         if entry is not None and any([s is not None and (reference is s.weak or reference is s.storage) for s in entry.sources]):
-            assert found is not None
-            found.entries.pop(place, None)
-            if not found.entries:
-                entries.pop(key, None)
+            assert store is not None
+            store.drop(address, tag)
+            if not store.places.get(address):
+                store.places.pop(address, None)
+            if not store.places:
+                others.pop(key, None)
 
     return gone
 
@@ -341,11 +237,11 @@ def clear() -> None:
     """
     global generation
     generation += 1  # what is being made meanwhile is not kept
-    for reference in [*_stores.values()]:
+    for reference in [*stores.values()]:
         store = reference()
         if store is not None:
             store.clear()
-    _entries.clear()
+    _beside.clear()
     _for_graphs.clear()
     if cpu is not None:
         cpu.release_workspaces()

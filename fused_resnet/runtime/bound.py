@@ -14,21 +14,20 @@ from torch import nn
 from .._settings import Plans
 from ..graph.facts import Checked
 from ..graph.ir import FUNCTIONS, Addition, Call, Convolution, Graph, MaxPool, Node
-from ..ops.derived import Store
+from ..ops.store import Place, Store
 from ..zero_pad import ZeroPad, combined, zero_pad_of
 
 _MOST_PLANS = 64  # of one module: beyond, start over
 
 
 class BoundConvolution(NamedTuple):
-    """place: the node's number in its module's graph, under which the store keeps what is derived for it."""
+    """place: where what is derived for it is kept; None while compiling, where nothing is."""
 
     conv: nn.Conv2d
     norm: Any  # a BatchNorm2d or SyncBatchNorm, or None
     relu: bool
     addition: Addition | None
-    place: int
-    store: Store | None  # its module's; None while compiling, where nothing is kept
+    place: Place | None
 
     @property
     def main_is_left(self) -> bool:
@@ -70,11 +69,10 @@ class BoundFlatten(NamedTuple):
 
 
 class BoundLinear(NamedTuple):
-    """place, store: as a convolution's."""
+    """place: as a convolution's."""
 
     module: nn.Linear
-    place: int
-    store: Store | None
+    place: Place | None
 
 
 BoundNode = BoundConvolution | BoundMaxPool | BoundCall
@@ -185,13 +183,14 @@ def _find(module: nn.Module, path: str) -> Any:
     return module
 
 
-def _bind_node(module: nn.Module, node: Node, place: int, store: Store | None, plans: Plans) -> BoundNode:
+def _bind_node(module: nn.Module, node: Node, number: int, store: Store | None, plans: Plans) -> BoundNode:
     if isinstance(node, MaxPool):
         return BoundMaxPool(_find(module, node.module), None if store is None else plans)
     if isinstance(node, Call):
         return BoundCall(FUNCTIONS[node.target] if node.function else _find(module, node.target), node.args, dict(node.kwargs))
     norm = None if node.norm is None else _find(module, node.norm)
-    return BoundConvolution(_find(module, node.conv), norm, node.relu, node.addition, place, store)
+    place = None if store is None else Place(store, number)
+    return BoundConvolution(_find(module, node.conv), norm, node.relu, node.addition, place)
 
 
 def _added(node: Node) -> tuple[int, ...]:

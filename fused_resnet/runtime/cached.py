@@ -14,8 +14,8 @@ from .._compat import DLPACK, DLPACK_TYPES, PLAIN, is_in_memory, is_quiet, nobod
 from .._extension import cpu
 from ..graph.facts import ABSENT, ITEM, LOOKUP, MISSING, Row
 from ..ops import derived
-from ..ops.derived import Source
 from ..ops.spec import address
+from ..ops.store import Source
 from ..zero_pad import ZeroPadShortcut
 from . import pooling
 from .bound import BoundConvolution, BoundLinear, BoundMaxPool, BoundZeroPad, Segment
@@ -89,10 +89,11 @@ class CachedCalls:
         replaced one meanwhile, and put it back.
         """
         assert cpu is not None
-        if not all([entry.watched for entry in result.entries]):
+        entries = result.call.entries
+        if not all([entry.watched for entry in entries]):
             return False
         # All of them: two values that were derived from one tensor may have found it in two states.
-        self.sources: list[Source] = [source for entry in result.entries for source in entry.sources if source is not None]
+        self.sources: list[Source] = [source for entry in entries for source in entry.sources if source is not None]
         if any([type(source.strong) not in PLAIN or source.state[0] < 0 for source in self.sources]):
             return False
         states = {id(source.strong): source.state for source in self.sources}
@@ -105,8 +106,9 @@ class CachedCalls:
         self.facts = cpu.Facts(self.rows, MISSING)
         self.guard = cpu.Guard([source.guard for source in self.sources])
         if before is not None and self._is_same_world(before):
-            kept = [*before.calls.items()][1 - _MOST :]
-            self.calls.update({k: call for k, call in kept if k != key})
+            # What a store has dropped is not kept alive here: so what holds for a store's bytes holds for all.
+            kept = [(k, found) for k, found in before.calls.items() if k != key and all([entry.kept for entry in found[0].entries])]
+            self.calls.update(kept[1 - _MOST :])
         self.calls[key] = result.call, external
         return True
 

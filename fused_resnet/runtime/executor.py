@@ -131,7 +131,7 @@ def _joined(last: BoundNode, projection: BoundConvolution, h: Tensor, x: Tensor)
     if not nobody_listens(h, x, *sources) or h.dtype != x.dtype or h.dtype != last.conv.weight.dtype:
         return None
     operands = [
-        (node.conv.weight, node.conv.bias) if node.norm is None else folded(node.conv, node.norm, False, node.store)
+        (node.conv.weight, node.conv.bias) if node.norm is None else folded(node.conv, node.norm, False, node.place)
         for node in (last, projection)
     ]
     conv = last.conv
@@ -152,7 +152,7 @@ def _convolution(node: BoundConvolution, x: Tensor, shortcut: Tensor | None, rel
         y: Tensor = norm(conv(x))
         return F.relu(y, inplace=True) if relu else y
     else:
-        weight, bias = folded(conv, norm, compiling, node.store)
+        weight, bias = folded(conv, norm, compiling, node.place)
     return conv_bias_add_relu(x, weight, bias, shortcut, conv.stride, conv.padding, conv.dilation, conv.groups, relu)
 
 

@@ -10,8 +10,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .._compat import dispatch_modes
 from .._extension import cpu
-from ..ops.derived import Store, derive
+from ..ops.derived import derive
 from ..ops.spec import LOW_PRECISION, is_channels_last
+from ..ops.store import Place
 
 Sources = tuple[Tensor, "Tensor | None", "Tensor | None", "Tensor | None", Tensor, Tensor]
 
@@ -27,10 +28,10 @@ def sources_of(conv: nn.Module, norm: nn.Module) -> Sources:
         return c.weight, c.bias, n.weight, n.bias, n.running_mean, n.running_var
 
 
-def folded(conv: nn.Module, norm: Any, compiling: bool, store: Store | None) -> tuple[Tensor, Tensor]:
+def folded(conv: nn.Module, norm: Any, compiling: bool, place: Place | None) -> tuple[Tensor, Tensor]:
     """Weight [K, C / groups, R, S] and bias [K] of ``norm(conv(.))`` with running statistics.
 
-    Differentiable where a parameter wants its gradient; otherwise kept in ``store``, their block's, until a source changes.
+    Differentiable where a parameter wants its gradient; otherwise kept in ``place``, their module's, until a source changes.
     """
     if compiling:
         sources: Sources = (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)  # type: ignore[assignment]
@@ -45,7 +46,7 @@ def folded(conv: nn.Module, norm: Any, compiling: bool, store: Store | None) -> 
     counter = norm.num_batches_tracked
     if counter is None and (cpu is None or not conv.weight.is_cpu):  # nor are bytes read
         return fold(*sources, eps)
-    return derive((id(conv), "folded", eps), (*sources, counter), lambda *held: library_fold(*held[:-1], eps), store)  # type: ignore[call-arg, arg-type]
+    return derive(("folded", eps), (*sources, counter), lambda *held: library_fold(*held[:-1], eps), place)  # type: ignore[call-arg, arg-type]
 
 
 def _check(weight: Tensor, mean: Tensor, eps: float, **vectors: Tensor | None) -> None:

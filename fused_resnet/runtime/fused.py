@@ -25,8 +25,8 @@ from ..graph.ir import Convolution, Graph
 from ..graph.match import BlockReader
 from ..graph.network import NetworkReader
 from ..graph.trace import Refused
-from ..ops.derived import Store
 from ..ops.spec import LEGAL_DTYPES
+from ..ops.store import Store
 from .bound import Bound, bind
 from .executor import execute, repeat
 from .inline import inline, may_inline

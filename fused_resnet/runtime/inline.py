@@ -18,7 +18,7 @@ from ..graph.calls import check_quiet
 from ..graph.facts import MISSING, Facts, lookup
 from ..graph.objects import ORIGINAL, computes_as_ever
 from ..graph.trace import Refused
-from ..ops.derived import Store
+from ..ops.store import Place, Store
 from .bound import (
     INPUT,
     STEPS,
@@ -45,12 +45,12 @@ Decide = Callable[[Any], Any]  # of a converted block: the decision (``fused.Dec
 def inline(module: nn.Module, bound: Bound, decide: Decide) -> Bound:
     """A network's bound graph with native segments, and the facts that they were made on: of the children that were looked through or
     into, and all that their own decisions were made on."""
+    assert bound.store is not None
     looking = _Looking(module, decide, bound.store)
     parts = looking.parts([node for part in bound.parts for node in part.nodes])
     facts = looking.facts.checked()
     for decision, owner in looking.decisions:
         facts.include(decision.facts, owner)
-    assert bound.store is not None
     bound.store.cached = {}  # the calls of the segments before go with them
     return bound._replace(parts=parts, facts=facts, cached=bound.store.cached)
 
@@ -58,7 +58,7 @@ def inline(module: nn.Module, bound: Bound, decide: Decide) -> Bound:
 class _Looking:
     """Looks into a network's children, and writes down what it saw."""
 
-    def __init__(self, module: nn.Module, decide: Decide, store: Store | None) -> None:
+    def __init__(self, module: nn.Module, decide: Decide, store: Store) -> None:
         self.facts = Facts(module)
         self.decisions: list[tuple[Any, dict[str, Any]]] = []
         self._decide = decide
@@ -131,7 +131,7 @@ class _Looking:
                 return None
             self._linears += 1
             assert isinstance(function, nn.Linear)
-            return BoundLinear(function, -self._linears, self._store)
+            return BoundLinear(function, Place(self._store, -self._linears))
         by_function = function is F.adaptive_avg_pool2d and args in ((1,), ((1, 1),)) and not node.kwargs
         return BoundMeanPool() if by_function or self._is_plain(node, nn.AdaptiveAvgPool2d, output_size=(1, (1, 1))) else None
 

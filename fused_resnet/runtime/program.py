@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,9 +15,10 @@ from torch import Tensor
 from .. import _settings
 from .._compat import nobody_listens
 from .._extension import cpu
-from ..ops.derived import Entry, Store, find
+from ..ops.derived import find
 from ..ops.select import why_general_on_cpu, why_not_in_program
 from ..ops.spec import SUSPICIOUS, ConvSpec, address, check_operands, dtype_name, geometry_of_call, spec_of
+from ..ops.store import Entry, Place
 from ..zero_pad import ZeroPad
 from .bound import (
     EXTERNAL,
@@ -38,8 +38,8 @@ from .pooling import Window, window_of
 
 
 class Operand(NamedTuple):
-    """A convolution or a linear layer: the tensors that its weight and bias come from, what steers it, and where what is derived of them is
-    kept."""
+    """A convolution or a linear layer: the tensors that its weight and bias come from, what steers it, and where what is derived from them
+    is kept."""
 
     sources: tuple[Tensor | None, ...]  # weight, bias; with a normalisation also its weight, bias, running mean and variance
     eps: float | None  # None: no normalisation
@@ -48,8 +48,7 @@ class Operand(NamedTuple):
     dilation: Any
     groups: int
     relu: bool
-    place: int
-    store: Callable[[], Store | None]  # weak: what a store keeps refers to operands
+    place: Place | None
 
     def key(self) -> tuple[Any, ...]:
         weight = self.sources[0]
@@ -59,13 +58,12 @@ class Operand(NamedTuple):
 
 def operand_of(node: BoundConvolution | BoundLinear) -> Operand:
     """A linear layer is a convolution of a map of one pixel."""
-    store: Any = (lambda: None) if node.store is None else weakref.ref(node.store)
     if isinstance(node, BoundLinear):
-        return Operand((node.module.weight, node.module.bias), None, 1, 0, 1, 1, False, node.place, store)
+        return Operand((node.module.weight, node.module.bias), None, 1, 0, 1, 1, False, node.place)
     conv, norm = node.conv, node.norm
     sources = (conv.weight, conv.bias) if norm is None else sources_of(conv, norm)
     eps = None if norm is None else norm.eps
-    return Operand(sources, eps, conv.stride, conv.padding, conv.dilation, conv.groups, node.relu, node.place, store)
+    return Operand(sources, eps, conv.stride, conv.padding, conv.dilation, conv.groups, node.relu, node.place)
 
 
 def _folded(sources: Sequence[Tensor | None], eps: float | None) -> tuple[Tensor, Tensor | None]:
@@ -90,11 +88,10 @@ Packer = Callable[[Sequence[Operand]], Entry]
 
 
 class Result(NamedTuple):
-    """A segment's output, what repeats the call, and what was derived from parameters for it."""
+    """A segment's output, and what repeats the call."""
 
     output: Tensor
     call: Call
-    entries: list[Entry]
 
 
 def run(plans: _settings.Plans, segment: Segment, x: Tensor, external: Tensor | None) -> Result | None:
@@ -130,9 +127,8 @@ def run(plans: _settings.Plans, segment: Segment, x: Tensor, external: Tensor | 
     if plan is None:
         return None
     found: Plan = plan
-    entries = [pack(operands) for pack in found.packers]
-    call = Call(found, operands, [entry.value for entry in entries])
-    return Result(call(x, 0 if external is None else address(external, "shortcut")), call, entries)
+    call = Call(found, operands, [pack(operands) for pack in found.packers])
+    return Result(call(x, 0 if external is None else address(external, "shortcut")), call)
 
 
 class Plan:
@@ -162,10 +158,11 @@ class Plan:
 class Call:
     """A plan with packed weights: repeats a call for an input of the same layout, and the address of the external shortcut."""
 
-    def __init__(self, plan: Plan, operands: Sequence[Operand], packed: Sequence[Packed]) -> None:
+    def __init__(self, plan: Plan, operands: Sequence[Operand], entries: Sequence[Entry]) -> None:
         assert cpu is not None
         self.plan, self.operands = plan, operands
-        self.packed = packed  # alive: the addresses are theirs, whatever a store drops meanwhile
+        self.entries = entries  # alive: the addresses are theirs, whatever a store drops meanwhile
+        packed: list[Packed] = [entry.value for entry in entries]
         self.of_use = all([p.buffer is not None or p is JOINED for p in packed])  # else only direct convolution is right with these weights
         self.weights = cpu.Weights([p.weight for p in packed], [p.bias for p in packed])
 
@@ -323,7 +320,6 @@ def _packer(program: Any, index: int) -> Packer:
                 return Packed(0, 0, None, None)
             return Packed(buffer.data_ptr(), 0 if bias is None else bias.data_ptr(), buffer, bias)
 
-        tag = (operand.place, "packed", packing, None if other is None else other.place, eps, other and other.eps)
-        return find(tag, sources, make, operand.store())
+        return find(("packed", packing, eps, None if other is None else other.eps), sources, make, operand.place)
 
     return packed
