@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import fused_resnet
 from fused_resnet import reference
-from fused_resnet.ops import cpu, derived, plans, store
+from fused_resnet.ops import cpu, derived, plans
 
 pytestmark = pytest.mark.usefixtures("one_thread", "kernels")
 
@@ -118,7 +118,7 @@ def test_writes_through_data_of_a_large_weight(as_parameter: bool) -> None:
     is seen. (One that changes a few words may not be: the limit is in ``ops/derived.py``'s documentation, and the version counter
     sees everything that does not go through ``.data``.)"""
     weight = torch.randint(-2, 3, (64, 64, 3, 3)).float()
-    assert weight.nbytes > store.SOME
+    assert weight.nbytes > derived.SOME
     weight = nn.Parameter(weight) if as_parameter else weight
     x = torch.randint(-2, 3, (1, 64, 4, 4)).float()
 

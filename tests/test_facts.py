@@ -12,6 +12,7 @@ import pytest
 
 from fused_resnet import _extension
 from fused_resnet.graph import facts
+from fused_resnet.graph.checked import Checked
 from fused_resnet.graph.facts import Facts
 
 
@@ -111,7 +112,7 @@ def test_a_fact_breaks(name: str) -> None:
     holder.empty, holder.full, holder.ordered = {}, {"x": 1, "y": 2}, OrderedDict(x=1, y=2)
     seen = Facts(holder)
     read(seen, holder)
-    checked = seen.checked()
+    checked = Checked(seen)
     passes = [facts._Plain(checked.rows)] + ([] if _extension.cpu is None else [checked])
     for _ in range(2):  # what has not changed since the first time is not looked into the second time
         assert [p.broken(holder.__dict__) for p in passes] == [-1] * len(passes)
@@ -127,7 +128,7 @@ def test_a_broken_fact_is_told() -> None:
     holder.a, holder.b = 1, 2
     seen = Facts(holder)
     seen.item(holder.__dict__, "a"), seen.item(holder.__dict__, "b")
-    checked = seen.checked()
+    checked = Checked(seen)
     holder.b = 3
     assert checked.broken(holder.__dict__) == 1
     assert checked.rows[1][2] == "b"
@@ -181,7 +182,7 @@ def test_facts_after_any_changes(seed: int) -> None:
         seen = Facts(holder)
         for _ in range(rng.randrange(1, 6)):
             _read_something(rng, seen, rng.choice(holders), shared)
-        all_facts.append(seen.checked())
+        all_facts.append(Checked(seen))
     plain = facts._Plain(all_facts[0].rows)
     for checked, holder in zip(all_facts[1:], holders[1:], strict=True):
         all_facts[0].include(checked, holder.__dict__)
@@ -213,7 +214,7 @@ def test_facts_of_two_owners_in_turn() -> None:
     seen = Facts(one)
     assert seen.is_empty(one.__dict__, "empty")
     seen.item(one.__dict__, "b")
-    checked = seen.checked()
+    checked = Checked(seen)
     assert [checked.broken(owner.__dict__) for owner in (one, other, one)] == [-1] * 3
     other.__dict__["b"] = 2  # behind what is empty: that is the other's by then
     assert [checked.broken(owner.__dict__) for owner in (one, other, one, other, one)] == [-1, 1, -1, 1, -1]
@@ -232,7 +233,7 @@ def test_what_is_no_dictionary_holds_no_facts() -> None:
     place: Any = types.MappingProxyType({"a": 1})
     seen = Facts(holder)
     seen.item(place, "a")
-    assert seen.checked().broken(holder.__dict__) == 0
+    assert Checked(seen).broken(holder.__dict__) == 0
 
 
 @pytest.mark.usefixtures("_restored")
@@ -241,7 +242,7 @@ def test_a_class_that_changes_again() -> None:
     holder: Any = Holder()
     seen = Facts(holder)
     seen.lookup(Derived, "value"), seen.lookup(Derived, "late"), seen.lookup(Holder, "method")
-    checked = seen.checked()
+    checked = Checked(seen)
     for _ in range(3):
         assert checked.broken(holder.__dict__) == -1
         Holder.early = 1  # type: ignore[attr-defined]

@@ -23,7 +23,7 @@ import fused_resnet
 import fused_resnet.nn as fnn
 from fused_resnet import _plain, _settings, reference, testing
 from fused_resnet.cases import ConvCase
-from fused_resnet.ops import derived, store
+from fused_resnet.ops import derived
 from fused_resnet.runtime import program
 from fused_resnet.runtime.cached import key_of
 
@@ -120,7 +120,7 @@ def test_kernels_that_share_a_packing_read_the_same_bytes(isa: str, dtype: torch
 
 def unseen(weight: Tensor) -> None:
     """A write that nothing but clear_derived can make known: one element, between two that are compared."""
-    assert weight.nbytes > store.SOME
+    assert weight.nbytes > derived.SOME
     weight.data.view(-1)[weight.numel() // 2 + 100] += 1000
 
 

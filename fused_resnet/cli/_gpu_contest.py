@@ -18,7 +18,7 @@ import torch
 from .. import _extension, _settings, reference, testing
 from .._compat import tf32
 from ..cases import ConvCase, Operands
-from ..ops.plans import backends
+from ..ops.plans import backends, plan_of
 from ..ops.spec import ConvSpec, geometry_of_call, spec_of
 from ..testing.compare import accumulator, unit_roundoff
 from . import _gpu_peers as peers
@@ -196,7 +196,7 @@ def planned(case: ConvCase, given: Operands, algorithm: str) -> Any:
     """Our plan of a convolution with one kernel, or with the one that is chosen ("auto")."""
     try:
         with _settings.using(cuda_algorithm=algorithm):
-            plan = backends.of(given.input).plan(_spec(case, given))
+            plan = plan_of(_spec(case, given), backends.of(given.input))
     except ValueError as refusal:
         raise peers.Left(str(refusal)) from None
     if plan.kernel is None:

@@ -13,7 +13,7 @@ from .facts import MISSING
 from .objects import truth
 from .recorder import ADDITIONS, Frame, Recorder, shown
 from .trace import Operation, Refused, Trace, operations_in
-from .values import PLAIN, Known, Local, Super
+from .values import PLAIN, Definition, FunctionNode, Known, Local, Super
 
 _GENERATOR = 0x20 | 0x80 | 0x200  # the flags of generators, coroutines and asynchronous generators
 
@@ -60,7 +60,7 @@ class Interpreter(Recorder):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._steps = 0
-        self._source: source.Definition | None = None
+        self._source: Definition | None = None
 
     def trace_of(self, forward: Any) -> Trace:
         """The operations of ``forward(owner, x)``."""
@@ -118,14 +118,14 @@ class Interpreter(Recorder):
 
     def inline_local(self, local: Local, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         outer = local.frame
-        definition = source.Definition(local.node, outer.file, outer.class_name)
+        definition = Definition(local.node, outer.file, outer.class_name)
         frame = Frame(outer.function, definition, _names_of(local.node), outer)
         return self._run(frame, local.node, args, kwargs, local.defaults, local.keyword_defaults)
 
     def _run(
         self,
         frame: Frame,
-        node: source.FunctionNode,
+        node: FunctionNode,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         defaults: list[Any],
@@ -438,7 +438,7 @@ class Interpreter(Recorder):
     def _Lambda(self, e: ast.Lambda) -> Local:
         return self._local(e)
 
-    def _local(self, node: source.FunctionNode) -> Local:
+    def _local(self, node: FunctionNode) -> Local:
         for inner in ast.walk(node):
             if isinstance(inner, (ast.Nonlocal, ast.Global, ast.Yield, ast.YieldFrom, ast.Await)):
                 raise Refused(f"it defines a function that is not followed: {shown(inner)}")
@@ -482,7 +482,7 @@ class Interpreter(Recorder):
         return Known("".join(parts))
 
 
-def _names_of(node: source.FunctionNode) -> set[str]:
+def _names_of(node: FunctionNode) -> set[str]:
     """The names that a function within another sets."""
     a = node.args
     names = {arg.arg for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs, *([a.vararg] if a.vararg else []), *([a.kwarg] if a.kwarg else []))}

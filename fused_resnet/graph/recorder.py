@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import source
 from .facts import Facts, lookup
 from .trace import Operation, Refused, Trace, name_of, operations_in
-from .values import CONSTANTS, Known, Local
+from .values import CONSTANTS, Definition, Known, Local
 
 Leaf = Callable[[nn.Module], bool]
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -33,7 +32,7 @@ _OPERATORS = {operator.add: ("__add__", "__radd__"), operator.iadd: ("__iadd__",
 class Frame:
     """One call of a function: its names, and the line that it is at. ``outer``: of a function within another, that one's."""
 
-    def __init__(self, function: types.FunctionType, definition: source.Definition, names: set[str], outer: Frame | None = None) -> None:
+    def __init__(self, function: types.FunctionType, definition: Definition, names: set[str], outer: Frame | None = None) -> None:
         self.function, self.file, self.class_name = function, definition.file, definition.owner
         self.names, self.outer = names, outer
         self.values: dict[str, Any] = {}

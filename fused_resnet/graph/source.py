@@ -9,20 +9,10 @@ import os
 import types
 import weakref
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from .trace import Refused
-
-FunctionNode = ast.FunctionDef | ast.Lambda
-
-
-class Definition(NamedTuple):
-    """node: the function's syntax tree. file: its name, without folders. owner: the class around it, by which Python mangles __names."""
-
-    node: FunctionNode
-    file: str
-    owner: str
-
+from .values import Definition, FunctionNode
 
 _known: weakref.WeakKeyDictionary[types.FunctionType, tuple[types.CodeType, Definition]] = weakref.WeakKeyDictionary()
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import types
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,6 +16,15 @@ PLAIN = (type(None), bool, int, float, str)
 # Immutable objects of torch that may be an argument.
 CONSTANTS = (*PLAIN, type(Ellipsis), torch.dtype, torch.device, torch.memory_format, torch.layout, torch.Size)
 DICTS: tuple[type, ...] = (dict, OrderedDict)
+FunctionNode = ast.FunctionDef | ast.Lambda
+
+
+class Definition(NamedTuple):
+    """node: the function's syntax tree. file: its name, without folders. owner: the class around it, by which Python mangles __names."""
+
+    node: FunctionNode
+    file: str
+    owner: str
 
 
 class Known:

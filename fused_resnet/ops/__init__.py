@@ -5,6 +5,7 @@ torch.compile or a mode has to see it, the dispatcher is asked in between: ``sch
 given is a ``spec``; which way it takes, and why, is ``select``'s.
 """
 
+from . import registration  # noqa: F401  for what it does: the operators are there before anybody can call them
 from .api import bias_add_relu, conv_bias_add_relu, why_not
 
 __all__ = ["bias_add_relu", "conv_bias_add_relu", "why_not"]

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from .._compat import nobody_listens
-from . import registration, schema  # noqa: F401  registration: for what it does
+from . import schema
 from .plans import backends, find
 from .spec import check_convolution, check_pass, check_tensor, geometry_of_call, spec_of
 

@@ -43,6 +43,8 @@ from .spec import check_allocated
 from .store import Entry, Made, Place, Source, Store, stores
 
 T = TypeVar("T")
+_ALL = 1 << 62  # fingerprint every byte
+SOME = 1 << 16  # ... or at most this many
 _graphs_train = False  # a graph that was captured may write parameters when it is replayed
 _for_graphs: dict[int, Any] = {}  # values whose addresses a captured graph may hold, by id
 
@@ -181,11 +183,19 @@ def _make(tag: Hashable, sources: Sequence[Tensor | None], make: Callable[..., A
     watched = all([t is None or snap is None or _can_be_seen(t, snap) for t, snap in zip(sources, held, strict=True)])
     seen: tuple[Source | None, ...] = ()
     if watched:  # before making: a write meanwhile is then seen at the next call
-        seen = tuple([None if t is None or snap is None else Source(t, snap, gone) for t, snap in zip(sources, held, strict=True)])
+        pairs = zip(sources, held, strict=True)
+        seen = tuple([None if t is None or snap is None else Source(t, snap, _guard(snap), gone) for t, snap in pairs])
     value = _made(make, held)
     # Written meanwhile by another thread: whose bytes were read is not known.
     watched = watched and all([s is None or t is None or s.memory_is_as_it_was(t) for s, t in zip(seen, held, strict=True)])
     return Entry(seen, value, Made(owner.device) if owner.is_cuda else None, watched)
+
+
+def _guard(t: Tensor) -> Any:
+    """What compares the bytes of a dense tensor, which are the ``nbytes`` from its first element on; None where they are not read."""
+    if cpu is None or not t.is_cpu:
+        return None
+    return cpu.Guard(t.data_ptr(), t.nbytes, _ALL if t.is_inference() else SOME)
 
 
 def _made(make: Callable[..., T], held: Sequence[Tensor | None]) -> T:

@@ -16,7 +16,8 @@ from .. import _extension, _settings
 from .backend import Backend, Plan
 from .cpu import CpuBackend
 from .cuda import CudaBackend, JoinedPlan, Weights
-from .spec import Geometry, geometry_of_call, spec_of
+from .general import GeneralPlan
+from .spec import ConvSpec, Geometry, geometry_of_call, spec_of
 
 ToGeometry = Callable[..., Geometry]  # of the weight and the parameters of a call, without relu
 
@@ -93,7 +94,12 @@ def _make(
 ) -> Plan:
     *rest, relu = parameters
     spec = spec_of(input, weight, bias, shortcut, geometry(weight, *rest), bool(relu))
-    return backends.of(input).plan(spec)
+    return plan_of(spec, backends.of(input))
+
+
+def plan_of(spec: ConvSpec, backend: Backend) -> Plan:
+    """The plan of a convolution: a kernel's, or the general path."""
+    return GeneralPlan(spec, backend) if backend.why_general(spec) else backend.kernel_plan(spec)
 
 
 def joined(

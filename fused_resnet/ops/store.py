@@ -12,12 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._extension import cpu
-
 # What a change of a tensor's values or memory changes, unless it is a write through ``.data``: version, address, shape, strides, dtype.
 State = tuple[int, int, tuple[int, ...], tuple[int, ...], torch.dtype]
-_ALL = 1 << 62  # fingerprint every byte
-SOME = 1 << 16  # ... or at most this many
 # All packings of a weight that the CPU's kernels choose, for whatever input, take up to 6.8 times its bytes; of one with a few output
 # channels more, for panels are filled up.
 MOST_COPIES = 8
@@ -62,10 +58,11 @@ class Source:
 
     __slots__ = ("guard", "held", "nbytes", "state", "storage", "strong", "weak")
 
-    def __init__(self, t: Tensor, held: Tensor, gone: Callable[[Any], None] | None) -> None:
+    def __init__(self, t: Tensor, held: Tensor, guard: Any, gone: Callable[[Any], None] | None) -> None:
+        """held: ``t`` with the memory of this time. guard: what compares the bytes; None where they are not read."""
         self.state = state_of(held)
         self.nbytes = held.nbytes
-        self.guard = _guard(held, self.state)
+        self.guard = guard
         self.strong = t if gone is None else None
         self.held = held if gone is None else None
         self.storage = None if gone is None else weakref.ref(held.untyped_storage(), gone)
@@ -81,13 +78,6 @@ class Source:
     def memory_is_as_it_was(self, t: Tensor) -> bool:
         """The same, of a tensor that is known to be this one or its snapshot."""
         return state_of(t) == self.state and (self.guard is None or self.guard.holds())
-
-
-def _guard(t: Tensor, state: State) -> Any:
-    """What compares the bytes of a dense tensor, which are the ``nbytes`` from its first element on; None where they are not read."""
-    if cpu is None or not t.is_cpu:
-        return None
-    return cpu.Guard(state[1], t.nbytes, _ALL if state[0] == -1 else SOME)
 
 
 class Entry:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .._settings import Plans
-from ..graph.facts import Checked
+from ..graph.checked import Checked
 from ..graph.ir import FUNCTIONS, Addition, Call, Convolution, Graph, MaxPool, Node
 from ..ops.store import Place, Store
 from ..zero_pad import ZeroPad, combined, zero_pad_of

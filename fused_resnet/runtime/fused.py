@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from .._compat import GLOBAL_HOOKS, TENSORS, constant_result, has_function_mode, is_traced, transformed
 from ..graph.analysis import Reader, graph_of, only_input
+from ..graph.checked import Checked
 from ..graph.facts import Facts
 from ..graph.ir import Convolution, Graph
 from ..graph.match import BlockReader
@@ -74,7 +75,7 @@ class Decision:
             self.refusal = Refused(error.reason, error.is_block, error.where)  # without what the other holds: frames, and so the module
         except Exception as error:  # a case that was not thought of stops neither fuse_ nor a call
             self.refusal = Refused(f"it cannot be looked at: {type(error).__name__}: {error}"[:200], is_block=True)
-        self.facts = facts.checked()
+        self.facts = Checked(facts)
 
     def bind(self, module: Any) -> None:
         if self.graph is not None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .._extension import cpu
 from ..graph.calls import check_quiet
+from ..graph.checked import Checked
 from ..graph.facts import MISSING, Facts, lookup
 from ..graph.objects import ORIGINAL, computes_as_ever
 from ..graph.trace import Refused
@@ -48,7 +49,7 @@ def inline(module: nn.Module, bound: Bound, decide: Decide) -> Bound:
     assert bound.store is not None
     looking = _Looking(module, decide, bound.store)
     parts = looking.parts([node for part in bound.parts for node in part.nodes])
-    facts = looking.facts.checked()
+    facts = Checked(looking.facts)
     for decision, owner in looking.decisions:
         facts.include(decision.facts, owner)
     bound.store.cached = {}  # the calls of the segments before go with them
