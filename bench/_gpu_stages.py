@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from fused_resnet import _extension, _machine, cases, testing
+from fused_resnet.benchmark import gpu_contest as contest
+from fused_resnet.benchmark import gpu_modules as modules
+from fused_resnet.benchmark import gpu_peers as peers
+from fused_resnet.benchmark.gpu_timing import Turns, compete, release, sentence
 from fused_resnet.cases import BlockCase, ConvCase
-from fused_resnet.cli import _gpu_contest as contest
-from fused_resnet.cli import _gpu_modules as modules
-from fused_resnet.cli import _gpu_peers as peers
-from fused_resnet.cli._gpu_timing import Turns, compete, release, sentence
 from fused_resnet.ops import cuda, select
 
 Job = tuple[str, Callable[[], dict[str, Any]]]

@@ -9,8 +9,8 @@ from typing import Any
 
 from _gpu_stages import convolutions, read
 
-from fused_resnet._timing import geometric_mean
-from fused_resnet.cli._common import finite
+from fused_resnet.benchmark.output import finite
+from fused_resnet.benchmark.timing import geometric_mean
 
 STAGES = ("build", "tests", "sanitize", "ceilings", "tiles", "operators", "compiled_operators",
           "blocks", "networks", "training", "graphs", "check")  # fmt: skip

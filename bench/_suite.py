@@ -10,16 +10,17 @@ import pytest
 import torch
 
 from fused_resnet import _machine
-from fused_resnet.cli import _contenders, _contest
+from fused_resnet.benchmark import contenders
+from fused_resnet.benchmark.contest import Case, prepare
 
 # In this process, so only those that share torch's threads; `fused-resnet bench` has the others, each in a process of its own.
-NAMES = [name for name, contender in _contenders.CONTENDERS.items() if contender.torch and not _contenders.missing(name)]
+NAMES = [name for name, contender in contenders.CONTENDERS.items() if contender.torch and not contenders.missing(name)]
 
 
-def run(benchmark: Any, case: _contest.Case, batch: int, contender: str) -> None:
+def run(benchmark: Any, case: Case, batch: int, contender: str) -> None:
     """Time one contender of one case, float32, forward; benchmarks of one case and batch share a group."""
-    contest = _contest.prepare(case, batch, torch.float32, "forward", seed=0)
-    module, name = _contenders.CONTENDERS[contender].builder.split(":")
+    contest = prepare(case, batch, torch.float32, "forward", seed=0)
+    module, name = contenders.CONTENDERS[contender].builder.split(":")
     built = getattr(importlib.import_module(module), name)(contest.task, torch.get_num_threads(), Path())
     with built.context():
         errors = contest.errors(built.results(built.call()))
@@ -35,7 +36,7 @@ def run(benchmark: Any, case: _contest.Case, batch: int, contender: str) -> None
         benchmark.pedantic(built.call, rounds=30, iterations=_iterations(case, batch), warmup_rounds=3)
 
 
-def _iterations(case: _contest.Case, batch: int) -> int:
+def _iterations(case: Case, batch: int) -> int:
     """Calls a sample: about 0.1 GFLOP, some milliseconds at most, and well above the clock's resolution."""
     return max(1, min(100, round(1e8 / case.flops(batch))))
 

@@ -71,7 +71,7 @@ def main() -> int:
         print(json.dumps(one(options.model, options.batch[0], options.one == "fused")))
         return 0
     from fused_resnet import _machine
-    from fused_resnet.cli._common import table, write_json
+    from fused_resnet.benchmark.output import table, write_json
 
     rows, results = [], []
     for batch in options.batch:

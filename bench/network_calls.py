@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 import fused_resnet
-from fused_resnet import _machine, _plain, _timing, cases
-from fused_resnet.cli._common import progress, table, write_json
+from fused_resnet import _machine, _plain, cases
+from fused_resnet.benchmark.output import progress, table, write_json
+from fused_resnet.benchmark.timing import interleave
 from fused_resnet.runtime.bound import BoundCall
 
 
@@ -115,7 +116,7 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
     ]
     timings = {}
     for contenders in compared:
-        timings |= _timing.interleave(contenders, repeat=15, seconds=seconds / len(compared), least=25e-3)
+        timings |= interleave(contenders, repeat=15, seconds=seconds / len(compared), least=25e-3)
     us = {key: 1e3 * timing.as_dict()["median_ms"] for key, timing in timings.items()}
     found = {"call_us": us["call"], "parts_us": us["parts"], "checks_us": us["checks"]}
     found["cold_checks_us"] = 1e6 * cold(check, lambda: model(one), 31)

@@ -18,7 +18,8 @@ from torch import nn
 
 import fused_resnet
 from fused_resnet import _machine, cases, testing
-from fused_resnet.cli._common import DTYPES, table, write_json
+from fused_resnet.benchmark.output import table, write_json
+from fused_resnet.cli.arguments import DTYPES
 
 CASES = ("basic 64 @ 56x56", "basic 128 @ 28x28", "basic 256 @ 14x14", "basic 512 @ 7x7")
 BOTTLENECKS = ("bottleneck 256 @ 56x56", "bottleneck 512 @ 28x28", "bottleneck 1024 @ 14x14", "bottleneck 2048 @ 7x7")

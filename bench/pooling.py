@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_resnet import _machine, _timing
+from fused_resnet import _machine
 from fused_resnet._settings import Plans
-from fused_resnet.cli._common import progress, table, write_json
+from fused_resnet.benchmark.output import progress, table, write_json
+from fused_resnet.benchmark.timing import interleave
 from fused_resnet.runtime.pooling import max_pool
 
 # (channels, size, kernel, stride, padding): of ResNets, of networks for small images, and windows that overlap more
@@ -42,7 +43,7 @@ def measure(shape: tuple[int, ...], batch: int, dtype: str, memory_format: str, 
         raise SystemExit(f"wrong result: {shape} in {dtype}, {memory_format}")
     kernel_is_ours = max_pool(plans, module, x) is not None
     contenders = {"module": lambda: module(x), "ours": ours}
-    timings = _timing.interleave(contenders, repeat=9, seconds=seconds, least=1e-3)
+    timings = interleave(contenders, repeat=9, seconds=seconds, least=1e-3)
     times = {name: timing.as_dict()["median_ms"] for name, timing in timings.items()}
     contested = any(timing.as_dict()["contested"] for timing in timings.values())
     return {**times, "ratio": times["module"] / times["ours"], "contested": contested, "kernel": "ours" if kernel_is_ours else "module"}

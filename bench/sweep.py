@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 
 import fused_resnet
-from fused_resnet import _machine, _timing
-from fused_resnet.cli._common import progress, write_json
+from fused_resnet import _machine
+from fused_resnet.benchmark.output import progress, write_json
+from fused_resnet.benchmark.timing import geometric_mean, interleave
 from fused_resnet.ops import plans, spec
 
 CHANNELS = (3, 8, 16, 17, 32, 48, 64, 96, 128, 256, 512)
@@ -45,7 +46,7 @@ def measure(n: int, c: int, size: int, kernel: int, stride: int, memory_format: 
 
     if not torch.allclose(eager(), fused(), rtol=1e-3, atol=1e-4):
         raise SystemExit(f"wrong result: {n} x {c} channels @ {size}, kernel {kernel}, stride {stride}")
-    timings = _timing.interleave({"eager": eager, "fused": fused}, repeat=9, seconds=most, least=1e-3)
+    timings = interleave({"eager": eager, "fused": fused}, repeat=9, seconds=most, least=1e-3)
     plan = plans.find(spec.geometry_of_call, x, w, b, s, stride, pad, 1, 1, True)  # what the call above has used
     times = {name: timing.as_dict()["median_ms"] for name, timing in timings.items()}
     return {
@@ -89,7 +90,7 @@ def main() -> int:
         where = f"{r['batch']} x {r['channels']} @ {r['size']}, kernel {r['kernel']}, stride {r['stride']}, {r['format']}"
         times = f"eager {r['eager']:.3f} ms, fused {r['fused']:.3f} ms ({r['algorithm']})"
         print(f"{r['ratio']:.2f}{'?' if r['contested'] else ' '} {where}: {times}")
-    mean = _timing.geometric_mean([r["ratio"] for r in results])
+    mean = geometric_mean([r["ratio"] for r in results])
     lowest = min(r["ratio"] for r in results)
     print(f"{len(results)} shapes, {len(below)} below {options.least}; lowest {lowest:.2f}, geometric mean {mean:.2f}")
     print(_machine.short())

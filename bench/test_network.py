@@ -8,7 +8,7 @@ import pytest
 from _suite import batches, contenders, run
 from cases import NETWORKS
 
-from fused_resnet.cli._contest import NetworkCase
+from fused_resnet.benchmark.contest import NetworkCase
 
 
 @contenders

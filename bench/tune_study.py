@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from fused_resnet import _machine
-from fused_resnet.cli._common import positive, progress, writable, write_json
+from fused_resnet.benchmark.output import progress, write_json
+from fused_resnet.cli.arguments import positive, writable
 from fused_resnet.study import _data, depth
 
 SEED = 100

@@ -13,14 +13,14 @@ TASKS = "tests/test_memory.py::test_memory[TSan]"
 FAULTS = (
     Fault(
         "F(2x2, 3x3): a sign of the input transform",
-        ("csrc/cpu/winograd.h",),
+        ("csrc/cpu/winograd_transforms.h",),
         "t[2] = V::sub(d[2], d[1]);",
         "t[2] = V::sub(d[1], d[2]);",
         (EXACT,),
     ),
     Fault(
         "F(2x2, 3x3) with stride 2: a sign of the weight's transform",
-        ("csrc/cpu/winograd.h",),
+        ("csrc/cpu/winograd_transforms.h",),
         "u[1] = g0 + g2;",
         "u[1] = g0 - g2;",
         (EXACT,),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from _fault import Fault
 
-_INTERPRETER = ("fused_resnet/graph/interpreter.py",)
+_ANALYSIS = ("fused_resnet/graph/analysis.py",)
+_EXPRESSIONS = ("fused_resnet/graph/expressions.py",)
+_ORIGINALS = ("fused_resnet/graph/originals.py",)
 _OBJECTS = ("fused_resnet/graph/objects.py",)
 _FACTS = ("fused_resnet/graph/facts.py",)
 _FORWARD = "tests/test_forwards.py::test_a_forward"
@@ -13,21 +15,21 @@ _CHANGE = "tests/test_forwards.py::test_a_change"
 FAULTS = (
     Fault(
         "a context inside a forward is forgotten",
-        _INTERPRETER,
+        _ANALYSIS,
         "raise Refused(f\"it runs under `with {', '.join(shown(item) for item in s.items)}`, which is not followed\")",
         "self.block(s.body)",
         (_FORWARD, "tests/test_forwards.py::test_a_stem"),
     ),
     Fault(
         "a write to an attribute is forgotten",
-        _INTERPRETER,
+        _EXPRESSIONS,
         'raise Refused(f"it sets {shown(target)}")',
         "pass",
         (_FORWARD,),
     ),
     Fault(
         "a counter is forgotten",
-        _INTERPRETER,
+        _ANALYSIS,
         'raise Refused(f"it changes {shown(s.target)}")',
         "return",
         (_FORWARD, "tests/test_forwards.py::test_a_stem"),
@@ -55,7 +57,7 @@ FAULTS = (
     ),
     Fault(
         "a global that was read is no fact",
-        _INTERPRETER,
+        _EXPRESSIONS,
         "value, path = self.facts.item(scope, name), (scope, name)",
         "value, path = scope.get(name, MISSING), (scope, name)",
         (_CHANGE,),
@@ -111,7 +113,7 @@ FAULTS = (
     ),
     Fault(
         "a subclass is taken for PyTorch's own layer",
-        _OBJECTS,
+        _ORIGINALS,
         "    return all(as_ever) and (not name or facts.item(F.__dict__, name) is function)\n",
         "    return len(as_ever) > 0\n",
         (_FORWARD, "tests/test_conversion_refusals.py::test_refusals"),
@@ -160,7 +162,7 @@ FAULTS = (
     ),
     Fault(
         "torch.compile guards no closure",
-        _INTERPRETER,
+        _EXPRESSIONS,
         "            value, path = self.facts.cell(cell), (cell,)\n",
         "            value, path = self.facts.cell(cell), None\n",
         ("tests/test_forwards.py::test_a_change_after_compilation",),
@@ -293,14 +295,14 @@ FAULTS = (
     ),
     Fault(
         "a refusal names the function, not the line",
-        _INTERPRETER,
+        _ANALYSIS,
         "            frame.line = statement.lineno\n",
         "",
         ("tests/test_forwards.py::test_a_refusal_names_its_line",),
     ),
     Fault(
         "a nested function sees what its names were",
-        _INTERPRETER,
+        _ANALYSIS,
         "        outer = local.frame\n",
         "        outer = local.frame\n        outer.values = {**outer.values, 'k': Known(0)} if 'k' in outer.values else outer.values\n",
         (_FORWARD,),

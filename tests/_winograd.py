@@ -29,7 +29,7 @@ TILES = {("winograd2", 1): (2, 2, 4), ("winograd2", 2): (2, 4, 5), ("winograd4",
 
 
 def transforms(algorithm: str, stride: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """A [m, alpha], G [alpha, 3] and B [alpha, alpha] of csrc/cpu/winograd.h."""
+    """A [m, alpha], G [alpha, 3] and B [alpha, alpha] of csrc/cpu/winograd_transforms.h."""
     rows: tuple[list[list[float]], ...]
     if (algorithm, stride) == ("winograd2", 1):
         rows = (

@@ -19,8 +19,9 @@ import torch
 from _calls import ROOT
 
 from fused_resnet import _machine, cli
+from fused_resnet.benchmark import contenders
 from fused_resnet.cases import BLOCKS
-from fused_resnet.cli import _common, _contenders, _gpu_bench, bench, check, demo
+from fused_resnet.cli import _gpu_bench, arguments, bench, check, demo
 
 COMMANDS = tuple(cli.COMMANDS)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -250,21 +251,21 @@ def test_check_reports_a_crash_as_a_failure(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_missing_peer_says_what_to_install(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    ncnn = dataclasses.replace(_contenders.CONTENDERS["ncnn"], modules=("no_such_module",))
-    monkeypatch.setitem(_contenders.CONTENDERS, "ncnn", ncnn)
+    ncnn = dataclasses.replace(contenders.CONTENDERS["ncnn"], modules=("no_such_module",))
+    monkeypatch.setitem(contenders.CONTENDERS, "ncnn", ncnn)
     assert cli.main(["bench", "--peers", "eager,ncnn"]) == 2
     needs = 'it needs packages that are not installed: pip install ncnn pnnx, or pip install "fused-resnet[bench]"'
     assert f"--peers: ncnn cannot run here: {needs}" in capsys.readouterr().err
-    left_out = [sentence for sentence in _contenders.remarks("float32", "forward") if "not installed" in sentence]
+    left_out = [sentence for sentence in contenders.remarks("float32", "forward") if "not installed" in sentence]
     assert len(left_out) == 1
     assert "ncnn" in left_out[0]
 
 
 def test_what_does_not_suit_is_left_out_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_contenders, "missing", lambda name: "")
-    assert _contenders.remarks("float32", "forward") == []
-    assert "left out: onnxruntime, ncnn, mnn, mnn_exact, which are not timed in bfloat16" in _contenders.remarks("bfloat16", "forward")
-    assert _contenders.remarks("float32", "train") == [
+    monkeypatch.setattr(contenders, "missing", lambda name: "")
+    assert contenders.remarks("float32", "forward") == []
+    assert "left out: onnxruntime, ncnn, mnn, mnn_exact, which are not timed in bfloat16" in contenders.remarks("bfloat16", "forward")
+    assert contenders.remarks("float32", "train") == [
         "left out: onnxruntime, openvino, ncnn, mnn, mnn_exact, which have no backward pass here"
     ]
 
@@ -332,12 +333,12 @@ def test_bench_without_eager_has_no_ratio(tmp_path: Path, capsys: pytest.Capture
 
 FAKES = """
 import os
-from fused_resnet.cli import _build_torch
-from fused_resnet.cli._worker import Built
+from fused_resnet.benchmark import torch_contenders
+from fused_resnet.benchmark.worker import Built
 
 def wrong(task, threads, folder):
     # One thousandth too much: too little to see in a picture, much more than rounding.
-    right = _build_torch.fused(task, threads, folder)
+    right = torch_contenders.fused(task, threads, folder)
     return Built(lambda: 1.001 * right.call(), right.results, right.context)
 
 def dies(task, threads, folder): os._exit(3)
@@ -351,7 +352,7 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str
     monkeypatch.syspath_prepend(tmp_path)
 
     def put(name: str, fake: str) -> None:
-        monkeypatch.setitem(_contenders.CONTENDERS, name, _contenders.Contender(name, f"fakes:{fake}"))
+        monkeypatch.setitem(contenders.CONTENDERS, name, contenders.Contender(name, f"fakes:{fake}"))
 
     return put
 
@@ -420,7 +421,7 @@ def test_bench_draws_twenty_cases_a_picture(tmp_path: Path) -> None:
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in written)
 
 
-PEERS = [name for name, contender in _contenders.CONTENDERS.items() if not contender.torch]
+PEERS = [name for name, contender in contenders.CONTENDERS.items() if not contender.torch]
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -431,7 +432,7 @@ def test_peers_are_right(name: str, what: str, case: str, tmp_path: Path) -> Non
     A layer or an input that is not what it should be makes an error of the order of 1; how much a peer rounds is its own
     affair, and the benchmark says so.
     """
-    reason = _contenders.missing(name)
+    reason = contenders.missing(name)
     if reason:
         pytest.skip(f"{name} cannot run here: {reason}")
     result = bench_json(tmp_path, "--what", what, "--case", case, "--batch", "2", names=name)["results"][0]
@@ -442,7 +443,7 @@ def test_peers_are_right(name: str, what: str, case: str, tmp_path: Path) -> Non
 
 def test_threads_are_put_back() -> None:
     before = torch.get_num_threads()
-    with _common.threads(before + 2) as count:
+    with arguments.threads(before + 2) as count:
         assert count == torch.get_num_threads() == before + 2
     assert torch.get_num_threads() == before
 

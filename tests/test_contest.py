@@ -12,21 +12,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_resnet.cli import _contest
+from fused_resnet.benchmark import contest as contests
 
 
 @pytest.fixture(scope="module")
-def resnet50() -> _contest.Contest:
-    return _contest.prepare(_contest.NetworkCase("resnet50"), 1, torch.float32, "train", seed=0)
+def resnet50() -> contests.Contest:
+    return contests.prepare(contests.NetworkCase("resnet50"), 1, torch.float32, "train", seed=0)
 
 
 @pytest.fixture(scope="module")
-def precise() -> _contest.Contest:
+def precise() -> contests.Contest:
     """In float64 no element is near enough to 0 for rounding to decide it."""
-    return _contest.prepare(_contest.NetworkCase("cifar20"), 2, torch.float64, "train", seed=0)
+    return contests.prepare(contests.NetworkCase("cifar20"), 2, torch.float64, "train", seed=0)
 
 
-def names(contest: _contest.Contest) -> list[str]:
+def names(contest: contests.Contest) -> list[str]:
     """Of the results."""
     inputs = [f"input {i}" for i in range(len(contest.task.inputs))]
     return ["output", *inputs, *(name for name, _ in contest.task.module.named_parameters())]
@@ -36,8 +36,8 @@ def changed(results: tuple[Tensor, ...], i: int, factor: float) -> tuple[Tensor,
     return (*results[:i], results[i] * factor, *results[i + 1 :])
 
 
-@pytest.mark.parametrize("memory_format", _contest.FORMATS, ids=["contiguous", "channels_last"])
-def test_resnet50(memory_format: torch.memory_format, resnet50: _contest.Contest) -> None:
+@pytest.mark.parametrize("memory_format", contests.FORMATS, ids=["contiguous", "channels_last"])
+def test_resnet50(memory_format: torch.memory_format, resnet50: contests.Contest) -> None:
     """Eager is right. A gradient that is lost, of which the error is 1, is wrong; one that is 1% too large, where no ReLU follows;
     a NaN."""
     results = resnet50.task.run(memory_format=memory_format)
@@ -50,7 +50,7 @@ def test_resnet50(memory_format: torch.memory_format, resnet50: _contest.Contest
         assert not resnet50.ok(errors), (name, factor, errors)
 
 
-def test_faults_in_float64(one_thread: None, precise: _contest.Contest) -> None:
+def test_faults_in_float64(one_thread: None, precise: contests.Contest) -> None:
     """Each gradient and the output, off by a millionth; one result too few."""
     results = precise.task.run()
     assert precise.ok(precise.errors(results))
@@ -63,16 +63,16 @@ def test_faults_in_float64(one_thread: None, precise: _contest.Contest) -> None:
 @pytest.mark.smoke
 def test_the_bound_follows_the_worse_of_eagers_formats(monkeypatch: pytest.MonkeyPatch) -> None:
     """On one processor channels_last ResNet-50 was farther from float64 than twice contiguous and the estimate."""
-    run = _contest.Task.run
+    run = contests.Task.run
 
-    def worse(self: _contest.Task, *arguments: Any, **keywords: Any) -> tuple[Tensor, ...]:
+    def worse(self: contests.Task, *arguments: Any, **keywords: Any) -> tuple[Tensor, ...]:
         results = run(self, *arguments, **keywords)
         if keywords.get("memory_format") is not torch.channels_last:
             return results
         return tuple(t * (1 + 1e-4) for t in results)
 
-    monkeypatch.setattr(_contest.Task, "run", worse)
-    contest = _contest.prepare(_contest.NetworkCase("cifar20"), 1, torch.float32, "train", seed=0)
+    monkeypatch.setattr(contests.Task, "run", worse)
+    contest = contests.prepare(contests.NetworkCase("cifar20"), 1, torch.float32, "train", seed=0)
     results = run(contest.task)
     for error, allowed in ((1.9e-4, True), (2.2e-4, False)):
         for i in (0, len(results) - 1):
@@ -83,7 +83,7 @@ def test_undecided_elements_fall_on_either_side() -> None:
     """Those within the noise; no others, and none without noise. The values are the ReLU's but for as much."""
     z = torch.cat([torch.full((2000,), 1e-6), torch.ones(1000), -torch.ones(1000)]).requires_grad_()
     for share in (0.0, 1e-3):
-        with _contest.Undecided(share, torch.Generator().manual_seed(0)):
+        with contests.Undecided(share, torch.Generator().manual_seed(0)):
             y = torch.nn.ReLU(inplace=True)(z * 1)
         (passed,) = torch.autograd.grad(y.sum(), z)
         assert passed[2000:3000].eq(1).all()

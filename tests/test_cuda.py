@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 import fused_resnet
 from fused_resnet import _extension, _plain, _settings, cases, reference, testing
+from fused_resnet.benchmark import gpu_contest
 from fused_resnet.cases import AWKWARD, CONVS, ConvCase, Operands
-from fused_resnet.cli import _gpu_contest, check
+from fused_resnet.cli import check
 from fused_resnet.ops import cuda, derived, plans
 
 DEVICE = torch.device(os.environ.get("FUSED_RESNET_TEST_DEVICE", "cuda"))
@@ -172,7 +173,7 @@ def with_tile(tile: str, table: tuple[ConvCase, ...]) -> list[str]:
                 continue
             operands = integers(case, dtype)
             device_operands = there(operands)
-            plan = _gpu_contest.planned(case, device_operands, tile)
+            plan = gpu_contest.planned(case, device_operands, tile)
             assert plan.kernel.tensor_cores
             assert plan.kernel.algorithm == tile
             result = testing.compare_exact(plan(*device_operands).cpu(), reference.conv_bias_add_relu(*operands, **case.parameters))
@@ -612,7 +613,7 @@ def test_more_than_2_to_31_elements(tensor_cores: bool) -> None:
     weight = (torch.randn(64, 64, 1, 1, device=DEVICE) / 8).bfloat16().contiguous(memory_format=torch.channels_last)
     # One kernel for all, so that a sum's order is the same.
     case = ConvCase(64, 64, (56, 56), (1, 1), bias=False, shortcut=True, batch=shape[0])
-    chosen = _gpu_contest.planned(case, Operands(x, weight, None, x), "auto").kernel
+    chosen = gpu_contest.planned(case, Operands(x, weight, None, x), "auto").kernel
     assert chosen.tensor_cores
     assert chosen.launches > 1
     _settings.change(cuda_algorithm=chosen.algorithm if tensor_cores else "general")
@@ -652,7 +653,7 @@ def test_the_tensor_cores_are_what_runs() -> None:
         for case in TILE_CASES:
             operands = there(integers(case, dtype))
             assert fused_resnet.why_not(*operands, **case.parameters) == []
-            assert _gpu_contest.planned(case, operands, "auto").kernel.tensor_cores, case.name
+            assert gpu_contest.planned(case, operands, "auto").kernel.tensor_cores, case.name
 
 
 CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
@@ -781,4 +782,4 @@ def test_inputs_of_the_table_take_the_hot_path(network: str) -> None:
         moved = there(operands)
         assert fused_resnet.why_not(*moved, **conv.parameters) == [], conv.name
         if DEVICE.type == "cuda":
-            assert _gpu_contest.planned(conv.at(2), moved, "auto").kernel.tensor_cores, conv.name
+            assert gpu_contest.planned(conv.at(2), moved, "auto").kernel.tensor_cores, conv.name

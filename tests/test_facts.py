@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from fused_resnet import _extension
-from fused_resnet.graph import facts
-from fused_resnet.graph.checked import Checked
+from fused_resnet.graph.checked import Checked, _Plain
 from fused_resnet.graph.facts import Facts
 
 
@@ -113,7 +112,7 @@ def test_a_fact_breaks(name: str) -> None:
     seen = Facts(holder)
     read(seen, holder)
     checked = Checked(seen)
-    passes = [facts._Plain(checked.rows)] + ([] if _extension.cpu is None else [checked])
+    passes = [_Plain(checked.rows)] + ([] if _extension.cpu is None else [checked])
     for _ in range(2):  # what has not changed since the first time is not looked into the second time
         assert [p.broken(holder.__dict__) for p in passes] == [-1] * len(passes)
     change(holder)
@@ -183,10 +182,10 @@ def test_facts_after_any_changes(seed: int) -> None:
         for _ in range(rng.randrange(1, 6)):
             _read_something(rng, seen, rng.choice(holders), shared)
         all_facts.append(Checked(seen))
-    plain = facts._Plain(all_facts[0].rows)
+    plain = _Plain(all_facts[0].rows)
     for checked, holder in zip(all_facts[1:], holders[1:], strict=True):
         all_facts[0].include(checked, holder.__dict__)
-        plain.include(facts._Plain(checked.rows), holder.__dict__)
+        plain.include(_Plain(checked.rows), holder.__dict__)
     owner = holders[0].__dict__
     broken = 0
     for _ in range(60):

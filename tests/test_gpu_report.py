@@ -1,7 +1,7 @@
 """bench/gpu_report.py and what it times with: every stage on tiny shapes on the CPU, and what becomes of contenders that fail, are
 wrong or take too long.
 
-What is trusted: ``_timing`` (test_timing.py); figures that nobody measured, whose ratios are known.
+What is trusted: ``benchmark.timing`` (test_timing.py); figures that nobody measured, whose ratios are known.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import pytest
 import torch
 from _calls import ROOT
 
+from fused_resnet.benchmark import gpu_contest, gpu_modules, gpu_peers, gpu_timing
 from fused_resnet.cases import BlockCase, ConvCase
-from fused_resnet.cli import _gpu_contest, _gpu_modules, _gpu_peers, _gpu_timing
 
 sys.path.insert(0, str(ROOT / "bench"))
 import _gpu_stages
@@ -28,7 +28,7 @@ import gpu_report
 
 CPU = torch.device("cpu")
 PATIENT = 3600  # seconds: what ends earlier is a fault, and no slow or busy machine
-QUICK = _gpu_contest.Effort(2, 0.02, PATIENT, 1e-6)
+QUICK = gpu_contest.Effort(2, 0.02, PATIENT, 1e-6)
 CASE = ConvCase(16, 16, (8, 8), (3, 3), padding=(1, 1), shortcut=True, batch=2)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,13 +57,13 @@ def test_stages_measure_and_compare(measured: Path) -> None:
             assert result["failed"] == {}
             for kind in {"times", "graphs"} & set(result):
                 medians = {name: t["median_ms"] for name, t in result[kind].items()}
-                ours = min(t for name, t in medians.items() if name in _gpu_peers.OURS)
+                ours = min(t for name, t in medians.items() if name in gpu_peers.OURS)
                 best = result[f"best_peer_{kind}"]
-                assert medians[best] == min(t for name, t in medians.items() if name not in _gpu_peers.OURS)
+                assert medians[best] == min(t for name, t in medians.items() if name not in gpu_peers.OURS)
                 assert result[f"ratio_{kind}"] == pytest.approx(medians[best] / ours)
             for name, error in result["errors"].items():
                 assert 0 <= error <= result["allowed_error"], name
-            if "cudnn" in (*_gpu_peers.CONVOLUTION, *_gpu_peers.MODULE) and stage != "training":
+            if "cudnn" in (*gpu_peers.CONVOLUTION, *gpu_peers.MODULE) and stage != "training":
                 assert result["left_out"]["cudnn"] == "cuDNN is for CUDA devices"
     tiles = json.loads((measured / "tiles.json").read_text())["results"]
     assert all(set(result["graphs"]) == {"auto"} for result in tiles.values())
@@ -131,7 +131,7 @@ def test_demands_by_known_figures(tmp_path: Path) -> None:
 
 def test_wrong_failing_and_slow_contenders(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong one is marked and not timed, one that raises is written down with its message, one that takes too long as well."""
-    right = _gpu_peers.convolution
+    right = gpu_peers.convolution
 
     def fake(name: str, *rest: Any) -> Any:
         if name == "channels_last":
@@ -143,31 +143,31 @@ def test_wrong_failing_and_slow_contenders(monkeypatch: pytest.MonkeyPatch) -> N
             return lambda i: time.sleep(PATIENT)
         return right(name, *rest)
 
-    monkeypatch.setattr(_gpu_peers, "convolution", fake)
-    effort = _gpu_contest.Effort(2, 0.02, 1, 1e-6)
-    found = _gpu_contest.convolution(CASE, torch.bfloat16, CPU, _gpu_peers.CONVOLUTION, effort)
+    monkeypatch.setattr(gpu_peers, "convolution", fake)
+    effort = gpu_contest.Effort(2, 0.02, 1, 1e-6)
+    found = gpu_contest.convolution(CASE, torch.bfloat16, CPU, gpu_peers.CONVOLUTION, effort)
     assert found["wrong"] == ["channels_last"]
     assert found["failed"] == {"cudnn": "RuntimeError: no algorithm was found", "compile": "TimeoutError: compiling took more than 1 s"}
     assert set(found["times"]) == set(found["graphs"]) == {"eager", "ours"}
     assert found["ok"] is True
     # Short of time, the case is left for another run, with a sentence for none of its contenders.
-    late = _gpu_contest.Effort(2, 0.02, 60, 1e-6, time.monotonic() + 1)
-    with pytest.raises(_gpu_contest.OutOfTime):
-        _gpu_contest.convolution(CASE, torch.bfloat16, CPU, _gpu_peers.CONVOLUTION, late)
+    late = gpu_contest.Effort(2, 0.02, 60, 1e-6, time.monotonic() + 1)
+    with pytest.raises(gpu_contest.OutOfTime):
+        gpu_contest.convolution(CASE, torch.bfloat16, CPU, gpu_peers.CONVOLUTION, late)
 
 
 @pytest.mark.parametrize("fault", [lambda y: y * 1.05, lambda y: y * float("nan"), lambda y: y[:1]], ids=["scaled", "nan", "shape"])
 def test_a_wrong_result_of_ours_is_not_ok(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    function = _gpu_peers.our_function
-    monkeypatch.setattr(_gpu_peers, "our_function", lambda case: lambda *tensors: fault(function(case)(*tensors)))
-    found = _gpu_contest.convolution(CASE, torch.bfloat16, CPU, ("channels_last", "ours"), QUICK)
+    function = gpu_peers.our_function
+    monkeypatch.setattr(gpu_peers, "our_function", lambda case: lambda *tensors: fault(function(case)(*tensors)))
+    found = gpu_contest.convolution(CASE, torch.bfloat16, CPU, ("channels_last", "ours"), QUICK)
     assert found["ok"] is False
     assert found["wrong"] == ["ours"]
     assert found["ratio_times"] is None
 
 
 def test_training_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    make = _gpu_modules.training_model
+    make = gpu_modules.training_model
 
     def faulty(kind: str, network: str) -> Any:
         eager, ours = make(kind, network)
@@ -175,15 +175,15 @@ def test_training_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None
         return eager, ours
 
     arguments = ("bias only", "cifar20", 2, torch.float32, False, CPU, ("channels_last", "ours"), QUICK)
-    assert _gpu_modules.training(*arguments)["ok"] is True
-    monkeypatch.setattr(_gpu_modules, "training_model", faulty)
-    assert _gpu_modules.training(*arguments)["wrong"] == ["ours"]
+    assert gpu_modules.training(*arguments)["ok"] is True
+    monkeypatch.setattr(gpu_modules, "training_model", faulty)
+    assert gpu_modules.training(*arguments)["wrong"] == ["ours"]
 
 
 def test_compile_takes_part() -> None:
     """The contender is built and right; the CPU's compiler is enough for that."""
     block = BlockCase("basic", 16, 16, (8, 8))
-    found = _gpu_modules.block(block, 1, torch.float32, CPU, ("compile", "ours"), QUICK, graphs=False)
+    found = gpu_modules.block(block, 1, torch.float32, CPU, ("compile", "ours"), QUICK, graphs=False)
     assert found["failed"] == {}
     assert set(found["times"]) == {"compile", "ours"}
     assert found["compile_seconds"]["compile"] > 0
@@ -211,7 +211,7 @@ def test_a_stage_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.Capture
     assert made == ["a", "b", "c"]
     assert third.results == {"a": {"ok": True, "n": "a"}, "b": {"error": "RuntimeError: boom"}, "c": {"ok": True, "n": "c"}}
     def late() -> dict[str, Any]:
-        raise _gpu_contest.OutOfTime
+        raise gpu_contest.OutOfTime
 
     assert not third.run([("late", late)])
     assert "late" not in third.results
@@ -225,14 +225,14 @@ def test_a_stage_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_turns_rotate_buffers_and_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    turns = _gpu_timing.Turns(lambda i: [i], 3)
+    turns = gpu_timing.Turns(lambda i: [i], 3)
     for _ in range(4):
         turns()
     assert [kept[0] for kept in turns.kept] == [0, 1, 2]
     first = turns.kept[1]
     turns()
     assert turns.kept[1] is not first
-    graph = _gpu_timing.Graph(lambda i: i, 3, CPU)
+    graph = gpu_timing.Graph(lambda i: i, 3, CPU)
     graph()
     assert graph.kept == [0, 1, 2]
     assert graph.calls == 3
@@ -243,7 +243,7 @@ def test_turns_rotate_buffers_and_results(monkeypatch: pytest.MonkeyPatch) -> No
         now[0] += 0.25
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    assert _gpu_timing.seconds_a_call(_gpu_timing.Graph(slow, 5, CPU), 2, CPU) == 0.25
+    assert gpu_timing.seconds_a_call(gpu_timing.Graph(slow, 5, CPU), 2, CPU) == 0.25
 
 
 def test_the_script(tmp_path: Path) -> None:

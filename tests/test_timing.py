@@ -15,9 +15,11 @@ import pytest
 import torch
 from _calls import PATIENCE
 
-from fused_resnet._timing import FEWEST, Contention, Lost, Sample, Timing, autorange, geometric_mean, interleave, quantile, rounds
+from fused_resnet.benchmark import worker
+from fused_resnet.benchmark.contest import Contest, prepare
+from fused_resnet.benchmark.team import Team
+from fused_resnet.benchmark.timing import FEWEST, Contention, Lost, Sample, Timing, autorange, geometric_mean, interleave, quantile, rounds
 from fused_resnet.cases import BlockCase
-from fused_resnet.cli import _contest, _team, _worker
 
 
 class Clock:
@@ -163,19 +165,19 @@ def test_settle_waits_for_the_other_threads(tmp_path: Path) -> None:
 
     write(os.getpid(), "R")
     file = write(os.getpid() + 1, "S")
-    assert not _worker._running(tmp_path)
+    assert not worker._running(tmp_path)
     file = write(os.getpid() + 1, "R")
-    assert _worker._running(tmp_path)
-    _worker.settle(0.01, tmp_path)  # gives up
+    assert worker._running(tmp_path)
+    worker.settle(0.01, tmp_path)  # gives up
     file.unlink()
-    _worker.settle(1000.0, tmp_path)
-    assert not _worker._running(tmp_path / "nowhere")
+    worker.settle(1000.0, tmp_path)
+    assert not worker._running(tmp_path / "nowhere")
 
 
 FAKES = """
 import os, sys, time
 from pathlib import Path
-from fused_resnet.cli._worker import Built
+from fused_resnet.benchmark.worker import Built
 
 LOG = Path(os.environ["FAKES_LOG"])
 
@@ -221,13 +223,13 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="module")
-def contest() -> Iterator[_contest.Contest]:
+def contest() -> Iterator[Contest]:
     with torch.no_grad():
-        yield _contest.prepare(BlockCase("basic", 8, 8, (4, 4)), 1, torch.float32, "forward", seed=0)
+        yield prepare(BlockCase("basic", 8, 8, (4, 4)), 1, torch.float32, "forward", seed=0)
 
 
-def team(*names: str) -> _team.Team:
-    return _team.Team({name: f"fakes:{name}" for name in names}, threads=1)
+def team(*names: str) -> Team:
+    return Team({name: f"fakes:{name}" for name in names}, threads=1)
 
 
 def gone(process: int) -> bool:
@@ -246,7 +248,7 @@ def gone(process: int) -> bool:
 ORDER = ("first", "second", "wrong", "talks")
 
 
-def test_processes_take_turns(fakes: Path, contest: _contest.Contest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_take_turns(fakes: Path, contest: Contest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each contender is in a process of its own, and a sample of one is over before one of the next begins.
 
     The processes import the package that is imported here, and not what the current folder holds under its name.
@@ -275,7 +277,7 @@ def test_processes_take_turns(fakes: Path, contest: _contest.Contest, tmp_path: 
 
 
 def test_a_failure_is_a_sentence_and_the_others_are_timed(
-    fakes: Path, contest: _contest.Contest, monkeypatch: pytest.MonkeyPatch
+    fakes: Path, contest: Contest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ("raises", "dies", "sleeps", "dies_later", "first")
     with team(*names) as members:
@@ -293,7 +295,7 @@ def test_a_failure_is_a_sentence_and_the_others_are_timed(
             }
 
 
-def test_an_interrupt_leaves_no_process(fakes: Path, contest: _contest.Contest) -> None:
+def test_an_interrupt_leaves_no_process(fakes: Path, contest: Contest) -> None:
     """Nor one of those that a contender has started itself."""
 
     def interrupt(*_: object) -> None:
@@ -319,7 +321,7 @@ def test_an_interrupt_leaves_no_process(fakes: Path, contest: _contest.Contest) 
     assert gone(children[0])
 
 
-def test_a_worker_ends_with_its_parent(fakes: Path, contest: _contest.Contest) -> None:
+def test_a_worker_ends_with_its_parent(fakes: Path, contest: Contest) -> None:
     """However it ended: what the worker sees is the end of its stdin."""
     with team("first") as members:
         members.open(contest.task)

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from .._version import __version__
 from . import bench, check, demo, env, study, train
-from ._common import Usage
+from .arguments import Usage
 
 COMMANDS: dict[str, ModuleType] = {"demo": demo, "env": env, "check": check, "bench": bench, "study": study, "train": train}
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .. import _machine
-from . import _contenders
-from ._common import milliseconds, table
+from ..benchmark import contenders
+from ..benchmark.output import milliseconds, table
 
 
 def is_contested(result: dict[str, Any]) -> bool:
@@ -26,7 +26,7 @@ def show(report: dict[str, Any], names: Sequence[str]) -> None:
         row += [_cell(result, name) for name in names]
         row += [result["best_peer"] or "-", _ratio(result, "ratio"), _ratio(result, "ratio_eager")]
         row += [_share(result, peak)] if shares else []
-        row += [_error(result, _contenders.OURS), _error(result, _contenders.EAGER)]
+        row += [_error(result, contenders.OURS), _error(result, contenders.EAGER)]
         rows.append(row)
     print(table(header, rows))
     print(

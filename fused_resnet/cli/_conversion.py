@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _plain, _timing, testing
+from .. import _plain, testing
+from ..benchmark.gpu_modules import folding_allows
+from ..benchmark.gpu_timing import synchronised
+from ..benchmark.timing import interleave
 from ..cases import BlockCase
 from ..testing.compare import accumulator, unit_roundoff
-from ._common import need
 from ._digits import sklearn_folder
-from ._gpu_modules import folding_allows
-from ._gpu_timing import synchronised
+from .arguments import need
 
 # Channel means and standard deviations of ImageNet, with which torchvision's networks expect their input.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -131,7 +132,7 @@ def convert(
     additions = sum(m.weight[0].numel() for m in model.modules() if isinstance(m, nn.Conv2d))
     roundoff, summed = unit_roundoff(image.dtype), unit_roundoff(accumulator(image.dtype)) * additions**0.5
     allowed = 2 * max(eager_error, summed) + roundoff
-    if image.dtype in (torch.bfloat16, torch.float16):  # there folding rounds as much as a layer does: see `_gpu_modules`
+    if image.dtype in (torch.bfloat16, torch.float16):  # there folding rounds as much as a layer does: see `benchmark.gpu_modules`
         allowed = folding_allows(model, eager_error, image.dtype)
     before, after = model.state_dict(), fused.state_dict()
     keys_kept = list(before) == list(after) and all(torch.equal(before[key], after[key]) for key in before)
@@ -176,7 +177,7 @@ def _time(name: str, model: nn.Module, fused: nn.Module, image: Tensor, repeat: 
                 part = whole.get_submodule(path)
                 mine = x.contiguous(memory_format=memory_format)
                 calls[form] = lambda part=part, mine=mine: part(mine)
-            timings = _timing.interleave(calls, repeat=repeat, seconds=2, clock=synchronised(x.device))
+            timings = interleave(calls, repeat=repeat, seconds=2, clock=synchronised(x.device))
             eager = min(("eager", "eager channels_last"), key=lambda form: timings[form].median)
             ours = min(("fused", "fused channels_last"), key=lambda form: timings[form].median)
             rows.append(

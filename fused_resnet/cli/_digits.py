@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _bundled, ops, reference
-from ._common import Usage
+from .arguments import Usage
 
 TRAINING = 1437  # of 1797 images; the other 360 are the test set
 

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-from .. import _machine, _timing
+from .. import _machine
+from ..benchmark import gpu_contest, gpu_modules, gpu_peers
+from ..benchmark.contest import NetworkCase
+from ..benchmark.gpu_timing import release
+from ..benchmark.output import milliseconds, progress, table, write_json
+from ..benchmark.timing import geometric_mean
 from ..cases import BlockCase, ConvCase
-from . import _gpu_contest, _gpu_modules, _gpu_peers
-from ._common import CUDA_DTYPES, Usage, milliseconds, progress, table, write_json
-from ._contest import NetworkCase
-from ._gpu_timing import release
+from .arguments import CUDA_DTYPES, Usage
 
 Case = ConvCase | BlockCase | NetworkCase
 
@@ -30,7 +32,7 @@ def check(arguments: argparse.Namespace) -> list[str]:
         raise Usage("--picture: on --device cuda there is none yet; --json has the figures")
     if arguments.threads is not None:
         raise Usage("--threads: it is for --device cpu")
-    known: tuple[str, ...] = _gpu_peers.CONVOLUTION if what == "conv" else _gpu_peers.MODULE
+    known: tuple[str, ...] = gpu_peers.CONVOLUTION if what == "conv" else gpu_peers.MODULE
     if arguments.mode == "train":
         known = ("channels_last", "compile", "ours")
     if arguments.peers is None:
@@ -47,7 +49,7 @@ def check(arguments: argparse.Namespace) -> list[str]:
 def run(arguments: argparse.Namespace, chosen: Sequence[Case], names: Sequence[str], device: torch.device) -> int:
     dtype = CUDA_DTYPES[arguments.dtype]
     repeat, seconds = (min(arguments.repeat, 7), min(arguments.seconds, 1.0)) if arguments.quick else (arguments.repeat, arguments.seconds)
-    effort = _gpu_contest.Effort(repeat, seconds / 2)
+    effort = gpu_contest.Effort(repeat, seconds / 2)
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     results = []
@@ -70,20 +72,20 @@ def run(arguments: argparse.Namespace, chosen: Sequence[Case], names: Sequence[s
 
 
 def _measure(
-    case: Case, batch: int, dtype: torch.dtype, device: torch.device, names: Sequence[str], mode: str, effort: _gpu_contest.Effort
+    case: Case, batch: int, dtype: torch.dtype, device: torch.device, names: Sequence[str], mode: str, effort: gpu_contest.Effort
 ) -> dict[str, Any]:
     if isinstance(case, ConvCase):
-        return _gpu_contest.convolution(case.at(batch), dtype, device, names, effort)
+        return gpu_contest.convolution(case.at(batch), dtype, device, names, effort)
     if isinstance(case, BlockCase):
-        return _gpu_modules.block(case, batch, dtype, device, names, effort)
+        return gpu_modules.block(case, batch, dtype, device, names, effort)
     if mode == "train":
-        return _gpu_modules.training("bias only", case.name, batch, dtype, False, device, names, effort)
-    return _gpu_modules.network(case.name, batch, dtype, device, names, effort)
+        return gpu_modules.training("bias only", case.name, batch, dtype, False, device, names, effort)
+    return gpu_modules.network(case.name, batch, dtype, device, names, effort)
 
 
 def _mean(results: Sequence[dict[str, Any]], key: str) -> float | None:
     ratios = [result[key] for result in results if result.get(key)]
-    return _timing.geometric_mean(ratios) if ratios else None
+    return geometric_mean(ratios) if ratios else None
 
 
 def _show(results: Sequence[dict[str, Any]], names: Sequence[str], means: dict[str, float | None], device: torch.device) -> None:

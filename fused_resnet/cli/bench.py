@@ -18,25 +18,14 @@ from typing import Any
 
 import torch
 
-from .. import _extension, _machine, _timing, cases
-from . import _bench_table, _contenders, _contest
-from ._common import (
-    CUDA_DTYPES,
-    DTYPES,
-    Usage,
-    add_device,
-    add_json,
-    device,
-    need,
-    picture,
-    positive,
-    positive_seconds,
-    progress,
-    seed,
-    threads,
-    write_json,
-)
-from ._team import Team
+from .. import _extension, _machine, cases
+from ..benchmark import contenders
+from ..benchmark.contest import Case, NetworkCase, prepare
+from ..benchmark.output import progress, write_json
+from ..benchmark.team import Team
+from ..benchmark.timing import geometric_mean
+from . import _bench_table
+from .arguments import CUDA_DTYPES, DTYPES, Usage, add_device, add_json, device, need, picture, positive, positive_seconds, seed, threads
 
 HELP = "the benchmark against the peers that are installed"
 
@@ -58,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers",
         metavar="A,B,...",
-        help=f"of {', '.join(_contenders.CONTENDERS)} (default: all that are installed and suit; compile is left out by --quick)",
+        help=f"of {', '.join(contenders.CONTENDERS)} (default: all that are installed and suit; compile is left out by --quick)",
     )
     parser.add_argument("--repeat", type=positive, default=30, help="samples of each contender (default: 30)")
     parser.add_argument("--seconds", type=positive_seconds, default=20.0, help="stop a case after this long (default: 20)")
@@ -74,8 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
     if where.type == "cuda":
         from . import _gpu_bench
 
-        contenders = _gpu_bench.check(arguments)
-        return _gpu_bench.run(arguments, _choose(arguments), contenders, where)
+        given = _gpu_bench.check(arguments)
+        return _gpu_bench.run(arguments, _choose(arguments), given, where)
     if arguments.dtype not in DTYPES:
         raise Usage(f"--dtype: {arguments.dtype} is for --device cuda")
     chosen = _choose(arguments)
@@ -86,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     results: list[dict[str, Any]] = []
     with progress(len(counts) * len(arguments.batch) * len(chosen), "bench") as advance:
         for count in counts:
-            with threads(count), Team({name: _contenders.CONTENDERS[name].builder for name in names}, count) as team:
+            with threads(count), Team({name: contenders.CONTENDERS[name].builder for name in names}, count) as team:
                 for batch in arguments.batch:
                     for case in chosen:
                         results.append(_measure(case, batch, team, names, arguments))
@@ -102,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
             "seconds": arguments.seconds,
             "seed": arguments.seed,
         },
-        "remarks": [] if arguments.peers else _contenders.remarks(arguments.dtype, arguments.mode),
+        "remarks": [] if arguments.peers else contenders.remarks(arguments.dtype, arguments.mode),
         "results": results,
         "geometric_mean": _mean(results, "ratio"),
         "geometric_mean_eager": _mean(results, "ratio_eager"),
@@ -118,13 +107,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if all(result["ok"] for result in results) else 1
 
 
-def _choose(arguments: argparse.Namespace) -> Sequence[_contest.Case]:
+def _choose(arguments: argparse.Namespace) -> Sequence[Case]:
     """The cases that the options name, or the sentence that says which there are."""
     what = arguments.what or "block"
     models = arguments.model or list(cases.NETWORKS)
     available: list[Any]
     if what == "network":
-        available = [_contest.NetworkCase(name) for name in models]
+        available = [NetworkCase(name) for name in models]
     else:
         blocks = [block for block in cases.BLOCKS if block.network in models]
         available = blocks if what == "block" else [c for c in cases.CONVS if _belongs(c, blocks, models)]
@@ -146,17 +135,17 @@ def _names(arguments: argparse.Namespace) -> list[str]:
     """The contenders that the options name, or all that are installed and suit."""
     dtype, mode = arguments.dtype, arguments.mode
     if arguments.peers is None:
-        fit = [name for name in _contenders.CONTENDERS if not _contenders.missing(name) and not _contenders.unsuitable(name, dtype, mode)]
+        fit = [name for name in contenders.CONTENDERS if not contenders.missing(name) and not contenders.unsuitable(name, dtype, mode)]
         return [name for name in fit if not (name == "compile" and arguments.quick)]
     names = [name for name in arguments.peers.split(",") if name]
     for name in names:
-        if name not in _contenders.CONTENDERS:
-            raise Usage(f"--peers: unknown peer {name!r}; there are {', '.join(_contenders.CONTENDERS)}")
-        reason = _contenders.unsuitable(name, dtype, mode) or _contenders.missing(name)
+        if name not in contenders.CONTENDERS:
+            raise Usage(f"--peers: unknown peer {name!r}; there are {', '.join(contenders.CONTENDERS)}")
+        reason = contenders.unsuitable(name, dtype, mode) or contenders.missing(name)
         if reason:
             raise Usage(f"--peers: {name} cannot run here: {reason}")
     if not names:
-        raise Usage(f"--peers must name at least one of {', '.join(_contenders.CONTENDERS)}")
+        raise Usage(f"--peers must name at least one of {', '.join(contenders.CONTENDERS)}")
     return list(dict.fromkeys(names))
 
 
@@ -164,9 +153,9 @@ def _repeat(arguments: argparse.Namespace) -> int:
     return min(arguments.repeat, 7) if arguments.quick else int(arguments.repeat)
 
 
-def _measure(case: _contest.Case, batch: int, team: Team, names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
+def _measure(case: Case, batch: int, team: Team, names: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
     """Build the contenders of one case one after the other, compare their results, then time them side by side."""
-    contest = _contest.prepare(case, batch, DTYPES[arguments.dtype], arguments.mode, arguments.seed)
+    contest = prepare(case, batch, DTYPES[arguments.dtype], arguments.mode, arguments.seed)
     team.open(contest.task)
     errors: dict[str, dict[str, float | None]] = {}
     for name in names:
@@ -174,27 +163,27 @@ def _measure(case: _contest.Case, batch: int, team: Team, names: list[str], argu
         if results is not None:
             errors[name] = contest.errors(results)
     timings = team.time(_repeat(arguments), arguments.seconds)
-    contenders = {name: {**timing.as_dict(), **errors[name]} for name, timing in timings.items()}
-    wrong = [name for name in contenders if not contest.ok(errors[name])]
-    right = {name: timing for name, timing in contenders.items() if name not in wrong}
-    ours, eager, peer = (_best(right, kind) for kind in (_contenders.OURS, _contenders.EAGER, _contenders.peers()))
-    mine = contenders[ours]["median_ms"] if ours else None
+    timed = {name: {**timing.as_dict(), **errors[name]} for name, timing in timings.items()}
+    wrong = [name for name in timed if not contest.ok(errors[name])]
+    right = {name: timing for name, timing in timed.items() if name not in wrong}
+    ours, eager, peer = (_best(right, kind) for kind in (contenders.OURS, contenders.EAGER, contenders.peers()))
+    mine = timed[ours]["median_ms"] if ours else None
     return {
         "case": case.name,
         "batch": batch,
         "threads": torch.get_num_threads(),
         "gflop": case.flops(batch) * (3 if arguments.mode == "train" else 1) / 1e9,
-        "contenders": contenders,
+        "contenders": timed,
         "failed": dict(team.failed),
         "allowed_error": contest.allowed,
         "allowed_gradient_error": max(contest.allowed_gradients, default=None),
         "wrong": wrong,
-        "ok": not [name for name in (*wrong, *team.failed) if name in _contenders.OURS],
+        "ok": not [name for name in (*wrong, *team.failed) if name in contenders.OURS],
         "best_eager": eager,
         "best_peer": peer,
         "best_ours": ours,
-        "ratio": contenders[peer]["median_ms"] / mine if peer and mine else None,
-        "ratio_eager": contenders[eager]["median_ms"] / mine if eager and mine else None,
+        "ratio": timed[peer]["median_ms"] / mine if peer and mine else None,
+        "ratio_eager": timed[eager]["median_ms"] / mine if eager and mine else None,
     }
 
 
@@ -209,14 +198,14 @@ def _contested(results: list[dict[str, Any]]) -> str:
     )
 
 
-def _best(contenders: dict[str, dict[str, Any]], names: Sequence[str]) -> str | None:
-    there = [name for name in names if name in contenders]
-    return min(there, key=lambda name: contenders[name]["median_ms"], default=None)
+def _best(timed: dict[str, dict[str, Any]], names: Sequence[str]) -> str | None:
+    there = [name for name in names if name in timed]
+    return min(there, key=lambda name: timed[name]["median_ms"], default=None)
 
 
 def _mean(results: list[dict[str, Any]], what: str) -> float | None:
     ratios = [result[what] for result in results if result[what] is not None]
-    return _timing.geometric_mean(ratios) if ratios else None
+    return geometric_mean(ratios) if ratios else None
 
 
 def _peak() -> float | None:

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from .. import _machine, _settings, cases, ops, testing
+from ..benchmark.output import finite, progress, table, write_json
 from ..cases import ConvCase, Operands
-from ._common import CUDA_DTYPES, DTYPES, Usage, add_device, add_json, device, finite, progress, seed, table, threads, write_json
+from .arguments import CUDA_DTYPES, DTYPES, Usage, add_device, add_json, device, seed, threads
 
 HELP = "the gradient check against the reference, over dtypes, layouts and shortcuts"
 

@@ -20,24 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _machine, _plain, _timing, testing
+from .. import _machine, _plain, testing
+from ..benchmark.output import milliseconds, progress, table, write_json
+from ..benchmark.timing import geometric_mean
 from ..testing.compare import unit_roundoff
 from . import _conversion, _digits
-from ._common import (
-    Usage,
-    add_device,
-    add_json,
-    device,
-    milliseconds,
-    need,
-    picture,
-    positive,
-    progress,
-    seed,
-    table,
-    threads,
-    write_json,
-)
+from .arguments import Usage, add_device, add_json, device, need, picture, positive, seed, threads
 from .check import finite_differences
 
 HELP = "the main job on real input, on any machine, in about a minute"
@@ -77,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         contested = [row["case"] for row in rows if row["before"]["contested"]]
         draw_demo(training, GOAL, shown.pixels, rows, _machine.short(where), arguments.out)
     ok = passed and gradients["ok"] and all(conversion.ok for conversion in conversions)
-    mean = _timing.geometric_mean(row["ratio"] for row in rows if not row["whole"])
+    mean = geometric_mean(row["ratio"] for row in rows if not row["whole"])
     _say_end(training, gradients, conversions, mean, contested, time.perf_counter() - start, arguments.out)
     write_json(
         arguments.json,

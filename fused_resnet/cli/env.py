@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from .. import _extension, _machine
+from ..benchmark.output import megabytes, write_json
 from ..ops.cpu import CpuBackend
 from ..ops.spec import geometry_of_call, layout, spec_of
-from ._common import DTYPES, Usage, add_json, megabytes, write_json
+from .arguments import DTYPES, Usage, add_json
 
 HELP = "versions, instruction sets, CUDA, threads and environment variables in force"
 

@@ -27,10 +27,11 @@ from contextlib import closing
 from pathlib import Path
 
 from .. import _machine
+from ..benchmark.output import progress, table, write_json
 from ..study import EXPERIMENTS, _agreement, _data, _runner, depth
 from ..study._protocol import Check, Report, Settings, Task
 from ..study._store import Changed, Store
-from ._common import Usage, add_json, need, positive, progress, table, threads, write_json
+from .arguments import Usage, add_json, need, positive, threads
 
 HELP = "the lesson's experiments: why residual networks work"
 

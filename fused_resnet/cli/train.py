@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import _machine
+from ..benchmark.output import progress, table, write_json
 from ..training import Failed, Settings, Training, World, Wrong, checkpoint, folder
 from ..training.data import SETS, Data, bundled
 from ..training.loop import AMP, FORMATS
 from ..training.settings import IMAGENET, cifar_depth
 from ..training.world import join
-from ._common import Usage, add_json, need, positive, progress, seed, table, threads, write_json
+from .arguments import Usage, add_json, need, positive, seed, threads
 
 HELP = "train a network, in one process or several, with checkpoints"
 

@@ -6,7 +6,7 @@ import ast
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,12 @@ from .._compat import HOOKS
 from . import objects
 from .facts import MISSING, Facts, lookup
 from .objects import attribute
-from .recorder import Recorder
+from .originals import ORIGINAL, computes_as_ever
 from .trace import Operation, Refused, name_of, operations_in
 from .values import DICTS, PLAIN, Known, Local, Method, Native, Super, is_module
+
+if TYPE_CHECKING:
+    from .recorder import Recorder
 
 _REPLACED = {
     "forward": "was replaced on the instance",
@@ -148,7 +151,7 @@ def check_quiet(facts: Facts, path: str, module: nn.Module) -> None:
     attributes = module.__dict__
     cls = facts.class_of(module)
     objects.check_plain_access(facts, cls)
-    for name, function in objects.ORIGINAL[nn.Module].items():
+    for name, function in ORIGINAL[nn.Module].items():
         found = facts.lookup(cls, name)
         # torch.export and torch.fx put a __call__ of their own into nn.Module while they trace.
         if found is not function and not (name == "__call__" and found is lookup(nn.Module, name) and is_torchs(found)):
@@ -283,14 +286,14 @@ def _zip(run: Recorder, *several: Any, strict: Any = None) -> list[Any]:
 
 
 def _relu_module(run: Recorder, inplace: Any = None) -> Native:
-    if not objects.computes_as_ever(run.facts, nn.ReLU, nn.ReLU) or run.facts.lookup(nn.ReLU, "__init__") is not _RELU_INIT:
+    if not computes_as_ever(run.facts, nn.ReLU, nn.ReLU) or run.facts.lookup(nn.ReLU, "__init__") is not _RELU_INIT:
         raise Refused("nn.ReLU was replaced")
     return Native("ReLU", lambda run, args, kwargs: run.function(F.relu, args, kwargs))
 
 
 _RELU_INIT = lookup(nn.ReLU, "__init__")
 _CHILDREN, _NAMED_CHILDREN = lookup(nn.Module, "children"), lookup(nn.Module, "named_children")
-_SEQUENTIAL = objects.ORIGINAL[nn.Sequential]["forward"]
+_SEQUENTIAL = ORIGINAL[nn.Sequential]["forward"]
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     **{kind: _conversion(kind) for kind in (int, float, bool, str, abs, min, max)},
     len: lambda run, owner: Known(objects.length(run, owner)),

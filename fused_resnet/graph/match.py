@@ -14,7 +14,7 @@ from torch import nn
 from .._compat import BATCH_OR_INSTANCE_NORM, TENSORS
 from .facts import MISSING, Facts
 from .ir import FUNCTIONS, Addition, Call, Convolution, Graph, Node
-from .objects import computes_as_ever
+from .originals import computes_as_ever
 from .recorder import ADDITIONS, find
 from .trace import Operation, Refused, Trace, name_of
 from .values import PLAIN

@@ -17,7 +17,7 @@ from .._extension import cpu
 from ..graph.calls import check_quiet
 from ..graph.checked import Checked
 from ..graph.facts import MISSING, Facts, lookup
-from ..graph.objects import ORIGINAL, computes_as_ever
+from ..graph.originals import ORIGINAL, computes_as_ever
 from ..graph.trace import Refused
 from ..ops.store import Place, Store
 from .bound import (

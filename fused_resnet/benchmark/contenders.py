@@ -11,7 +11,7 @@ EXTRA = 'pip install "fused-resnet[bench]"'
 
 @dataclass(frozen=True)
 class Contender:
-    """``builder``: the function, as module:name, that builds it in a process of its own (see ``_worker.Built``).
+    """``builder``: the function, as module:name, that builds it in a process of its own (see ``worker.Built``).
 
     ``modules``: what it imports, and ``packages``: what they are called on PyPI. ``dtypes``: what it is timed in.
     ``torch``: it takes any mode, and can be called in the process that asks.
@@ -25,8 +25,8 @@ class Contender:
     torch: bool = True
 
 
-_TORCH = "fused_resnet.cli._build_torch"
-_PEERS = "fused_resnet.cli._build_peers"
+_TORCH = "fused_resnet.benchmark.torch_contenders"
+_PEERS = "fused_resnet.benchmark.peers"
 _ONNX = ("onnx", "onnxscript")  # through which torch.onnx exports
 
 CONTENDERS: dict[str, Contender] = {

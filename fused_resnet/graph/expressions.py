@@ -1,21 +1,18 @@
-"""Follows a forward's syntax tree: statements, expressions, calls. Whatever it does not know is refused, with its line."""
+"""Follows the expressions of a forward's syntax tree. Whatever it does not know is refused."""
 
 from __future__ import annotations
 
 import ast
 import operator
-import types
 from collections.abc import Callable
 from typing import Any
 
-from . import calls, objects, source
+from . import calls, objects
 from .facts import MISSING
 from .objects import truth
-from .recorder import ADDITIONS, Frame, Recorder, shown
-from .trace import Operation, Refused, Trace, operations_in
-from .values import PLAIN, Definition, FunctionNode, Known, Local, Super
-
-_GENERATOR = 0x20 | 0x80 | 0x200  # the flags of generators, coroutines and asynchronous generators
+from .recorder import Frame, Recorder, shown
+from .trace import Operation, Refused, operations_in
+from .values import PLAIN, FunctionNode, Known, Local, Super
 
 _BINARY: dict[type[ast.operator], tuple[Callable[..., Any], Callable[..., Any]]] = {  # (a + b, a += b)
     ast.Add: (operator.add, operator.iadd),
@@ -39,224 +36,18 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 }
 
 
-class _Returned(Exception):
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
-class _Broke(Exception):
-    pass
-
-
-class _Continued(Exception):
-    pass
-
-
-class Interpreter(Recorder):
+class Expressions(Recorder):
     """Values are operations, ``Known`` objects, and what the forward itself makes: tuples, lists, dictionaries, slices, functions."""
-
-    MOST_CALLS = 40  # within each other
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._steps = 0
-        self._source: Definition | None = None
-
-    def trace_of(self, forward: Any) -> Trace:
-        """The operations of ``forward(owner, x)``."""
-        if type(forward) is not types.FunctionType:
-            raise Refused("its forward is not a plain Python function", is_block=True)
-        self._source = source.definition(forward)
-        x = self.trace.add(Operation("input", "", (), {}, "", ""))
-        try:
-            output = self.inline(forward, (Known(self.owner, ("",)), x), {})
-        except RecursionError:
-            raise Refused("its forward is nested too deeply") from None
-        self.trace.add(Operation("output", "", (output,), {}, "", ""))
-        return self.trace
-
-    def adds(self) -> bool:
-        """Whether the forward, followed or not, contains an addition, as a residual block's does."""
-        if any(op.target in ADDITIONS for op in self.trace.operations if op.kind in ("function", "method")):
-            return True
-        if self._source is None:
-            return True
-        for node in ast.walk(self._source.node):
-            if isinstance(node, (ast.BinOp, ast.AugAssign)) and isinstance(node.op, ast.Add):
-                return True
-            if isinstance(node, ast.Attribute) and node.attr in ("add", "add_"):
-                return True
-        return False
-
-    # --- calls ---
 
     def values_in(self, owner: Any) -> list[Any]:
         return objects.values_in(self, owner)
 
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return calls.call(self, function, args, kwargs)
-
-    def inline(self, function: types.FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Follow a call of a Python function."""
-        path = self.facts.function(function)
-        code = function.__code__
-        definition = source.definition(function)
-        if code.co_flags & _GENERATOR:
-            raise Refused(f"it calls {function.__qualname__}, a generator")
-        defaults = [Known(v, (*path, "__defaults__", (i,))) for i, v in enumerate(function.__defaults__ or ())]
-        keywords = self.facts.contents(function.__kwdefaults__) if function.__kwdefaults__ else {}
-        keyword_defaults = {k: Known(v, (*path, "__kwdefaults__", (k,))) for k, v in keywords.items()}
-        frame = Frame(function, definition, {*code.co_varnames, *code.co_cellvars})
-        try:
-            return self._run(frame, definition.node, args, kwargs, defaults, keyword_defaults)
-        except Refused as error:
-            if error.where == frame.where():
-                error.where = source.decorated(function) or error.where
-            if calls.is_torchs(function) and error.where.endswith(f" of {frame.file}"):  # the user's line calls it
-                raise Refused(f"it calls {function.__qualname__}, which is not followed") from None
-            raise
-
-    def inline_local(self, local: Local, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        outer = local.frame
-        definition = Definition(local.node, outer.file, outer.class_name)
-        frame = Frame(outer.function, definition, _names_of(local.node), outer)
-        return self._run(frame, local.node, args, kwargs, local.defaults, local.keyword_defaults)
-
-    def _run(
-        self,
-        frame: Frame,
-        node: FunctionNode,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        defaults: list[Any],
-        keyword_defaults: dict[str, Any],
-    ) -> Any:
-        if len(self.frames) >= self.MOST_CALLS:
-            raise Refused("its calls are nested too deeply")
-        frame.values = calls.bound(node.args, args, kwargs, defaults, keyword_defaults)
-        self.frames.append(frame)
-        try:
-            if isinstance(node, ast.Lambda):
-                return self.value(node.body)
-            self.block(node.body)
-        except _Returned as result:
-            return result.value
-        except Refused as error:
-            error.where = error.where or frame.where()
-            raise
-        except (_Broke, _Continued, RecursionError):
-            raise
-        except Exception as error:  # a case that was not thought of stops neither fuse_ nor a call
-            raise Refused(f"it is not followed: {type(error).__name__}: {error}"[:200], where=frame.where()) from error
-        finally:
-            self.frames.pop()
-        return Known(None)
-
-    # --- statements ---
-
-    def block(self, body: list[ast.stmt]) -> None:
-        frame = self.frames[-1]
-        for statement in body:
-            self._steps += 1
-            if self._steps > self.MOST_STEPS:
-                raise Refused("its forward is too long to be followed")
-            frame.line = statement.lineno
-            follow = getattr(self, f"_{type(statement).__name__}", None)
-            if follow is None:
-                raise Refused(f"it has a statement that is not followed: {shown(statement)}")
-            follow(statement)
-
-    def _Expr(self, s: ast.Expr) -> None:
-        self.value(s.value)
-
-    def _Pass(self, s: ast.Pass) -> None:
-        pass
-
-    def _Return(self, s: ast.Return) -> None:
-        raise _Returned(Known(None) if s.value is None else self.value(s.value))
-
-    def _Break(self, s: ast.Break) -> None:
-        raise _Broke
-
-    def _Continue(self, s: ast.Continue) -> None:
-        raise _Continued
-
-    def _Assign(self, s: ast.Assign) -> None:
-        value = self.value(s.value)
-        for target in s.targets:
-            self.assign(target, value)
-
-    def _AnnAssign(self, s: ast.AnnAssign) -> None:
-        if s.value is not None:
-            self.assign(s.target, self.value(s.value))
-
-    def _AugAssign(self, s: ast.AugAssign) -> None:
-        if not isinstance(s.target, ast.Name):
-            raise Refused(f"it changes {shown(s.target)}")
-        left, right = self.value(ast.copy_location(ast.Name(s.target.id, ast.Load()), s.target)), self.value(s.value)
-        plain, in_place = self._operators(s.op)
-        if isinstance(left, list):
-            raise Refused(f"it changes the list {s.target.id}")
-        value = self.function(in_place, (left, right)) if isinstance(left, Operation) else self.binary(plain, left, right)
-        self.assign(s.target, value)
-
-    def assign(self, target: ast.expr, value: Any) -> None:
-        if isinstance(target, ast.Name):
-            frame = self.frames[-1]
-            name = _mangled(target.id, frame.class_name)
-            if name not in frame.names:
-                raise Refused(f"it sets the global {name}")
-            frame.values[name] = value
-        elif isinstance(target, (ast.Tuple, ast.List)):
-            values = self.unpacked(value, len(target.elts))
-            if len(values) != len(target.elts) or any(isinstance(t, ast.Starred) for t in target.elts):
-                raise Refused("it unpacks in a way that is not followed")
-            for t, v in zip(target.elts, values, strict=True):
-                self.assign(t, v)
-        else:
-            raise Refused(f"it sets {shown(target)}")
-
-    def unpacked(self, value: Any, count: int) -> list[Any]:
-        if isinstance(value, Operation):
-            return [self.function(operator.getitem, (value, Known(i))) for i in range(count)]
-        return self.values_in(value)
-
-    def _If(self, s: ast.If) -> None:
-        self.block(s.body if truth(self, self.value(s.test)) else s.orelse)
-
-    def _For(self, s: ast.For) -> None:
-        for value in self.values_in(self.value(s.iter)):
-            self.assign(s.target, value)
-            try:
-                self.block(s.body)
-            except _Broke:
-                return
-            except _Continued:
-                continue
-        self.block(s.orelse)
-
-    def _Assert(self, s: ast.Assert) -> None:
-        if not truth(self, self.value(s.test)):
-            raise Refused("its assertion does not hold")
-
-    def _Delete(self, s: ast.Delete) -> None:
-        for target in s.targets:
-            if not isinstance(target, ast.Name) or target.id not in self.frames[-1].values:
-                raise Refused(f"it deletes {shown(target)}")
-            del self.frames[-1].values[target.id]
-
-    def _FunctionDef(self, s: ast.FunctionDef) -> None:
-        if s.decorator_list:
-            raise Refused(f"it decorates {s.name}")
-        self.assign(ast.copy_location(ast.Name(s.name, ast.Store()), s), self._local(s))
-
-    def _With(self, s: ast.With) -> None:
-        raise Refused(f"it runs under `with {', '.join(shown(item) for item in s.items)}`, which is not followed")
-
-    def _Raise(self, s: ast.Raise) -> None:
-        raise Refused("it raises an error")
-
-    # --- expressions ---
 
     def value(self, e: ast.expr) -> Any:
         self._steps += 1
@@ -481,21 +272,28 @@ class Interpreter(Recorder):
             parts.append(str(value.value))
         return Known("".join(parts))
 
+    # --- targets of assignments ---
 
-def _names_of(node: FunctionNode) -> set[str]:
-    """The names that a function within another sets."""
-    a = node.args
-    names = {arg.arg for arg in (*a.posonlyargs, *a.args, *a.kwonlyargs, *([a.vararg] if a.vararg else []), *([a.kwarg] if a.kwarg else []))}
-    pending: list[ast.AST] = [node.body] if isinstance(node, ast.Lambda) else list(node.body)
-    while pending:
-        n = pending.pop()
-        if isinstance(n, ast.Name) and isinstance(n.ctx, (ast.Store, ast.Del)):
-            names.add(n.id)
-        if isinstance(n, (ast.FunctionDef, ast.Lambda)):
-            names |= {n.name} if isinstance(n, ast.FunctionDef) else set()
+    def assign(self, target: ast.expr, value: Any) -> None:
+        if isinstance(target, ast.Name):
+            frame = self.frames[-1]
+            name = _mangled(target.id, frame.class_name)
+            if name not in frame.names:
+                raise Refused(f"it sets the global {name}")
+            frame.values[name] = value
+        elif isinstance(target, (ast.Tuple, ast.List)):
+            values = self.unpacked(value, len(target.elts))
+            if len(values) != len(target.elts) or any(isinstance(t, ast.Starred) for t in target.elts):
+                raise Refused("it unpacks in a way that is not followed")
+            for t, v in zip(target.elts, values, strict=True):
+                self.assign(t, v)
         else:
-            pending += ast.iter_child_nodes(n)
-    return names
+            raise Refused(f"it sets {shown(target)}")
+
+    def unpacked(self, value: Any, count: int) -> list[Any]:
+        if isinstance(value, Operation):
+            return [self.function(operator.getitem, (value, Known(i))) for i in range(count)]
+        return self.values_in(value)
 
 
 def _mangled(name: str, class_name: str) -> str:

@@ -1,4 +1,4 @@
-"""Residual blocks and networks of the benchmark on a GPU, forward, and forward and backward. See ``_gpu_contest.py``."""
+"""Residual blocks and networks of the benchmark on a GPU, forward, and forward and backward. See ``_gpucontest.py``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from .. import _plain, cases, testing
 from ..cases import BlockCase
 from ..testing.compare import accumulator, unit_roundoff
-from . import _gpu_peers as peers
-from ._gpu_contest import Contest, Effort, name_of
-from ._gpu_timing import Call, release, sets_of
+from . import gpu_peers as peers
+from .gpu_contest import Contest, Effort, name_of
+from .gpu_timing import Call, release, sets_of
 
 
 def folding_allows(model: nn.Module, eager: float, dtype: torch.dtype) -> float:

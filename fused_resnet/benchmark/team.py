@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _timing
-from ._contest import Task
+from . import timing
+from .contest import Task
 
 
-class Failed(_timing.Lost):
+class Failed(timing.Lost):
     """A contender gave no answer, or an error: one sentence."""
 
 
@@ -69,7 +69,7 @@ class Member:
         with os.fdopen(number, "wb") as log:
             # A session of its own: an interrupt from the keyboard reaches the parent only, and killing takes compilers along.
             self._process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", "fused_resnet.cli._worker"],
+                [sys.executable, "-W", "ignore", "-m", "fused_resnet.benchmark.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -173,15 +173,15 @@ class Team:
         self._inner[name] = answer["inner"]
         return tuple(torch.load(answer["results"], weights_only=True))
 
-    def time(self, repeat: int, seconds: float) -> dict[str, _timing.Timing]:
+    def time(self, repeat: int, seconds: float) -> dict[str, timing.Timing]:
         """Time the contenders that were built, sample by sample in turn; those that fail on the way are in ``failed``."""
-        taken = _timing.rounds({name: self._sampler(name) for name in self._inner}, repeat, seconds)
-        return {name: _timing.Timing.of(samples, self._inner[name], min(_timing.FEWEST, repeat)) for name, samples in taken.items()}
+        taken = timing.rounds({name: self._sampler(name) for name in self._inner}, repeat, seconds)
+        return {name: timing.Timing.of(samples, self._inner[name], min(timing.FEWEST, repeat)) for name, samples in taken.items()}
 
-    def _sampler(self, name: str) -> _timing.Sampler:
-        def take() -> _timing.Sample:
+    def _sampler(self, name: str) -> timing.Sampler:
+        def take() -> timing.Sample:
             try:
-                return _timing.Sample(**self._members[name].ask(self.SAMPLE, do="sample", inner=self._inner[name]))
+                return timing.Sample(**self._members[name].ask(self.SAMPLE, do="sample", inner=self._inner[name]))
             except Failed as failure:
                 self.failed[name] = str(failure)
                 raise

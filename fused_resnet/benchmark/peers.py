@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._plain import PadShortcut
-from ._contest import Task
-from ._worker import Built
+from .contest import Task
+from .worker import Built
 
 
 def _names(task: Task) -> list[str]:

@@ -1,4 +1,4 @@
-"""One contender in a process of its own: `python -m fused_resnet.cli._worker`, started by ``_team.py``.
+"""One contender in a process of its own: `python -m fused_resnet.benchmark.worker`, started by ``team.py``.
 
 It reads requests, one JSON object a line, from stdin and answers each with one on stdout; between them it sleeps, so that one
 process at a time computes. It ends when stdin does, which is also what happens when the process that started it dies.
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import _timing
+from . import timing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +50,7 @@ class Worker:
         """Build a contender, warm it up, write its results to a file, and say how many calls make a sample."""
         import torch
 
-        from ._contest import Task
+        from .contest import Task
 
         self._built = None  # first let go of the last one's memory
         module, name = builder.split(":")
@@ -63,7 +63,7 @@ class Worker:
             torch.save([t.detach().clone() for t in built.results(built.call())], path)
             for _ in range(warmup - 2):
                 built.call()
-            inner = _timing.autorange(built.call, least)
+            inner = timing.autorange(built.call, least)
         self._built = built
         settle()
         return {"results": str(path), "inner": inner}
@@ -74,8 +74,8 @@ class Worker:
         with self._built.context():
             # The others have cooled the caches and the threads of this process sleep: one call, untimed, undoes both.
             self._built.call()
-            contention = _timing.Contention()
-            seconds = _timing.seconds_a_call(self._built.call, inner, time.perf_counter)
+            contention = timing.Contention()
+            seconds = timing.seconds_a_call(self._built.call, inner, time.perf_counter)
             disturbed = contention.much()
         settle()
         return {"seconds": seconds, "disturbed": disturbed}

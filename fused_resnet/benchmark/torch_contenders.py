@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import conv_bias_add_relu
-from ._contest import Convolution, Task, step
-from ._worker import Built
+from .contest import Convolution, Task, step
+from .worker import Built
 
 
 class _FusedConvolution(Convolution):

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from .. import _plain, cases, testing
 from ..cases import BlockCase, ConvCase
 from ..testing.compare import accumulator, unit_roundoff
-from ._common import finite
+from .output import finite
 
 
 @dataclass(frozen=True)

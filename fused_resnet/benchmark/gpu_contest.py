@@ -1,5 +1,5 @@
 """One case of the benchmark on a GPU: its contenders built, their results compared, then timed side by side. Convolutions here,
-blocks and networks in ``_gpu_modules.py``.
+blocks and networks in ``gpu_modules.py``.
 
 Each function returns what is written down: the medians of every right contender in ``times`` (calls from Python) and ``graphs``
 (replays of a CUDA graph), the errors, what ``failed`` or was ``left out`` and why, and the best peer over ours.
@@ -21,9 +21,9 @@ from ..cases import ConvCase, Operands
 from ..ops.plans import backends, plan_of
 from ..ops.spec import ConvSpec, geometry_of_call, spec_of
 from ..testing.compare import accumulator, unit_roundoff
-from . import _gpu_peers as peers
-from ._common import finite
-from ._gpu_timing import Call, Graph, Turns, compete, ratio, release, sentence, sets_of
+from . import gpu_peers as peers
+from .gpu_timing import Call, Graph, Turns, compete, ratio, release, sentence, sets_of
+from .output import finite
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from .. import _timing
-from ._common import finite
+from . import timing
+from .output import finite
 
 _LEAST_CACHE = 60 << 20  # bytes: an H100's or H200's L2
 _MOST_SETS = 512
@@ -35,7 +35,7 @@ def sets_of(bytes_a_call: int, device: torch.device) -> int:
     return max(1, min(max(wanted, 2), _MOST_SETS, free // 12 // max(bytes_a_call, 1)))
 
 
-def synchronised(device: torch.device) -> _timing.Clock:
+def synchronised(device: torch.device) -> timing.Clock:
     """A clock that waits for the device."""
     if device.type == "cpu":
         return time.perf_counter
@@ -98,7 +98,7 @@ class Graph:
 def seconds_a_call(run: Turns | Graph, times: int, device: torch.device) -> float:
     """Over ``times`` runs, in the device's own time."""
     if device.type == "cpu":
-        return _timing.seconds_a_call(run, times, time.perf_counter) / run.calls
+        return timing.seconds_a_call(run, times, time.perf_counter) / run.calls
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     start.record()
@@ -118,30 +118,30 @@ def compete(
     least: float = 2e-3,
 ) -> dict[str, dict[str, Any]]:
     """Time the contenders side by side: name -> median and quantiles in milliseconds. One that raises goes to ``failed``."""
-    samplers: dict[str, _timing.Sampler] = {}
+    samplers: dict[str, timing.Sampler] = {}
     clock = synchronised(device)
     times = {}
     for name, run in runs.items():
         try:
             run()
-            times[name] = _timing.autorange(run, least, clock)
+            times[name] = timing.autorange(run, least, clock)
         except Exception as error:  # the others are still to be timed
             failed[name] = sentence(error)
             continue
 
-        def take(name: str = name, run: Turns | Graph = run) -> _timing.Sample:
+        def take(name: str = name, run: Turns | Graph = run) -> timing.Sample:
             try:
-                return _timing.Sample(seconds_a_call(run, times[name], device))
+                return timing.Sample(seconds_a_call(run, times[name], device))
             except Exception as error:
                 failed[name] = sentence(error)
-                raise _timing.Lost from error
+                raise timing.Lost from error
 
         samplers[name] = take
-    taken = _timing.rounds(samplers, repeat, seconds)
+    taken = timing.rounds(samplers, repeat, seconds)
     found = {}
     for name, samples in taken.items():
-        timing = _timing.Timing.of(samples, times[name] * runs[name].calls, min(_timing.FEWEST, repeat))
-        found[name] = {key: value for key, value in timing.as_dict().items() if key not in ("left_out", "contested")}
+        measured = timing.Timing.of(samples, times[name] * runs[name].calls, min(timing.FEWEST, repeat))
+        found[name] = {key: value for key, value in measured.as_dict().items() if key not in ("left_out", "contested")}
     return found
 
 
