@@ -747,4 +747,4 @@ def test_derived_values_of_each_algorithm_are_kept_apart(kernels: ModuleType, ge
         y = fused_resnet.conv_bias_add_relu(*operands, **case.parameters)
         assert torch.allclose(y, expected, rtol=0, atol=0 if algorithm != "winograd4" else 1e-3)
     (kept,) = derived._beside.values()
-    assert len(kept.entries) == 3
+    assert len(kept.entries()) == 3
