@@ -31,7 +31,7 @@ using fr::strides;
 
 namespace {
 
-constexpr int kInterface = 8;  // fused_resnet/_extension.py holds the same number
+constexpr int kInterface = 9;  // fused_resnet/_extension.py holds the same number
 
 fr::DType dtype(const std::string& name) {
   if (name == "float32") return fr::DType::float32;
@@ -92,6 +92,11 @@ struct Weights {
   }
   std::vector<const void*> weight, bias;
 };
+
+fr::ProgramOperands operands_of(const fr::Program& program, const Weights& weights, const void* const* inputs, Pointer output) {
+  if (weights.weight.size() != program.convolutions()) throw std::invalid_argument("the weights of another program");
+  return {inputs, weights.weight.data(), weights.bias.data(), out(output)};
+}
 
 const char* algorithm_name(const fr::Convolution& c) {
   switch (c.choice().algorithm) {
@@ -236,6 +241,7 @@ PYBIND11_MODULE(_cpu, m) {
       .def("section", &fr::Network::section);
   py::class_<Weights>(m, "Weights")
       .def(py::init<const std::vector<Pointer>&, const std::vector<Pointer>&>(), py::arg("packed"), py::arg("biases"));
+  py::class_<fr::Workspace>(m, "Workspace").def(py::init<i64>(), py::arg("bytes"));
   py::class_<fr::Program>(m, "Program")
       .def(py::init([](const fr::Network& network, const Four& output_strides, const std::string& type, int threads,
                        const std::string& algorithm, bool strict) {
@@ -247,13 +253,28 @@ PYBIND11_MODULE(_cpu, m) {
           "run",
           [](const fr::Program& p, const Weights& weights, Pointer first, Pointer second, Pointer output,
              const fr::Guard* guard) -> std::optional<bool> {
-            if (weights.weight.size() != p.convolutions()) throw std::invalid_argument("the weights of another program");
             const void* const inputs[] = {in(first), in(second)};
-            const fr::ProgramOperands operands{inputs, weights.weight.data(), weights.bias.data(), out(output)};
+            const fr::ProgramOperands operands = operands_of(p, weights, inputs, output);
             py::gil_scoped_release release;
             return guard == nullptr ? p.run(operands) : p.run_if(*guard, operands);
           },
           py::arg("weights"), py::arg("input"), py::arg("second_input"), py::arg("output"), py::arg("guard") = nullptr)
+      .def(
+          "run_stage",
+          [](const fr::Program& p, std::size_t i, const Weights& weights, Pointer first, Pointer second, Pointer output,
+             const fr::Workspace& workspace) {
+            const void* const inputs[] = {in(first), in(second)};
+            const fr::ProgramOperands operands = operands_of(p, weights, inputs, output);
+            py::gil_scoped_release release;
+            return p.run_stage(i, operands, workspace.data());
+          },
+          py::arg("index"), py::arg("weights"), py::arg("input"), py::arg("second_input"), py::arg("output"), py::arg("workspace"))
+      .def("stages",
+           [](const fr::Program& p) {
+             std::vector<std::pair<std::vector<int>, std::string>> found;
+             for (const fr::Program::Stage& stage : p.stages()) found.emplace_back(stage.nodes, stage.what);
+             return found;
+           })
       .def(
           "convolution",
           [](const fr::Program& p, i64 i) {

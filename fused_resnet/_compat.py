@@ -94,15 +94,15 @@ def has_function_mode() -> bool:
     return bool(function_modes()) and any([not isinstance(mode, _DeviceContext) for mode in _function_mode_stack()])
 
 
-def is_quiet() -> bool:
+def is_quiet(but_for_profiler: bool = False) -> bool:
     """Whether nothing outside of its tensors keeps a call from going straight to the kernel: no autocast, no tracing, no mode, no
-    profiler. (torch.compile traces this function's caller: that is to be asked before.)"""
+    profiler (that may be there with ``but_for_profiler``). torch.compile traces this function's caller: that is to be asked before."""
     return not (
         dispatch_modes()
         or function_modes()
         or torch.is_autocast_enabled("cpu")
         or torch.is_autocast_enabled("cuda")
-        or profiler_enabled()
+        or (not but_for_profiler and profiler_enabled())
         or tracing_state() is not None
         or functorch_level() is not None  # this and the next: ``transformed``, without a call
         or _levels._current_level >= 0
@@ -120,10 +120,10 @@ DLPACK: Any = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 DLPACK_TYPES = {torch.float32: (2, 32), torch.float64: (2, 64), torch.float16: (2, 16), torch.bfloat16: (4, 16)}
 
 
-def nobody_listens(*tensors: Any) -> bool:
+def nobody_listens(*tensors: Any, but_for_profiler: bool = False) -> bool:
     """Whether a call with these tensors (None: no tensor) may go straight to the kernel: it ``is_quiet``, and these are plain CPU or CUDA
     tensors that want no gradient. The dispatcher and the way back into Python take longer than a small convolution."""
-    if torch.compiler.is_compiling() or not is_quiet():
+    if torch.compiler.is_compiling() or not is_quiet(but_for_profiler):
         return False
     grad = torch.is_grad_enabled()
     for t in tensors:

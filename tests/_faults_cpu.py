@@ -237,7 +237,7 @@ FAULTS = (
     ),
     Fault(
         "program: the last group of images is done as a full one",
-        ("csrc/cpu/program.cpp",),
+        ("csrc/cpu/program_run.cpp",),
         "network_.images_ - image < section.images ? section.plans.back() : section.plans.front();",
         "section.plans.front();",
         (GUARD_BYTES,),

@@ -32,11 +32,14 @@ import _faults_cpu
 import _faults_cuda
 import _faults_graph
 import _faults_python
+import _faults_runtime
 from _fault import Fault
 from _kept import RESULTS, ROOT, Report, digest, machine
 
 PARTS = ("csrc", "fused_resnet", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
-FAULTS: tuple[Fault, ...] = (*_faults_cpu.FAULTS, *_faults_python.FAULTS, *_faults_graph.FAULTS, *_faults_cuda.FAULTS)
+FAULTS: tuple[Fault, ...] = tuple(
+    fault for file in (_faults_cpu, _faults_python, _faults_graph, _faults_runtime, _faults_cuda) for fault in file.FAULTS
+)
 BUILT = "build/faults"
 Item = TypeVar("Item")
 GREEN = "without a fault"

@@ -112,12 +112,11 @@ class Crew {
 
 static_assert(sizeof(std::atomic<std::uint32_t>) == sizeof(std::uint32_t) && std::atomic<std::uint32_t>::is_always_lock_free);
 
-// All phases of `work` on so many threads. False: as of Step::run_task. Throws std::bad_alloc, before any work.
+// All phases of `work` on so many threads, in a workspace of its workspace_bytes(). False: as of Step::run_task.
 template <class Work, class Operands>
-bool run_phases(const Work& work, const Operands& operands, int threads) {
+bool run_phases(const Work& work, const Operands& operands, int threads, char* workspace) {
   const i64 shared_bytes = work.shared_bytes(), thread_bytes = work.thread_bytes();
-  Workspace workspace(work.workspace_bytes());
-  char* const shared = workspace.data();
+  char* const shared = workspace;
   if (threads == 1) {
     bool finite = true;
     for (int phase = 0; finite && phase < work.phases(); ++phase) {
@@ -131,6 +130,13 @@ bool run_phases(const Work& work, const Operands& operands, int threads) {
   crew.work(work, operands, omp_get_thread_num(), omp_get_num_threads(), shared,
             shared + shared_bytes + omp_get_thread_num() * thread_bytes);
   return crew.finite();
+}
+
+// The same in a workspace of the call's own. Throws std::bad_alloc, before any work.
+template <class Work, class Operands>
+bool run_phases(const Work& work, const Operands& operands, int threads) {
+  const Workspace workspace(work.workspace_bytes());
+  return run_phases(work, operands, threads, workspace.data());
 }
 
 }  // namespace fused_resnet

@@ -19,6 +19,7 @@ int Network::input(i64 channels, i64 h, i64 w, const Strides& strides) {
 int Network::add(Node node, i64 c, i64 h, i64 w) {
   values_.push_back({c, h, w, kNone, {}});
   node.out = int(values_.size()) - 1;
+  node.number = added_++;
   node.begins_section = next_section_;
   next_section_ = false;
   nodes_.push_back(std::move(node));
@@ -98,6 +99,7 @@ void Network::join_projections() {
       continue;
     }
     last->joined = projection.in;
+    last->joined_number = projection.number;
     last->joined_stride_h = projection.layer.stride_h, last->joined_stride_w = projection.layer.stride_w;
     last->layer.has_bias = last->layer.has_bias || projection.layer.has_bias;
     last->shortcut = kNone;

@@ -1,10 +1,7 @@
 #include "program.h"
 
 #include <algorithm>
-#include <atomic>
 #include <stdexcept>
-
-#include "crew.h"
 
 namespace fused_resnet {
 namespace {
@@ -46,35 +43,6 @@ i64 place(std::vector<Life>& lives) {
   }
   return all;
 }
-
-// For a guard that reads less, threads that come together take longer than one of them alone.
-constexpr i64 kGuardAlone = 1 << 16;
-
-// A program whose first phase looks at a guard: where that does not hold, as little is computed as where a result is not finite.
-class Guarded {
- public:
-  Guarded(const Program& program, const Guard& guard) : program_(program), guard_(guard), alone_(guard.bytes_read() < kGuardAlone) {}
-
-  int phases() const { return 1 + program_.phases(); }
-  i64 tasks(int phase) const { return phase == 0 ? guard_.size() : program_.tasks(phase - 1); }
-  bool alone(int phase) const { return phase == 0 ? alone_ : program_.alone(phase - 1); }
-  i64 shared_bytes() const { return program_.shared_bytes(); }
-  i64 thread_bytes() const { return program_.thread_bytes(); }
-  i64 workspace_bytes() const { return program_.workspace_bytes(); }
-  bool run_task(int phase, i64 index, const ProgramOperands& operands, char* shared, char* mine) const noexcept {
-    if (phase > 0) return program_.run_task(phase - 1, index, operands, shared, mine);
-    if (guard_.holds(index)) return true;
-    changed_.store(true, std::memory_order_relaxed);
-    return false;
-  }
-  bool changed() const { return changed_.load(std::memory_order_relaxed); }
-
- private:
-  const Program& program_;
-  const Guard& guard_;
-  bool alone_;
-  mutable std::atomic<bool> changed_{false};
-};
 
 }  // namespace
 
@@ -124,6 +92,30 @@ Program::Program(Network network, const Strides& y, DType dtype, int threads, co
   }
   if (network_.images_ == 0) phases_.clear();  // planned as for one image
   workspace_bytes();                           // throws here, not at a call
+  name_stages();
+}
+
+void Program::name_stages() {
+  for (std::size_t i = 0; i < phases_.size(); ++i) {
+    const Phase& at = phases_[i];
+    if (!stages_.empty() && phases_[i - 1].section == at.section && phases_[i - 1].step == at.step) {
+      stages_.back().end = i + 1;
+      continue;
+    }
+    const Section& section = sections_[at.section];
+    const Plan& plan = section.plans.front();
+    Stage stage{{}, "", i, i + 1};
+    if (section.depth_first) stage.what = "depth first, " + std::to_string(plan.images) + " image(s) at a time";
+    for (std::size_t step = 0; step < plan.steps.size(); ++step) {
+      if (!section.depth_first && step != at.step) continue;
+      const Network::Node& node = network_.nodes_[section.begin + step];
+      if (node.joined_number != Network::kNone) stage.nodes.push_back(node.joined_number);
+      stage.nodes.push_back(node.number);
+      if (!stage.what.empty()) stage.what += "; ";
+      stage.what += plan.steps[step].step->describe();
+    }
+    stages_.push_back(std::move(stage));
+  }
 }
 
 void Program::cut_sections() {
@@ -291,60 +283,6 @@ std::unique_ptr<Step> Program::make(const Network::Node& node, i64 images, int t
   whole.n = network_.images_;
   const Choice choice = choose_algorithm(whole, current_table().dtype[int(dtype_)], cache_sizes(), request);
   return Convolution::make(s, dtype_, threads, choice);
-}
-
-Operands Program::operands_of(const Planned& planned, const ProgramOperands& operands, i64 image, char* arena, char* own) const noexcept {
-  const auto at = [&](const Place& place) -> char* {
-    switch (place.kind) {
-      case Place::input: return static_cast<char*>(const_cast<void*>(operands.inputs[place.operand])) + image * place.image;
-      case Place::output: return static_cast<char*>(operands.y) + image * place.image;
-      case Place::arena: return arena + place.offset + image * place.image;
-      case Place::own: return own + place.offset;
-      default: return nullptr;
-    }
-  };
-  Operands o;
-  o.x = at(planned.in);
-  o.shortcut = at(planned.shortcut);
-  o.joined = at(planned.joined);
-  o.y = at(planned.out);
-  if (planned.weight != Network::kNone) {
-    o.weight = operands.weight[planned.weight];
-    o.bias = operands.bias[planned.weight];
-  }
-  return o;
-}
-
-// In the memory for all: the arena, then what a step shares. In a thread's own: depth first, the values of its group, then what a step
-// shares, then what a step takes for itself; else the last alone.
-bool Program::run_task(int phase, i64 index, const ProgramOperands& operands, char* shared, char* mine) const noexcept {
-  const Phase& at = phases_[std::size_t(phase)];
-  const Section& section = sections_[at.section];
-  if (!section.depth_first) {
-    const Planned& planned = section.plans.front().steps[at.step];
-    return planned.step->run_task(at.phase, index, operands_of(planned, operands, 0, shared, nullptr), shared + arena_, mine);
-  }
-  const i64 image = index * section.images;
-  const Plan& plan = network_.images_ - image < section.images ? section.plans.back() : section.plans.front();
-  char* const scratch = mine + plan.values;
-  bool finite = true;
-  for (const Planned& planned : plan.steps) {
-    const Step& step = *planned.step;
-    const Operands o = operands_of(planned, operands, image, shared, mine);
-    for (int p = 0; p < step.phases(); ++p) {
-      for (i64 i = 0; i < step.tasks(p); ++i) finite = step.run_task(p, i, o, scratch, scratch + plan.shared) && finite;
-    }
-  }
-  return finite;
-}
-
-bool Program::run(const ProgramOperands& operands) const { return phases_.empty() || run_phases(*this, operands, threads_); }
-
-std::optional<bool> Program::run_if(const Guard& guard, const ProgramOperands& operands) const {
-  const Guarded guarded(*this, guard);
-  const bool finite = run_phases(guarded, operands, threads_);
-  if (guarded.changed()) return std::nullopt;
-  return finite;
 }
 
 std::string Program::describe() const {

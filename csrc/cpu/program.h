@@ -56,6 +56,8 @@ class Network {
     ZeroPadShape zeros;  // of a zero-padded shortcut
     int in = kNone, shortcut = kNone, out = kNone;  // values
     int index = kNone;                              // of a convolution among all
+    int number = kNone;                             // of the node among all, in the order in which they were added
+    int joined_number = kNone;                      // of the projection that is a part of this node
     int joined = kNone;                             // the value that a projection reads which is further terms of this convolution's sums
     i64 joined_stride_h = 1, joined_stride_w = 1;
     bool begins_section = false;
@@ -70,7 +72,7 @@ class Network {
   void join_projections();
 
   i64 images_;
-  int inputs_ = 0;
+  int inputs_ = 0, added_ = 0;
   std::vector<int> joined_to_;  // of each convolution: kNone, or the number of the one that it became a part of
   std::vector<Value> values_;
   std::vector<Node> nodes_;
@@ -102,6 +104,17 @@ class Program {
   int joined_to(std::size_t i) const { return network_.joined_to_.at(i); }
   std::size_t convolutions() const { return convolution_.size(); }
   std::string describe() const;
+
+  // What a run does one after the other, for whoever watches it: each step, or a section that goes depth first.
+  struct Stage {
+    std::vector<int> nodes;  // by their numbers in the order in which the network got them
+    std::string what;
+    std::size_t begin, end;  // phases
+  };
+  const std::vector<Stage>& stages() const { return stages_; }
+
+  // One stage of `run`, in a workspace of workspace_bytes() where those before it have run. False: as `run`.
+  bool run_stage(std::size_t i, const ProgramOperands& operands, char* workspace) const;
 
   // As Step's, for whoever runs the tasks on threads of its own; `run` is these in one parallel region. The phases of a section are
   // those of one step after the other, for all images; or, depth first, there is one phase, whose tasks are groups of images.
@@ -153,6 +166,7 @@ class Program {
   };
 
   void cut_sections();
+  void name_stages();
   void choose_schedule(Section& section) const;
   std::vector<Use> uses() const;
   bool is_own(const Use& use, int value) const;
@@ -172,6 +186,7 @@ class Program {
   std::vector<Section> sections_;
   std::vector<Place> places_;  // of the values between sections or inside of one that goes layer by layer
   std::vector<Phase> phases_;
+  std::vector<Stage> stages_;
   std::vector<const Convolution*> convolution_;
   i64 arena_ = 0, shared_ = 0, thread_ = 0;
 };

@@ -1,4 +1,4 @@
 """What a converted module runs: ``fused`` is its forward, ``bound`` its graph with its own layers, ``inline`` a network's children looked
 through, ``executor`` runs it: as native calls (``program`` plans and packs, ``cached`` repeats) or node by node. ``fold`` puts a norm into its
-convolution's weight, and ``pooling`` is a max pooling.
+convolution's weight, ``pooling`` is a max pooling, and ``stages`` shows a native call to the profiler.
 """

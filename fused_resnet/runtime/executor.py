@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._compat import GLOBAL_HOOKS, nobody_listens
+from .._compat import GLOBAL_HOOKS, nobody_listens, profiler_enabled
 from .._extension import cpu
 from ..graph.ir import Addition
 from ..ops.api import bias_add_relu, conv_bias_add_relu
@@ -23,6 +23,7 @@ from .bound import Bound, BoundCall, BoundConvolution, BoundMaxPool, BoundNode, 
 from .cached import CachedCalls, external_layout, key_of
 from .fold import folded
 from .pooling import max_pool
+from .stages import paths
 
 
 def repeat(module: Any, graph: Bound, x: Tensor) -> Tensor | None:
@@ -50,7 +51,7 @@ def _run_parts(module: Any, graph: Bound, begin: int, held: list[Tensor], compil
             if i and type(held[0]) is Tensor:
                 native = _repeat(graph, part.segment, held[0])
             if native is None:
-                native = _run_native(graph, part.segment, held[0])
+                native = _run_native(module, graph, part.segment, held[0])
         if native is None:
             native = _run_nodes(part, [held.pop()], compiling)
         held[:] = [native]
@@ -101,10 +102,9 @@ def _external(segment: Segment, x: Tensor) -> Tensor | None:
     return x
 
 
-def _run_native(graph: Bound, segment: Segment, x: Tensor) -> Tensor | None:
-    """The segment's output; None where it has to go node by node."""
-    store = graph.store
-    if cpu is None or store is None or not nobody_listens(x) or backends.of(x).on_gpu:
+def _run_native(module: Any, graph: Bound, segment: Segment, x: Tensor) -> Tensor | None:
+    """The segment's output; None where it has to go node by node. Under the profiler its stages are ranges."""
+    if cpu is None or graph.store is None or not nobody_listens(x, but_for_profiler=True) or backends.of(x).on_gpu:
         return None
     if torch.is_grad_enabled() and any([p.requires_grad for node in segment.convolutions[:1] for p in node.conv.parameters(False)]):
         return None  # the rest would only say the same, later
@@ -114,7 +114,7 @@ def _run_native(graph: Bound, segment: Segment, x: Tensor) -> Tensor | None:
         return None
     key, cached = key_of(x), CachedCalls(segment)
     shortcut = _external(segment, x)
-    found = program.run(graph.plans, segment, x, shortcut)
+    found = program.run(graph.plans, segment, x, shortcut, paths(module) if profiler_enabled() else None)
     if found is None:
         return None
     if cached.usual and cached.accept(key, found, external_layout(shortcut), graph.cached.get(segment.number)):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import _settings
 from .._compat import nobody_listens
@@ -35,6 +35,7 @@ from .bound import (
 )
 from .fold import library_fold, sources_of
 from .pooling import Window, window_of
+from .stages import run_in_ranges
 
 
 class Operand(NamedTuple):
@@ -94,11 +95,16 @@ class Result(NamedTuple):
     call: Call
 
 
-def run(plans: _settings.Plans, segment: Segment, x: Tensor, external: Tensor | None) -> Result | None:
-    """The output of a segment without live normalisations, or None where it has to go node by node. external: the value ``EXTERNAL``, where
-    a step reads it."""
+def run(
+    plans: _settings.Plans, segment: Segment, x: Tensor, external: Tensor | None, watched: dict[int, str] | None = None
+) -> Result | None:
+    """The output of a segment without live normalisations, or None where it has to go node by node.
+
+    external: the value ``EXTERNAL``, where a step reads it. watched: by the profiler, for which these are the names of modules, by id.
+    """
     operands = [operand_of(node) for node in segment.layers]
-    if not nobody_listens(x, external, *[t for operand in operands for t in operand.sources]):
+    tensors = [t for operand in operands for t in operand.sources]
+    if not nobody_listens(x, external, *tensors, but_for_profiler=watched is not None):
         return None
     others: list[Any] = [
         window_of(step.node.module) if isinstance(step.node, BoundMaxPool) else step.node.now()
@@ -128,15 +134,17 @@ def run(plans: _settings.Plans, segment: Segment, x: Tensor, external: Tensor | 
         return None
     found: Plan = plan
     call = Call(found, operands, [pack(operands) for pack in found.packers])
-    return Result(call(x, 0 if external is None else address(external, "shortcut")), call)
+    second = 0 if external is None else address(external, "shortcut")
+    return Result(call(x, second) if watched is None else call.in_ranges(watched, x, second), call)
 
 
 class Plan:
     """Of a segment, for one layout of what it reads."""
 
-    def __init__(self, network: Any, convolutions: int, x: Tensor, output: Tensor) -> None:
-        """network: what the compiled module makes programs of. x, output: without memory."""
+    def __init__(self, network: Any, convolutions: int, layers: Sequence[nn.Module | str], x: Tensor, output: Tensor) -> None:
+        """network: what the compiled module makes programs of; layers: its nodes, for whoever reads. x, output: without memory."""
         assert cpu is not None
+        self.layers = layers
         self.shape, self.strides = output.shape, output.stride()  # of four axes, or of two behind a head
         # Then there is less to parse.
         self.as_input = torch.empty_like(x).stride() == self.strides and x.shape == self.shape
@@ -185,11 +193,28 @@ class Call:
         elif guard is not None and not guard.holds():
             return None
         if not finite:
-            assert cpu is not None
-            program, packers = self.plan.direct()
-            packed = [pack(self.operands).value for pack in packers]
-            program.run(cpu.Weights([p.weight for p in packed], [p.bias for p in packed]), at, external, output.data_ptr())
+            program, weights, kept = self._directly()
+            program.run(weights, at, external, output.data_ptr())
+            del kept
         return output
+
+    def in_ranges(self, names: dict[int, str], x: Tensor, external: int = 0) -> Tensor:
+        """The same for torch.profiler, stage by stage. names: of modules, by id."""
+        check_operands(x)
+        output = self.plan.empty(x)
+        addresses = x.data_ptr(), external, output.data_ptr()
+        if not self.of_use or not run_in_ranges(self.plan.program, self.plan.layers, names, self.weights, *addresses):
+            program, weights, kept = self._directly()
+            run_in_ranges(program, self.plan.layers, names, weights, *addresses)
+            del kept
+        return output
+
+    def _directly(self) -> tuple[Any, Any, list[Packed]]:
+        """The program of direct convolutions, its weights and what keeps them alive."""
+        assert cpu is not None
+        program, packers = self.plan.direct()
+        packed: list[Packed] = [pack(self.operands).value for pack in packers]
+        return program, cpu.Weights([p.weight for p in packed], [p.bias for p in packed]), packed
 
 
 def _four(numbers: Sequence[int]) -> tuple[int, ...]:
@@ -227,6 +252,7 @@ def _plan(segment: Segment, operands: Sequence[Operand], others: Sequence[Any], 
     # In one section, each convolution is what it would be by itself; in a network what is between them is ours.
     alone = not any([step.begins for step in segment.steps[1:]])
     y: Tensor | None = None
+    layers: list[nn.Module | str] = []  # of the network
     for number, step in enumerate(segment.steps, STEPS):
         h = values[step.value]
         if step.begins:
@@ -236,13 +262,16 @@ def _plan(segment: Segment, operands: Sequence[Operand], others: Sequence[Any], 
             y = window.output(h)
             if y is None:
                 return None
+            layers.append(step.node.module)
             numbers[number] = network.max_pool(numbers[step.value], y.shape[2:], *window[:3])
         elif isinstance(step.node, BoundZeroPad):
             pad: ZeroPad = next(remaining_others)
             y = pad.output(h)
+            layers.append("a zero-padded shortcut")
             numbers[number] = network.zero_pad(numbers[step.value], y.shape[1], pad.before, *pad.stride)
         elif isinstance(step.node, BoundMeanPool):
             y = torch.nn.functional.adaptive_avg_pool2d(h, 1)
+            layers.append("the mean of each channel")
             numbers[number] = network.mean_pool(numbers[step.value])
         elif isinstance(step.node, BoundFlatten):
             y = torch.flatten(h, 1)
@@ -255,6 +284,7 @@ def _plan(segment: Segment, operands: Sequence[Operand], others: Sequence[Any], 
                 return None
             y = torch.empty((h.shape[0], weight.shape[0]), dtype=h.dtype, device="meta")
             described = _four(weight.shape), (1, 1), (1, 1), (0, 0), (1, 1), bias is not None, False
+            layers.append(step.node.module)
             numbers[number] = network.convolution(numbers[step.value], -1, *described)
         else:
             operand = next(remaining)
@@ -265,10 +295,11 @@ def _plan(segment: Segment, operands: Sequence[Operand], others: Sequence[Any], 
             if step.shortcut is not None and not _adds(step, y, values[step.shortcut]):
                 return None
             shortcut = -1 if step.shortcut is None else numbers[step.shortcut]
+            layers.append(step.node.conv)
             numbers[number] = network.convolution(numbers[step.value], shortcut, *_described(operand, spec))
         values[number] = y
     assert y is not None
-    return Plan(network, len(operands), values[INPUT], y)
+    return Plan(network, len(operands), layers, values[INPUT], y)
 
 
 def _is_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -224,6 +224,17 @@ void run_case(const Pieces& made, DType dtype, i64 n, Size input, bool channels_
   y.poison();
   expect(by_crew(program, operands), "guard bytes of a crew's workspaces, and finite");
   expect(intact() && y.same_bits(by_run), "the same bits from a crew of another size");
+  y.poison();
+  Guarded workspace(program.workspace_bytes());
+  std::vector<int> nodes;
+  for (std::size_t i = 0; i < program.stages().size(); ++i) {
+    expect(program.run_stage(i, operands, workspace.get()), "finite");
+    for (const int node : program.stages()[i].nodes) nodes.push_back(node);
+  }
+  expect(intact() && workspace.intact() && y.same_bits(by_run), "the same bits stage by stage");
+  std::sort(nodes.begin(), nodes.end());
+  for (std::size_t i = 0; i < nodes.size(); ++i) expect(nodes[i] == int(i), "each node is in one stage");
+  expect(n == 0 || nodes.size() >= program.convolutions(), "all nodes are in the stages");
   // If a guard holds, which the threads look at together: of the packed weights, as memory like any other.
   if (packed.memory.empty()) return;
   y.poison();
