@@ -34,7 +34,10 @@ ORDER = (MEASURING[0], "tests", "check", *MEASURING[1:-1], "sanitize", MEASURING
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Without plugins that need not be installed (pyproject.toml names options of pytest-benchmark).
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-rf", "-o", "addopts=--strict-markers -p no:cacheprovider"]
-QUICK = ("test_testing.py", "test_bad_input.py", "test_derived.py", "test_registration.py", "test_gpu_report.py")
+QUICK = (
+    *("applications/test_testing.py", "applications/test_gpu_report.py"),
+    *("ops/test_bad_input.py", "ops/test_derived.py", "ops/test_registration.py"),
+)
 
 
 def run(command: list[str], seconds: float, log: Path, **changes: str) -> dict[str, Any]:
@@ -99,10 +102,10 @@ def tests(options: argparse.Namespace) -> dict[str, Any]:
     found = {}
     if options.smoke:
         log = options.out / "tests.log"
-        return {"a test": {**run([*PYTEST, "tests/test_testing.py", "-k", "integer"], 120, log), "counts": counts(log)}}
+        return {"a test": {**run([*PYTEST, "tests/applications/test_testing.py", "-k", "integer"], 120, log), "counts": counts(log)}}
     for name, chosen, share in (
-        ("cuda", ["tests/test_cuda.py", "-m", "cuda and not large"], 0.7),
-        ("cuda, large", ["tests/test_cuda.py", "-m", "cuda and large"], 0.2),
+        ("cuda", ["tests/cuda", "-m", "cuda and not large"], 0.7),
+        ("cuda, large", ["tests/cuda", "-m", "cuda and large"], 0.2),
         ("the quick part", [str(Path("tests") / file) for file in QUICK] + ["-m", "not cuda", "-x"], 0.3),
     ):
         log = options.out / f"tests-{name.replace(', ', '-').replace(' ', '-')}.log"
@@ -127,7 +130,7 @@ def sanitize(options: argparse.Namespace) -> dict[str, Any]:
         # Of the libraries' kernels only memory errors: what they leave uninitialised, or order by other means, is theirs.
         ours = [] if name == "memcheck" else ["--kernel-regex", "kns=fused_resnet", "--kernel-regex", "kns=cutlass"]
         command = [tool, "--tool", name, "--error-exitcode", "9", "--target-processes", "all", *ours]
-        command += [*PYTEST, "tests/test_cuda.py", "-m", "cuda and sanitized", "-x"]
+        command += [*PYTEST, "tests/cuda", "-m", "cuda and sanitized", "-x"]
         found[name] = {**run(command, seconds, log, PYTORCH_NO_CUDA_MEMORY_CACHING="1"), "counts": counts(log)}
         summary = re.findall(r"=+ (?:ERROR|RACECHECK) SUMMARY: .*", log.read_text(errors="replace"))
         found[name]["summary"] = summary[-1] if summary else ""

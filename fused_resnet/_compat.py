@@ -3,7 +3,7 @@
 Two kinds. Who listens to a call (modes, transforms, tracing, the profiler, hooks): each name is looked for once, at import, and where
 a PyTorch has it no more the safe answer stands in for it, which makes a call slower and never wrong: somebody is then taken to
 listen. ``missing`` lists those. The others are needed: the dispatcher's guards, fake tensors, TF32, CUDA streams; without one of
-them an import or the call that needs it fails with its name. What PyTorch changes in meaning and not in name, tests/test_compat.py sees.
+them an import or the call that needs it fails with its name. What PyTorch changes in meaning and not in name, tests/ops/test_compat.py sees.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ processes than there are cores. ``--list`` prints them, ``--only NAME ...`` choo
 is one more load; their threads then wait without spinning. Each runs the whole suite; what is behind ``--`` goes to pytest, for a
 quick pass whose results are kept only where ``--report FILE`` says so:
 
-    python tests/any_machine.py --only "isa scalar" load -- tests/test_exact.py -k bias
+    python tests/any_machine.py --only "isa scalar" load -- tests/kernels/test_exact.py -k bias
 
 What a configuration found is kept in bench/results/any_machine.json when it ends: counts, the tests that failed, seconds, and
 the instruction set and threads that its process had, which must be those that were asked for. Each machine, with its compiled

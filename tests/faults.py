@@ -28,17 +28,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TypeVar
 
-import _faults_cpu
-import _faults_cuda
-import _faults_graph
-import _faults_python
-import _faults_runtime
-from _fault import Fault
 from _kept import RESULTS, ROOT, Report, digest, machine
+from planted import cpu, cuda, graph, python, runtime
+from planted.fault import Fault
 
 PARTS = ("csrc", "fused_resnet", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 FAULTS: tuple[Fault, ...] = tuple(
-    fault for file in (_faults_cpu, _faults_python, _faults_graph, _faults_runtime, _faults_cuda) for fault in file.FAULTS
+    fault for file in (cpu, python, graph, runtime, cuda) for fault in file.FAULTS
 )
 BUILT = "build/faults"
 Item = TypeVar("Item")

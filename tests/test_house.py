@@ -5,6 +5,7 @@ The import graph is ``grimp``'s: imports within functions count, those for type 
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import grimp
@@ -27,7 +28,7 @@ LAYERS = (
     {"_compat", "_extension"},
 )
 LEVELS, LEVELS_OF_APPLICATIONS = 9, 13  # how many files stand on one another; the latter: 12 but for imports within functions
-LINES = 400
+LINES, LINES_OF_TESTS = 400, 500
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,20 @@ def test_levels(imports: grimp.ImportGraph) -> None:
 @pytest.mark.smoke
 def test_no_file_is_long() -> None:
     suffixes = (".py", ".pyi", ".cpp", ".h", ".cu", ".cuh")
-    sources = [p for folder in (PACKAGE, "csrc") for p in (ROOT / folder).rglob("*") if p.suffix in suffixes]
-    assert len(sources) > 100
-    lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in sources}
-    assert not {name: lines for name, lines in lengths.items() if lines > LINES}
+    for folders, most in (((PACKAGE, "csrc"), LINES), (("tests",), LINES_OF_TESTS)):
+        sources = [p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in suffixes]
+        assert len(sources) > 80
+        lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in sources}
+        assert not {name: lines for name, lines in lengths.items() if lines > most}
+
+
+@pytest.mark.smoke
+def test_no_test_reaches_into_another() -> None:
+    """What several share is in a file whose name begins with an underscore."""
+    files = [*(ROOT / "tests").rglob("*.py")]
+    names = {file.stem for file in files if file.stem.startswith("test_")}
+    assert len(names) > 40
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
+            assert not names.intersection(str(name).rpartition(".")[2] for name in imported), f"{file.name} imports {imported}"

@@ -1,5 +1,5 @@
 // The CUDA kernels' host build for Python, as csrc/bindings.cpp is for the CPU kernels: pointers and shapes come in as
-// integers. Built by tests/_cuda_host.py.
+// integers. Built by tests/cuda/_cuda_host.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,7 +1,7 @@
 // The kernels without Python: every buffer has guard bytes on both sides and the exact size that its strides reach, outputs
 // start as NaN, and integer data make every sum exact, so that results are compared for equality (Winograd F(4x4, 3x3), whose
 // fractions round, within a bound). Convolutions and blocks also run by hand, task by task in a random order on real threads, in
-// workspaces of exactly the size that they ask for. Built three times by tests/test_memory.py: as it is, under AddressSanitizer
+// workspaces of exactly the size that they ask for. Built three times by tests/kernels/test_memory.py: as it is, under AddressSanitizer
 // and UndefinedBehaviorSanitizer, and under ThreadSanitizer.
 //
 // Prints a line for each failure and a summary; exit status 1 if anything failed. Arguments: run one case in so many (1); the seed of

@@ -49,7 +49,7 @@ inline void convolve(const ConvShape& g, const Values& x, const Values& weight, 
 }
 
 // The loss of F(4x4, 3x3) over a sum's own: the largest over the outputs i of the sums over positions j of A'_ij^2 |G_j|^2 |B_j|^2 / 3,
-// which is 8.2 in one dimension, and as much for the roundings (its root) in two. tests/test_winograd.py calculates it.
+// which is 8.2 in one dimension, and as much for the roundings (its root) in two. tests/kernels/test_winograd.py calculates it.
 constexpr double kAmplification4 = 8.2;
 
 // Half a unit in the last place of 1, of what is added up and of what is stored.
