@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from fused_resnet import _machine
-from fused_resnet.benchmark import contenders
+from fused_resnet.benchmark.contenders import CONTENDERS, missing
 from fused_resnet.benchmark.contest import Case, prepare
 
 # In this process, so only those that share torch's threads; `fused-resnet bench` has the others, each in a process of its own.
-NAMES = [name for name, contender in contenders.CONTENDERS.items() if contender.torch and not contenders.missing(name)]
+NAMES = [name for name, contender in CONTENDERS.items() if contender.torch and not missing(name)]
 
 
 def run(benchmark: Any, case: Case, batch: int, contender: str) -> None:
     """Time one contender of one case, float32, forward; benchmarks of one case and batch share a group."""
     contest = prepare(case, batch, torch.float32, "forward", seed=0)
-    module, name = contenders.CONTENDERS[contender].builder.split(":")
+    module, name = CONTENDERS[contender].builder.split(":")
     built = getattr(importlib.import_module(module), name)(contest.task, torch.get_num_threads(), Path())
     with built.context():
         errors = contest.errors(built.results(built.call()))

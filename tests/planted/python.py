@@ -115,7 +115,7 @@ FAULTS = (
         ("fused_resnet/runtime/cached.py",),
         "before is not None and self._is_same_world(before)",
         "before is not None",
-        ("tests/runtime/test_network_memory.py::test_shapes_and_weights_in_turn",),
+        ("tests/runtime/test_network_memory.py::test_layouts_in_turn_that_pack_a_weight_in_two_ways",),
     ),
     Fault(
         "a network and what it keeps refer to each other",

@@ -59,7 +59,7 @@ FAULTS = (
         ("csrc/cpu/program.cpp",),
         "      stages_.back().end = i + 1;\n",
         "",
-        ("tests/runtime/test_profiler.py::test_a_networks_stages_are_ranges",),
+        ("tests/runtime/test_profiler.py::test_a_stage_of_several_phases",),
     ),
     Fault(
         "a joined projection is in no stage",

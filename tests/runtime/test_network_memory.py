@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from _blocks import assert_same
+from _blocks import assert_same, randomise
 from _network import WHOLE, hook, make, native, pair, parts, quiet, x
 from torch import Tensor
 
 import fused_resnet
+from fused_resnet import _plain
 from fused_resnet._extension import cpu
 from fused_resnet.fusion import fuse_
 from fused_resnet.runtime import cached, fused, program
@@ -200,6 +201,25 @@ def test_shapes_and_weights_in_turn(x: Tensor) -> None:
                 model.layer3[1].bn2.running_mean.add_(0.1 * i)
             for some in (x, y, x, y)[: 1 + i % 4]:
                 assert_same(converted, original, some)
+
+
+@pytest.mark.parametrize("what", ["conv1.weight", "bn2.running_var", "bn1.bias"])
+def test_layouts_in_turn_that_pack_a_weight_in_two_ways(what: str) -> None:
+    """What changes between their calls is seen by both, also where it is not the weight itself."""
+    block = randomise(_plain.BasicBlock(64, 64)).eval()
+    converted = torch.nn.Sequential(copy.deepcopy(block))
+    fuse_(converted)
+    inputs = torch.randn(1, 64, 2, 2), torch.randn(2, 64, 28, 28)  # direct convolution, and Winograd
+    packings: dict[int, set[object]] = {}
+    with torch.no_grad():
+        for i in range(8):
+            for model in (block, converted[0]):
+                model.state_dict(keep_vars=True)[what].mul_(1.5 if i % 2 else 0.5)
+            for some in (inputs, inputs[::-1], inputs[:1], inputs[1:])[i % 4]:
+                assert_same(converted[0], block, some)
+                for number, entries in converted[0]._fused_resnet.current.bound.store.places.items():
+                    packings.setdefault(number, set()).update(entries)
+    assert [len(found) for found in packings.values()] == [2, 2]
 
 
 def test_two_networks_with_the_same_blocks(x: Tensor) -> None:

@@ -15,7 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused_resnet
-from fused_resnet import _plain
+import fused_resnet.nn as fnn
+from fused_resnet import _plain, _settings
 from fused_resnet._extension import cpu
 from fused_resnet.fusion import fuse_
 from fused_resnet.runtime.stages import _joined
@@ -84,6 +85,23 @@ def test_a_block_by_itself(x: Tensor) -> None:
     with torch.no_grad():
         expected = converted.layer1[0](value)
         y, names = recorded(lambda: converted.layer1[0](value))
+    assert torch.equal(y, expected)
+    assert layers_in(names) == ["conv1", "conv2"]
+
+
+@needs_kernels
+def test_a_stage_of_several_phases() -> None:
+    """Winograd over one tile, on two threads: the whole map is transformed, then multiplied, within one range."""
+    torch.set_num_threads(2)
+    _settings.change(algorithm="winograd4")
+    block: Any = fnn.BasicBlock(256, 256).eval()
+    value = torch.randn(1, 256, 4, 4)
+    with torch.no_grad():
+        expected = block(value)
+        y, names = recorded(lambda: block(value))
+    (cached,) = block._fused_resnet.current.bound.store.cached.values()
+    ((call, _),) = cached.calls.values()
+    assert all("the input transformed first" in what for _, what in call.plan.program.stages())
     assert torch.equal(y, expected)
     assert layers_in(names) == ["conv1", "conv2"]
 
