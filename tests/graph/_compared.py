@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import _forwards_refused
+import _forwards_writes
 import numpy as np
 import pytest
 import torch
@@ -70,7 +70,7 @@ def run(model: nn.Module, mode: str, grad: bool, capsys: Any) -> dict[str, Any]:
         for part in ("relu", "bn2", "drop"):
             getattr(model, part, nn.Identity()).eval()
     seed()
-    before = WORLD["calls"], _forwards_refused.CALLS
+    before = WORLD["calls"], _forwards_writes.CALLS
     seen: dict[str, Any] = {}
     for call in range(2):
         x = torch.randn(3, 8, 6, 6, dtype=torch.float64)
@@ -87,7 +87,7 @@ def run(model: nn.Module, mode: str, grad: bool, capsys: Any) -> dict[str, Any]:
         seen[f"input {call}"], seen[f"input's gradient {call}"] = leaf.detach(), leaf.grad
         seen |= {f"gradient {call} of {name}": p.grad for name, p in model.named_parameters()}
     seen["coins"] = torch.get_rng_state(), repr(random.getstate()), repr(np.random.get_state())
-    seen["world"] = WORLD["calls"] - before[0], _forwards_refused.CALLS - before[1]
+    seen["world"] = WORLD["calls"] - before[0], _forwards_writes.CALLS - before[1]
     seen["printed"] = capsys.readouterr().out
     return seen | written(model)
 
