@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import _settings
 from .._compat import nobody_listens
 from .._extension import cpu
-from ..ops.derived import find
+from ..ops.derived import find, is_dense
 from ..ops.select import why_general_on_cpu, why_not_in_program
 from ..ops.spec import SUSPICIOUS, ConvSpec, address, check_operands, dtype_name, geometry_of_call, spec_of
 from ..ops.store import Entry, Place
@@ -34,7 +34,7 @@ from .bound import (
     Step,
 )
 from .fold import library_fold, sources_of
-from .pooling import Window, window_of
+from .pooling import Window, mean_of, window_of
 from .stages import run_in_ranges
 
 
@@ -146,8 +146,8 @@ class Plan:
         assert cpu is not None
         self.layers = layers
         self.shape, self.strides = output.shape, output.stride()  # of four axes, or of two behind a head
-        # Then there is less to parse.
-        self.as_input = torch.empty_like(x).stride() == self.strides and x.shape == self.shape
+        # Then torch.empty_like gives it, which has less to parse.
+        self.as_input = is_dense(x) and x.stride() == self.strides and x.shape == self.shape
         arguments = network, _four(self.strides), dtype_name(x.dtype), torch.get_num_threads()
         strict = _settings.current.numerics == "strict"
 
@@ -270,7 +270,7 @@ def _plan(segment: Segment, operands: Sequence[Operand], others: Sequence[Any], 
             layers.append("a zero-padded shortcut")
             numbers[number] = network.zero_pad(numbers[step.value], y.shape[1], pad.before, *pad.stride)
         elif isinstance(step.node, BoundMeanPool):
-            y = torch.nn.functional.adaptive_avg_pool2d(h, 1)
+            y = mean_of(h)
             layers.append("the mean of each channel")
             numbers[number] = network.mean_pool(numbers[step.value])
         elif isinstance(step.node, BoundFlatten):

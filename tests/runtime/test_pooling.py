@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from _calls import DTYPES, FORMATS, name
+from _calls import DTYPES, FORMATS, name, run_python
 from torch import Tensor, nn
 
 from fused_resnet import _plain, models
@@ -375,3 +376,62 @@ def test_gradients_through_a_network(kernels: Any) -> None:
                 model(x)
         for a, b in zip(*grads, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+# Maps as convolutions make them, and as a user may: strides that are ambiguous, gaps, axes in another order.
+LYING: dict[str, Any] = {
+    "contiguous": lambda t: t,
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "every other column": lambda t: torch.cat([t, t], 3)[..., ::2],
+    "a part of the channels": lambda t: torch.cat([t, t], 1).contiguous(memory_format=torch.channels_last)[:, : t.shape[1]],
+    "axes exchanged": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "expanded": lambda t: t[:1].expand(t.shape),
+}
+MAPS = ((2, 3, 8, 9), (1, 1, 7, 7), (2, 5, 1, 1), (3, 1, 1, 6), (0, 3, 5, 5), (1, 8, 2, 3))
+
+
+@pytest.mark.parametrize("layout", LYING)
+@pytest.mark.parametrize("shape", MAPS, ids=str)
+def test_outputs_without_memory(shape: tuple[int, ...], layout: str) -> None:
+    """Shapes and strides are PyTorch's, which refuses what we refuse: every kernel up to 4, stride up to 3, padding up to 3."""
+    x = LYING[layout](torch.zeros(shape))
+    like = torch.empty_strided(x.shape, x.stride(), device="meta")
+    mean, expected = pooling.mean_of(like), F.adaptive_avg_pool2d(x, 1)
+    assert (mean.shape, mean.stride()) == (expected.shape, expected.stride())
+    refused = 0
+    for kernel, stride, padding, ceil in itertools.product((1, 2, 3, 4), (1, 2, 3), (0, 1, 2, 3), (False, True)):
+        ours = pooling.Window((kernel, kernel), (stride, stride), (padding, padding), ceil).output(like)
+        try:
+            y = F.max_pool2d(x, kernel, stride, padding, ceil_mode=ceil)
+        except RuntimeError:
+            refused += 1
+            assert ours is None
+            continue
+        assert ours is not None, (kernel, stride, padding, ceil)
+        assert (ours.shape, ours.stride(), ours.dtype) == (y.shape, y.stride(), y.dtype)
+    assert refused > 20
+
+
+FIRST_CALL = """
+import sys, torch
+import fused_resnet
+import fused_resnet.nn as fnn
+from fused_resnet import _plain
+network = _plain.ResNet(_plain.BasicBlock, [1, 1, 1, 1], classes=10).eval()
+fused_resnet.fuse_(network)
+block = fnn.BasicBlock(16, 16).eval()
+x, images = torch.randn(1, 16, 9, 9), torch.randn(1, 3, 64, 64)
+before = set(sys.modules)
+with torch.no_grad():
+    network(images), network(images.contiguous(memory_format=torch.channels_last)), block(x)
+    fused_resnet.conv_bias_add_relu(x, torch.randn(16, 16, 3, 3), padding=1)
+with torch.no_grad():
+    print(sorted(set(sys.modules) - before))
+"""
+
+
+def test_a_first_call_imports_nothing() -> None:
+    """PyTorch's functions for tensors without memory would import its symbolic shapes: 800 modules, a second and 67 MiB."""
+    done = run_python(FIRST_CALL)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
