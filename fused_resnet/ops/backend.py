@@ -13,8 +13,6 @@ from torch import Tensor
 
 from .spec import LOW_PRECISION, ConvSpec, check_allocated, check_operands, empty_as, is_channels_last
 
-_SMALL = 1 << 16  # elements: a pass less saves less than our call costs more
-
 
 class Plan(Protocol):
     """One convolution, ready to run on any tensors of its spec. It does not change once made."""

@@ -5,11 +5,12 @@ Whatever is kept is in a ``Store``, and there are two kinds of them. Nothing of 
 - A module has one for its own parameters (``Place``). It holds the tensors, and dies with the module, with ``.to()`` and its like, and
   with ``clear``.
 - A call of the operator has only a tensor: the store is beside that tensor's storage (``_beside``) and dies with it; a value dies with each
-  of its sources, by their storages, or where a source is no Parameter by the tensor itself. There is no weak reference to a Parameter,
-  nor to what else ``torch.utils.swap_tensors`` may exchange in a module: it refuses tensors that have one.
+  of its sources, by their storages, or where a source is no Parameter by the tensor itself. There is no weak reference to a Parameter:
+  ``torch.utils.swap_tensors`` refuses tensors that have one. (A buffer gets one by ``functional_call`` with weights that are none.)
 
-What is kept of one weight takes at most ``MOST_COPIES`` times its bytes (or ``LEAST``): beyond, what was made first goes. One step
-invalidates: before a value is made anew, all that was made of that weight before it changed is dropped (``Store.forget_changed``).
+What is kept of one weight takes at most ``MOST_COPIES`` times its bytes (or ``LEAST``): beyond, what was made first goes. (The copy with
+a norm folded in, which calls that go layer by layer use, is a weight of its own.) One step invalidates: before a value is made anew, all
+that was made of that weight before it changed is dropped (``Store.forget_changed``).
 
 A change is seen by the tensor's version counter (every in-place operation, ``load_state_dict``, optimizers), its address and layout
 (``.data = ...``) and a fingerprint of its bytes, which also sees writes through ``.data`` that leave the counter alone: all
@@ -40,7 +41,7 @@ from torch import Tensor, nn
 from .._compat import PLAIN, in_graph_trees
 from .._extension import cpu
 from .spec import check_allocated
-from .store import Entry, Made, Place, Source, Store, stores
+from .store import Entry, Made, Place, Source, Store, stores, version_of
 
 T = TypeVar("T")
 _ALL = 1 << 62  # fingerprint every byte
@@ -195,7 +196,7 @@ def _guard(t: Tensor) -> Any:
     """What compares the bytes of a dense tensor, which are the ``nbytes`` from its first element on; None where they are not read."""
     if cpu is None or not t.is_cpu:
         return None
-    return cpu.Guard(t.data_ptr(), t.nbytes, _ALL if t.is_inference() else SOME)
+    return cpu.Guard(t.data_ptr(), t.nbytes, _ALL if version_of(t) < 0 else SOME)
 
 
 def _made(make: Callable[..., T], held: Sequence[Tensor | None]) -> T:
@@ -211,8 +212,8 @@ def snapshots(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
 
 
 def _can_be_seen(t: Tensor, snap: Tensor) -> bool:
-    """Whether a change would be seen. An inference tensor has no counter."""
-    return is_dense(snap) and (not t.is_inference() or (cpu is not None and t.is_cpu))
+    """Whether a change would be seen."""
+    return is_dense(snap) and (version_of(t) >= 0 or (cpu is not None and t.is_cpu))
 
 
 def _forget(owner: Tensor, tag: Hashable) -> Callable[[Any], None]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 # What a change of a tensor's values or memory changes, unless it is a write through ``.data``: version, address, shape, strides, dtype.
 State = tuple[int, int, tuple[int, ...], tuple[int, ...], torch.dtype]
-# All packings of a weight that the CPU's kernels choose, for whatever input, take up to 6.8 times its bytes; of one with a few output
-# channels more, for panels are filled up.
+# All packings of a weight that the CPU's kernels choose, for whatever inputs, take up to 6.8 times its bytes together. A weight of few output
+# channels may take more, for panels are filled up: that is what ``LEAST`` is for.
 MOST_COPIES = 8
 LEAST = 4 << 20  # bytes
 _MOST_PLACES = 1024  # of one store: beyond, start over (a tensor can be cut into any number of views)
@@ -44,9 +44,18 @@ def _tensors(value: Any) -> list[Tensor]:
     return [t for t in value if isinstance(t, Tensor)] if isinstance(value, tuple) else []
 
 
+def version_of(t: Tensor) -> int:
+    """How often the tensor was changed in place; -1 where nothing counts that: of an inference tensor, before and after its ``.data`` was
+    replaced by what is none, and of one whose ``.data`` was replaced by an inference tensor."""
+    try:
+        return -1 if t.is_inference() else t._version
+    except RuntimeError:
+        return -1
+
+
 def state_of(t: Tensor) -> State:
-    """A tensor's state without its bytes. The version of an inference tensor, which has none, is -1."""
-    return (-1 if t.is_inference() else t._version, t.data_ptr(), t.shape, t.stride(), t.dtype)
+    """A tensor's state without its bytes."""
+    return (version_of(t), t.data_ptr(), t.shape, t.stride(), t.dtype)
 
 
 class Source:
@@ -101,6 +110,10 @@ class Entry:
         """Of the value."""
         return sum([t.nbytes for t in _tensors(self.value)])
 
+    @property
+    def nbytes_of_sources(self) -> int:
+        return sum([source.nbytes for source in self.sources if source is not None])
+
 
 def _holds(t: Tensor | None, source: Source | None) -> bool:
     return t is None if source is None else t is not None and source.is_as_it_was(t)
@@ -134,10 +147,9 @@ class Store:
         entries = self.places.setdefault(place, {})
         self.drop(place, tag)
         entries[tag] = entry
-        source = entry.sources[0]
-        assert source is not None
         in_order = [*entries.items()]
-        excess = sum([e.nbytes for _, e in in_order]) - max(LEAST, MOST_COPIES * source.nbytes)
+        of = max([e.nbytes_of_sources for _, e in in_order])  # views of several sizes may begin at one address
+        excess = sum([e.nbytes for _, e in in_order]) - max(LEAST, MOST_COPIES * of)
         for other, old in in_order[:-1]:
             if excess <= 0:
                 break
@@ -145,9 +157,14 @@ class Store:
             self.drop(place, other)
 
     def forget_changed(self, place: Hashable, owner: Tensor) -> None:
-        """Drop what was made in this place from another first source, or from this one before it changed."""
+        """Drop what was made in this place from another first source, or from this one before it changed. Beside a storage, what lies otherwise
+        is another tensor's."""
         for tag, entry in [*self.places.get(place, {}).items()]:
-            if not _holds(owner, entry.sources[0]):
+            source = entry.sources[0]
+            assert source is not None
+            if source.strong is None and (source.state[2:] != (owner.shape, owner.stride(), owner.dtype)):
+                continue
+            if not source.is_as_it_was(owner):
                 self.drop(place, tag)
 
     def drop(self, place: Hashable, tag: Hashable) -> None:

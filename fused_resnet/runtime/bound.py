@@ -153,6 +153,7 @@ class Bound(NamedTuple):
 
     def clear(self) -> None:
         """Give back what is derived from the module's parameters."""
+        self.cached.clear()
         if self.store is not None:
             self.store.clear()
 

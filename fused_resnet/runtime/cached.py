@@ -106,7 +106,7 @@ class CachedCalls:
         self.facts = cpu.Facts(self.rows, MISSING)
         self.guard = cpu.Guard([source.guard for source in self.sources])
         if before is not None and self._is_same_world(before):
-            # What a store has dropped is not kept alive here: so what holds for a store's bytes holds for all.
+            # What a store has dropped is not kept alive here, but until the next call that is accepted.
             kept = [(k, found) for k, found in before.calls.items() if k != key and all([entry.kept for entry in found[0].entries])]
             self.calls.update(kept[1 - _MOST :])
         self.calls[key] = result.call, external
@@ -121,6 +121,15 @@ class CachedCalls:
             and other.facts.broken({}) < 0
             and self.guard.holds()
             and other.guard.holds()
+        )
+
+    def holds(self) -> bool:
+        """Whether nothing has changed that the calls depend on."""
+        return (
+            (_settings.number, derived.generation) == self.environment
+            and self.facts.broken({}) < 0
+            and self.watch.first_changed(False) < 0
+            and bool(self.guard.holds())
         )
 
     def run(self, x: Tensor, make_external: Callable[[Tensor], Tensor | None]) -> Tensor | None:

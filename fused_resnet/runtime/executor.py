@@ -112,12 +112,15 @@ def _run_native(module: Any, graph: Bound, segment: Segment, x: Tensor) -> Tenso
     external = [node for node in segment.external if isinstance(node, BoundConvolution)]
     if any([node.is_live for node in (*segment.convolutions, *external)]):
         return None
+    before: CachedCalls | None = graph.cached.get(segment.number)
+    if before is not None and not before.holds():
+        graph.cached.pop(segment.number, None)  # what they hold is given back before the new is made
+    before = None
     key, cached = key_of(x), CachedCalls(segment)
-    shortcut = _external(segment, x)
-    found = program.run(graph.plans, segment, x, shortcut, paths(module) if profiler_enabled() else None)
+    found = program.run(graph.plans, segment, x, partial(_external, segment), paths(module) if profiler_enabled() else None)
     if found is None:
         return None
-    if cached.usual and cached.accept(key, found, external_layout(shortcut), graph.cached.get(segment.number)):
+    if cached.usual and cached.accept(key, found, external_layout(found.external), graph.cached.get(segment.number)):
         graph.cached[segment.number] = cached
     return found.output
 

@@ -145,8 +145,9 @@ class FusedModule:
         """What ``.to()``, ``.double()`` and their like call: the parameters will be others, so what is derived from them is given back."""
         state = self.__dict__.get("_fused_resnet")
         current = None if state is None else state.current
-        if current is not None and current.bound is not None:
-            current.bound.clear()
+        for bound in () if current is None else (current.bound, current.inlined):
+            if bound is not None:
+                bound.clear()
         return super()._apply(*args, **kwargs)  # type: ignore[misc]
 
     def __prepare_scriptable__(self) -> NoReturn:

@@ -89,29 +89,38 @@ Packer = Callable[[Sequence[Operand]], Entry]
 
 
 class Result(NamedTuple):
-    """A segment's output, and what repeats the call."""
+    """A segment's output, what repeats the call, and the external shortcut that it read."""
 
     output: Tensor
     call: Call
+    external: Tensor | None
 
 
 def run(
-    plans: _settings.Plans, segment: Segment, x: Tensor, external: Tensor | None, watched: dict[int, str] | None = None
+    plans: _settings.Plans,
+    segment: Segment,
+    x: Tensor,
+    make_external: Callable[[Tensor], Tensor | None],
+    names: dict[int, str] | None = None,
 ) -> Result | None:
     """The output of a segment without live normalisations, or None where it has to go node by node.
 
-    external: the value ``EXTERNAL``, where a step reads it. watched: by the profiler, for which these are the names of modules, by id.
+    make_external: makes the value ``EXTERNAL``, where a step reads it; not asked where it is known to be in vain. names: of modules, by id,
+    for the profiler's ranges; None: it does not watch.
     """
+    profiled = names is not None
     operands = [operand_of(node) for node in segment.layers]
-    tensors = [t for operand in operands for t in operand.sources]
-    if not nobody_listens(x, external, *tensors, but_for_profiler=watched is not None):
+    if not nobody_listens(x, *[t for operand in operands for t in operand.sources], but_for_profiler=profiled):
         return None
     others: list[Any] = [
         window_of(step.node.module) if isinstance(step.node, BoundMaxPool) else step.node.now()
         for step in segment.steps
         if isinstance(step.node, (BoundMaxPool, BoundZeroPad))
     ]
-    if None in others:
+    if None in others or any([operand.groups != 1 for operand in operands]):  # groups are the library's
+        return None
+    external = make_external(x)
+    if not nobody_listens(external, but_for_profiler=profiled):
         return None
     key = (
         x.shape,
@@ -135,16 +144,16 @@ def run(
     found: Plan = plan
     call = Call(found, operands, [pack(operands) for pack in found.packers])
     second = 0 if external is None else address(external, "shortcut")
-    return Result(call(x, second) if watched is None else call.in_ranges(watched, x, second), call)
+    output = call(x, second) if names is None else call.in_ranges([_layer(step) for step in segment.steps], names, x, second)
+    return Result(output, call, external)
 
 
 class Plan:
     """Of a segment, for one layout of what it reads."""
 
-    def __init__(self, network: Any, convolutions: int, layers: Sequence[nn.Module | str], x: Tensor, output: Tensor) -> None:
-        """network: what the compiled module makes programs of; layers: its nodes, for whoever reads. x, output: without memory."""
+    def __init__(self, network: Any, convolutions: int, x: Tensor, output: Tensor) -> None:
+        """network: what the compiled module makes programs of. x, output: without memory. Of modules it keeps nothing: it may outlive them."""
         assert cpu is not None
-        self.layers = layers
         self.shape, self.strides = output.shape, output.stride()  # of four axes, or of two behind a head
         # Then torch.empty_like gives it, which has less to parse.
         self.as_input = is_dense(x) and x.stride() == self.strides and x.shape == self.shape
@@ -198,14 +207,15 @@ class Call:
             del kept
         return output
 
-    def in_ranges(self, names: dict[int, str], x: Tensor, external: int = 0) -> Tensor:
-        """The same for torch.profiler, stage by stage. names: of modules, by id."""
+    def in_ranges(self, layers: Sequence[nn.Module | str | None], names: dict[int, str], x: Tensor, external: int = 0) -> Tensor:
+        """The same for torch.profiler, stage by stage. layers: of the segment's steps (``_layer``). names: of modules, by id."""
         check_operands(x)
         output = self.plan.empty(x)
         addresses = x.data_ptr(), external, output.data_ptr()
-        if not self.of_use or not run_in_ranges(self.plan.program, self.plan.layers, names, self.weights, *addresses):
+        nodes = [layer for layer in layers if layer is not None]
+        if not self.of_use or not run_in_ranges(self.plan.program, nodes, names, self.weights, *addresses):
             program, weights, kept = self._directly()
-            run_in_ranges(program, self.plan.layers, names, weights, *addresses)
+            run_in_ranges(program, nodes, names, weights, *addresses)
             del kept
         return output
 
@@ -215,6 +225,17 @@ class Call:
         program, packers = self.plan.direct()
         packed: list[Packed] = [pack(self.operands).value for pack in packers]
         return program, cpu.Weights([p.weight for p in packed], [p.bias for p in packed]), packed
+
+
+def _layer(step: Step) -> nn.Module | str | None:
+    """What computes a step: a module, or in words; None: it is no node of the native network."""
+    if isinstance(step.node, BoundConvolution):
+        return step.node.conv
+    if isinstance(step.node, (BoundLinear, BoundMaxPool)):
+        return step.node.module
+    if isinstance(step.node, BoundFlatten):
+        return None
+    return "a zero-padded shortcut" if isinstance(step.node, BoundZeroPad) else "the mean of each channel"
 
 
 def _four(numbers: Sequence[int]) -> tuple[int, ...]:
@@ -252,7 +273,6 @@ def _plan(segment: Segment, operands: Sequence[Operand], others: Sequence[Any], 
     # In one section, each convolution is what it would be by itself; in a network what is between them is ours.
     alone = not any([step.begins for step in segment.steps[1:]])
     y: Tensor | None = None
-    layers: list[nn.Module | str] = []  # of the network
     for number, step in enumerate(segment.steps, STEPS):
         h = values[step.value]
         if step.begins:
@@ -262,16 +282,13 @@ def _plan(segment: Segment, operands: Sequence[Operand], others: Sequence[Any], 
             y = window.output(h)
             if y is None:
                 return None
-            layers.append(step.node.module)
             numbers[number] = network.max_pool(numbers[step.value], y.shape[2:], *window[:3])
         elif isinstance(step.node, BoundZeroPad):
             pad: ZeroPad = next(remaining_others)
             y = pad.output(h)
-            layers.append("a zero-padded shortcut")
             numbers[number] = network.zero_pad(numbers[step.value], y.shape[1], pad.before, *pad.stride)
         elif isinstance(step.node, BoundMeanPool):
             y = mean_of(h)
-            layers.append("the mean of each channel")
             numbers[number] = network.mean_pool(numbers[step.value])
         elif isinstance(step.node, BoundFlatten):
             y = torch.flatten(h, 1)
@@ -284,7 +301,6 @@ def _plan(segment: Segment, operands: Sequence[Operand], others: Sequence[Any], 
                 return None
             y = torch.empty((h.shape[0], weight.shape[0]), dtype=h.dtype, device="meta")
             described = _four(weight.shape), (1, 1), (1, 1), (0, 0), (1, 1), bias is not None, False
-            layers.append(step.node.module)
             numbers[number] = network.convolution(numbers[step.value], -1, *described)
         else:
             operand = next(remaining)
@@ -295,11 +311,10 @@ def _plan(segment: Segment, operands: Sequence[Operand], others: Sequence[Any], 
             if step.shortcut is not None and not _adds(step, y, values[step.shortcut]):
                 return None
             shortcut = -1 if step.shortcut is None else numbers[step.shortcut]
-            layers.append(step.node.conv)
             numbers[number] = network.convolution(numbers[step.value], shortcut, *_described(operand, spec))
         values[number] = y
     assert y is not None
-    return Plan(network, len(operands), layers, values[INPUT], y)
+    return Plan(network, len(operands), values[INPUT], y)
 
 
 def _is_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -1,7 +1,7 @@
 """A native call under torch.profiler: the same program with the same result, each of its stages a named range.
 
 A stage is a step, or the whole of a residual block where that goes depth first, a few images at a time. Its range has the names of the
-layers that it computes and, as argument, how.
+layers that it computes, within the module whose call it is; and how, as an argument, which ``ExecutionTraceObserver`` shows.
 """
 
 from __future__ import annotations

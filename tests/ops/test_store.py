@@ -21,6 +21,7 @@ import fused_resnet
 import fused_resnet.nn as fnn
 from fused_resnet import _plain, _settings, reference, testing
 from fused_resnet.ops import derived, plans, store
+from fused_resnet.runtime import program
 from fused_resnet.runtime.cached import key_of
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,3 +368,76 @@ def test_one_parameter_in_a_block_and_in_calls_of_the_operator(kernels: ModuleTy
         del block
         assert id(weight.untyped_storage()) in derived._beside
         assert testing.norm_error(fused_resnet.conv_bias_add_relu(x, weight, padding=1), expected.double()) < 1e-5
+
+
+def test_views_of_two_sizes_at_one_address(kernels: ModuleType, no_garbage_collector: None) -> None:
+    """As of networks whose layers use a part of their channels: in turn, each is packed once. Parameters and plain tensors."""
+    x, made = torch.randn(1, 64, 7, 7), []
+    for wrap in (lambda t: nn.Parameter(t, requires_grad=False), lambda t: t):
+        whole = wrap(torch.randn(64, 64, 3, 3))
+        part = wrap(whole.data[:32])
+        with torch.no_grad():
+            for _ in range(4):
+                for weight in (whole, part):
+                    y = fused_resnet.conv_bias_add_relu(x, weight, padding=1)
+                    assert testing.norm_error(y, reference.conv_bias_add_relu(x, weight, padding=1).double()) < 1e-5
+                made.append([id(entry) for entry in derived._beside[id(whole.untyped_storage())].entries()])
+            assert len(made[-1]) == 2
+            assert made[-1] == made[-4]
+            whole.mul_(2)  # of a plain tensor's view it is another version counter; of its bytes, all are compared
+            for weight in (whole, part):
+                y = fused_resnet.conv_bias_add_relu(x, weight, padding=1)
+                assert testing.norm_error(y, reference.conv_bias_add_relu(x, weight, padding=1).double()) < 1e-5
+
+
+def test_a_module_packs_anew_when_the_old_is_gone(kernels: ModuleType, no_garbage_collector: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls that could be repeated with the old weights hold them no longer than until the next call."""
+    block: Any = called(fnn.BasicBlock(64, 64).eval())
+    packed = [r for r in kept_by(block) if isinstance(r(), Tensor)]
+    find, seen = program.find, []
+
+    def watched(tag: Any, sources: Any, make: Any, place: Any) -> Any:
+        return find(tag, sources, lambda *held: (seen.append(alive(packed)), make(*held))[1], place)
+
+    monkeypatch.setattr(program, "find", watched)
+    with torch.no_grad():
+        for convolution in (block.conv1, block.conv2):
+            convolution.weight.mul_(2)
+        block(torch.randn(8, 64, 28, 28))
+    assert seen == [len(packed) // 2, 0]  # at the first make the second layer's are still there
+
+
+def test_calls_that_cannot_be_repeated_drop_those_that_could(kernels: ModuleType, no_garbage_collector: None) -> None:
+    """After the weights were replaced by inference tensors, whose changes nothing counts."""
+    block: Any = called(fnn.BasicBlock(64, 64).eval())
+    kept = kept_by(block)
+    with torch.inference_mode():
+        for module in (block.conv1, block.bn1, block.conv2, block.bn2):
+            for name, value in [*module._parameters.items()]:
+                if value is not None:
+                    module._parameters[name] = nn.Parameter(value.clone(), requires_grad=False)
+    del value
+    with torch.no_grad():
+        for _ in range(2):
+            x = torch.randn(8, 64, 28, 28)
+            assert testing.norm_error(block(x), block._plain_forward(x).double()) < 1e-5
+    assert alive(kept) == 0
+
+
+def test_data_of_another_kind_than_the_tensor(kernels: ModuleType) -> None:
+    """``.data`` of an inference tensor's Parameter replaced by what is none: it has a counter neither before nor after, and no error."""
+    for put_inference in (True, False):
+        block: Any = fnn.BasicBlock(64, 64).eval()
+        with torch.inference_mode(put_inference):
+            block.conv1.weight = nn.Parameter(block.conv1.weight.clone(), requires_grad=False)
+        with torch.inference_mode(not put_inference):
+            other = torch.randn(64, 64, 3, 3)
+        block.conv1.weight.data = other
+        x = torch.randn(1, 64, 9, 9)
+        with torch.no_grad():
+            for i in range(3):
+                assert testing.norm_error(block(x), block._plain_forward(x).double()) < 1e-5
+                y = fused_resnet.conv_bias_add_relu(x, block.conv1.weight, padding=1)
+                assert testing.norm_error(y, reference.conv_bias_add_relu(x, block.conv1.weight, padding=1).double()) < 1e-5
+                with torch.inference_mode():  # between two places that are compared of a large tensor with a counter
+                    block.conv1.weight.data[32, 17, 1, i] += 1000

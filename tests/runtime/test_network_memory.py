@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import os
@@ -274,6 +275,23 @@ def test_a_deleted_network_gives_everything_back(x: Tensor) -> None:
         assert not any(b() is not None for b in buffers)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("watched", [False, True], ids=["", "under the profiler"])
+def test_a_replaced_block_is_given_back(x: Tensor, watched: bool) -> None:
+    """Also by the plans, which may outlive the layers that they were made for."""
+    original, converted = pair(x)
+    gone: list[weakref.ref[Any]] = []
+    with torch.no_grad(), torch.profiler.profile() if watched else contextlib.nullcontext():
+        for _ in range(4):
+            gone.append(weakref.ref(converted.layer1[1].conv1.weight.untyped_storage()))
+            for model in (original, converted):
+                model.layer1[1] = copy.deepcopy(original.layer1[1])
+            fuse_(converted.layer1)
+            for _ in range(2):
+                assert torch.allclose(converted(x), original(x), rtol=1e-3, atol=1e-3)
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * 4
 
 
 def test_to_and_clear_give_back_what_a_network_keeps(x: Tensor) -> None:
