@@ -239,8 +239,8 @@ FAULTS = (
     Fault(
         "packed weights stay after .to()",
         ("fused_resnet/runtime/fused.py",),
-        "            current.bound.clear()\n",
-        "            pass\n",
+        "                bound.clear()\n",
+        "                pass\n",
         ("tests/ops/test_store.py::test_packed_weights_are_given_back",),
     ),
     Fault(
