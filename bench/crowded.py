@@ -3,7 +3,8 @@
     python bench/crowded.py --model resnet18 --json bench/results/crowded.json
 
 Default settings for every contender: whoever spins for a core that another process holds pays for it here, and so do the others. The
-contenders take turns, round by round; a contender's processes begin together when all of them are ready.
+contenders take turns, round by round; a contender's processes begin together when all of them are ready. Results are not looked at here:
+`fused-resnet bench --what network` compares them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fused_resnet import _machine
 from fused_resnet.benchmark.contenders import CONTENDERS, OURS, missing, unsuitable
 from fused_resnet.benchmark.contest import NetworkCase, Task, prepare
 from fused_resnet.benchmark.output import progress, table, write_json
-from fused_resnet.cli.arguments import positive
+from fused_resnet.cli.arguments import positive, positive_seconds, writable
 
 MODELS = ("resnet18", "resnet50", "cifar20")
 SLOW = ("compile",)  # takes minutes to build in each process
@@ -67,7 +68,10 @@ def one_round(name: str, folder: Path, processes: int, threads: int, seconds: fl
         for process in started:
             process.stdin.write("go\n")
             process.stdin.flush()
-        return sum([int(process.stdout.readline()) for process in started])
+        counts = [process.stdout.readline() for process in started]
+        if not all(counts):
+            raise SystemExit(f"{name} ended before its time was over")
+        return sum(map(int, counts))
     finally:
         for process in started:
             process.kill()
@@ -79,9 +83,9 @@ def main() -> int:
     parser.add_argument("--model", choices=MODELS, default="resnet18")
     parser.add_argument("--processes", type=positive, default=4)
     parser.add_argument("--threads", type=positive, default=2, help="of each process")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of each round")
+    parser.add_argument("--seconds", type=positive_seconds, default=6.0, help="of each round")
     parser.add_argument("--rounds", type=positive, default=3)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=writable)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

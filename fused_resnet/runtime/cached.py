@@ -106,7 +106,7 @@ class CachedCalls:
         self.facts = cpu.Facts(self.rows, MISSING)
         self.guard = cpu.Guard([source.guard for source in self.sources])
         if before is not None and self._is_same_world(before):
-            # What a store has dropped is not kept alive here, but until the next call that is accepted.
+            # A call of which a store has dropped something goes as well: it would keep that alive.
             kept = [(k, found) for k, found in before.calls.items() if k != key and all([entry.kept for entry in found[0].entries])]
             self.calls.update(kept[1 - _MOST :])
         self.calls[key] = result.call, external

@@ -289,7 +289,7 @@ def test_a_replaced_block_is_given_back(x: Tensor, watched: bool) -> None:
                 model.layer1[1] = copy.deepcopy(original.layer1[1])
             fuse_(converted.layer1)
             for _ in range(2):
-                assert torch.allclose(converted(x), original(x), rtol=1e-3, atol=1e-3)
+                assert_same(converted, original, x)
     gc.collect()
     assert [reference() for reference in gone] == [None] * 4
 

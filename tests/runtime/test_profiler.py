@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from _blocks import assert_same
 from _network import make, pair, quiet, x
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -142,9 +143,9 @@ def test_weights_that_change_under_the_profiler(x: Tensor) -> None:
         for _ in range(3):
             for model in (original, converted):
                 model.layer1[0].conv1.weight.mul_(-1)
-            assert torch.allclose(converted(x), original(x), rtol=1e-3, atol=1e-3)
+            assert_same(converted, original, x)
     with torch.no_grad():
-        assert torch.allclose(converted(x), original(x), rtol=1e-3, atol=1e-3)
+        assert_same(converted, original, x)
 
 
 def test_gradients_under_the_profiler(x: Tensor) -> None:
