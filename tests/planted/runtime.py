@@ -106,4 +106,11 @@ FAULTS = (
         "(count - 1) * stride >= size + 2 * padding",
         ("tests/runtime/test_pooling.py::test_outputs_without_memory",),
     ),
+    Fault(
+        "a pooled shortcut is made although groups are the library's",
+        ("fused_resnet/runtime/program.py",),
+        "None in others or any([operand.groups != 1 for operand in operands]):",
+        "None in others:",
+        ("tests/runtime/test_profiler.py::test_a_pooled_shortcut_is_made_once",),
+    ),
 )

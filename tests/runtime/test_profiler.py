@@ -11,7 +11,7 @@ import pytest
 import torch
 from _blocks import assert_same
 from _network import make, pair, quiet, x
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -146,6 +146,29 @@ def test_weights_that_change_under_the_profiler(x: Tensor) -> None:
             assert_same(converted, original, x)
     with torch.no_grad():
         assert_same(converted, original, x)
+
+
+@needs_kernels
+@pytest.mark.parametrize("how", ["native", "a gradient in the middle", "groups"])
+def test_a_pooled_shortcut_is_made_once(how: str) -> None:
+    """It is made before the native call, and not again where that is refused: for what can be known before."""
+    original: Any = _plain.Bottleneck(16, 8, 2, nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(16, 32, 1, bias=False), nn.BatchNorm2d(32))).eval()
+    if how == "groups":
+        original.conv2 = nn.Conv2d(8, 8, 3, 2, 1, groups=2, bias=False)
+    converted = copy.deepcopy(nn.Sequential(original))
+    assert fuse_(converted).fused
+    value = torch.randn(2, 16, 12, 12)
+    if how == "a gradient in the middle":
+        for model in (original, converted[0]):
+            model.requires_grad_(False).conv2.weight.requires_grad_(True)
+    with torch.set_grad_enabled(how == "a gradient in the middle"):
+        for _ in range(2):
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                converted(value)
+            assert [e.name for e in profiler.events()].count("aten::avg_pool2d") == 1
+            assert any(e.name.startswith(PREFIX) for e in profiler.events()) == (how == "native")
+    with torch.no_grad():
+        assert_same(converted[0], original, value)
 
 
 def test_gradients_under_the_profiler(x: Tensor) -> None:
