@@ -42,6 +42,7 @@ SOURCES: dict[str, list[str]] = {
     "csrc/cpu/passes.cpp": ["-O2"],
     "csrc/cpu/program.cpp": ["-O2"],
     "csrc/cpu/program_run.cpp": ["-O2"],
+    "csrc/cpu/team.cpp": ["-O2"],
     "csrc/cpu/winograd_convolution.cpp": ["-O2"],
     "csrc/cpu/zero_pad.cpp": ["-O2"],
     "csrc/cpu/isa_scalar.cpp": ["-O3"],

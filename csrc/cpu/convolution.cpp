@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "crew.h"
+#include "team.h"
 #include "direct_convolution.h"
 #include "huge_pages.h"
 #include "winograd_convolution.h"

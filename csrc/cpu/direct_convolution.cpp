@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "team.h"
+
 namespace fused_resnet {
 namespace {
 
@@ -78,11 +80,9 @@ std::string DirectConvolution::packing() const {
 }
 
 bool DirectConvolution::write_packed(const WeightView& weight, const WeightView& joined, void* out) const {
-  const i64 panels = blocking_.cut.count();
   const i64 reduction = blocking_.channels * shape_.r * shape_.s + blocking_.joined;
   const i64 elements = shape_.k * reduction;
-#pragma omp parallel for schedule(static) num_threads(threads_) if (elements > 65536)
-  for (i64 p = 0; p < panels; ++p) {
+  parallel_for(blocking_.cut.count(), elements > 65536 ? threads_ : 1, [&](i64 p) {
     PackWeightArgs a;
     a.weight = weight.data;
     a.stride = weight.stride;
@@ -94,14 +94,14 @@ bool DirectConvolution::write_packed(const WeightView& weight, const WeightView&
     a.width = blocking_.cut.width(p);
     a.out = static_cast<char*>(out) + a.k_begin * reduction * kernels_->accumulator_bytes;
     kernels_->pack_weight(a);
-    if (shape_.joined.c == 0) continue;
+    if (shape_.joined.c == 0) return;
     a.out = static_cast<char*>(a.out) + (reduction - blocking_.joined) * a.width * kernels_->accumulator_bytes;
     a.weight = joined.data;
     a.stride = joined.stride;
     a.c = shape_.joined.c;
     a.r = a.s = 1;
     kernels_->pack_weight(a);
-  }
+  });
   return true;
 }
 

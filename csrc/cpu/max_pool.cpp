@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "crew.h"
+#include "team.h"
 
 namespace fused_resnet {
 namespace {

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <vector>
 
+#include "team.h"
+
 namespace fused_resnet {
 namespace {
 
@@ -70,8 +72,8 @@ void bias_add_relu(const PassShape& s, const void* input, const void* bias, cons
     return bias_add_relu(line, input, bias ? tiled.data() : nullptr, shortcut, result, threads);
   }
   const Rows rows = rows_of(s, shortcut != nullptr);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows.count * rows.length > kSerialElements)
-  for (i64 i = 0; i < rows.count; ++i) {
+  if (rows.count * rows.length <= kSerialElements) threads = 1;
+  parallel_for(rows.count, threads, [&](i64 i) {
     PassRowArgs a;
     a.x = at(input, offset(s, rows, s.first, i), input_bytes);
     a.x_step = rows.channels ? s.first.c : s.first.w;
@@ -88,7 +90,7 @@ void bias_add_relu(const PassShape& s, const void* input, const void* bias, cons
     a.relu = s.relu;
     a.wide_input = s.wide_input;
     kernels.pass_row(a);
-  }
+  });
 }
 
 void relu_backward(const PassShape& s, const void* grad, const void* output, void* result, void* bias_grad, int threads) {
@@ -103,8 +105,8 @@ void relu_backward(const PassShape& s, const void* grad, const void* output, voi
   const i64 sums_per_piece = rows.channels ? s.k : 1;
   std::vector<char> sums(bias_grad ? std::size_t(pieces * sums_per_piece * wide) : 0, 0);
 
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows.count * rows.length > kSerialElements)
-  for (i64 piece = 0; piece < pieces; ++piece) {
+  if (rows.count * rows.length <= kSerialElements) threads = 1;
+  parallel_for(pieces, threads, [&](i64 piece) {
     const i64 end = std::min(rows.count, (piece + 1) * piece_rows);
     for (i64 i = piece * piece_rows; i < end; ++i) {
       MaskRowArgs a;
@@ -118,7 +120,7 @@ void relu_backward(const PassShape& s, const void* grad, const void* output, voi
       if (bias_grad) a.sum = sums.data() + piece * sums_per_piece * wide;
       kernels.mask_row(a);
     }
-  }
+  });
   if (!bias_grad) return;
   std::vector<double> totals(std::size_t(s.k), 0.0);
   for (i64 piece = 0; piece < pieces; ++piece) {

@@ -1,7 +1,7 @@
 // Running a program: which memory a step reads and writes, and the threads.
 #include <atomic>
 
-#include "crew.h"
+#include "team.h"
 #include "program.h"
 
 namespace fused_resnet {
@@ -102,16 +102,18 @@ bool Program::run_task(int phase, i64 index, const ProgramOperands& operands, ch
   return finite;
 }
 
-bool Program::run(const ProgramOperands& operands) const { return phases_.empty() || run_phases(*this, operands, threads_); }
+bool Program::run(const ProgramOperands& operands) const {
+  return phases_.empty() || run_phases(*this, operands, threads_, helpers_between_calls(threads_));
+}
 
 bool Program::run_stage(std::size_t i, const ProgramOperands& operands, char* workspace) const {
   const Stage& stage = stages_.at(i);
-  return run_phases(Part(*this, stage.begin, stage.end), operands, threads_, workspace);
+  return run_phases(Part(*this, stage.begin, stage.end), operands, threads_, helpers_between_calls(threads_), workspace);
 }
 
 std::optional<bool> Program::run_if(const Guard& guard, const ProgramOperands& operands) const {
   const Guarded guarded(*this, guard);
-  const bool finite = run_phases(guarded, operands, threads_);
+  const bool finite = run_phases(guarded, operands, threads_, helpers_between_calls(threads_));
   if (guarded.changed()) return std::nullopt;
   return finite;
 }

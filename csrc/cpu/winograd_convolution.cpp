@@ -4,6 +4,8 @@
 #include <atomic>
 #include <cstring>
 
+#include "team.h"
+
 namespace fused_resnet {
 namespace {
 
@@ -68,8 +70,7 @@ std::string WinogradConvolution::packing() const {
 bool WinogradConvolution::write_packed(const WeightView& weight, const WeightView&, void* out) const {
   std::atomic<bool> finite{true};
   const i64 per_channel = blocking_.positions() * elements() * kernels_->accumulator_bytes;
-#pragma omp parallel for schedule(static) num_threads(threads_) if (shape_.k * shape_.c > 4096)
-  for (i64 p = 0; p < panels(); ++p) {
+  parallel_for(panels(), shape_.k * shape_.c > 4096 ? threads_ : 1, [&](i64 p) {
     WinogradWeightArgs a;
     a.weight = weight.data;
     a.stride = weight.stride;
@@ -79,7 +80,7 @@ bool WinogradConvolution::write_packed(const WeightView& weight, const WeightVie
     a.width = blocking_.cut.width(p);
     a.out = static_cast<char*>(out) + a.k_begin * per_channel;
     if (!winograd_->weight(a)) finite = false;
-  }
+  });
   return finite;
 }
 

@@ -67,6 +67,30 @@ def test_convolution(
         assert _same([results[0], public])
 
 
+@pytest.mark.parametrize("algorithm", ["direct", "winograd4"], indirect=True)
+def test_denormals_are_as_the_caller_has_them(algorithm: str) -> None:
+    """torch.set_flush_denormal is the calling thread's; those that help it compute with its settings."""
+    case = CASES[0]
+    x, w, *_ = testing.float_operands(case, torch.float32, torch.Generator().manual_seed(0))
+    usual = kernel_function(x, w, None, None, **case.parameters)
+    scale = (torch.finfo(torch.float32).tiny / usual[usual > 0].median().item()) ** 0.5  # about half of the outputs are denormals
+    operands = Operands(x * scale, w * scale, None, None)
+    few = {}
+    try:
+        for flush in (False, True):
+            if not torch.set_flush_denormal(flush):
+                pytest.skip("this processor flushes no denormals")
+            results = []
+            for threads in THREADS:
+                torch.set_num_threads(threads)
+                results += [kernel_function(*operands, **case.parameters) for _ in range(3)]
+            assert _same(results)
+            few[flush] = int((_bits(results[0]).view(torch.int32) != 0).sum())
+    finally:
+        torch.set_flush_denormal(False)
+    assert 0 < few[True] < few[False]  # the operands reach into the denormals
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize(("case", "algorithm"), [e for e in EACH if e[0].batch > 1], ids=name, indirect=["algorithm"])
 def test_an_image_is_the_same_alone_and_in_a_batch(case: ConvCase, algorithm: str, dtype: torch.dtype, isa: str) -> None:

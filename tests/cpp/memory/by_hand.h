@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../../csrc/cpu/crew.h"
+#include "../../../csrc/cpu/team.h"
 #include "../../../csrc/cpu/workspace.h"
 #include "check.h"
 #include "guarded.h"
@@ -64,24 +64,40 @@ bool by_hand(const Work& work, const Operands& operands) {
   return finite && shared->intact() && std::all_of(mine.begin(), mine.end(), [](const auto& m) { return m->intact(); });
 }
 
-// All phases by a crew of real threads, with its own meetings between them: ThreadSanitizer sees those. Otherwise as by_hand.
+// All phases by a team of our own threads: ThreadSanitizer sees how they meet. Otherwise as by_hand.
 template <class Work, class Operands>
-bool by_crew(const Work& work, const Operands& operands) {
+bool by_team(const Work& work, const Operands& operands) {
   constexpr int threads = 3;
-  std::vector<std::unique_ptr<Guarded>> memory;
-  for (int t = 0; t <= threads; ++t) {
-    memory.push_back(std::make_unique<Guarded>(t == threads ? work.shared_bytes() : work.thread_bytes()));
-    memory.back()->fill(0xff);
-  }
-  fused_resnet::Crew crew;
-  const auto member = [&](int number) {
-    crew.work(work, operands, number, threads, memory[threads]->get(), memory[std::size_t(number)]->get());
+  class GuardedJob final : public fused_resnet::Job {
+   public:
+    GuardedJob(const Work& work, const Operands& operands) : work_(work), operands_(operands) {
+      for (int t = 0; t <= threads; ++t) {
+        memory_.push_back(std::make_unique<Guarded>(t == threads ? work.shared_bytes() : work.thread_bytes()));
+        memory_.back()->fill(0xff);
+      }
+    }
+    int phases() const override { return work_.phases(); }
+    i64 tasks(int phase) const override { return work_.tasks(phase); }
+    bool alone(int phase) const override { return work_.alone(phase); }
+    bool run(int phase, i64 begin, i64 end, int thread) const noexcept override {
+      bool finite = true;
+      for (i64 i = begin; i < end; ++i) {
+        finite = work_.run_task(phase, i, operands_, memory_[threads]->get(), memory_[std::size_t(thread)]->get()) && finite;
+      }
+      return finite;
+    }
+    bool intact() const {
+      return std::all_of(memory_.begin(), memory_.end(), [](const auto& m) { return m->intact(); });
+    }
+
+   private:
+    const Work& work_;
+    const Operands& operands_;
+    std::vector<std::unique_ptr<Guarded>> memory_;
   };
-  std::vector<std::thread> others;
-  for (int t = 1; t < threads; ++t) others.emplace_back(member, t);
-  member(0);
-  for (std::thread& thread : others) thread.join();
-  return crew.finite() && std::all_of(memory.begin(), memory.end(), [](const auto& m) { return m->intact(); });
+  const GuardedJob job(work, operands);
+  const bool finite = fused_resnet::run_on_team(job, threads, fused_resnet::Helpers::own);
+  return finite && job.intact();
 }
 
 // work.run(operands) with a workspace of exactly the size that it asks for, full of NaN. Workspaces are kept from call to call: one as

@@ -9,6 +9,7 @@ void blocks();
 void programs();  // of several sections
 void passes();
 void pooling();
+void teams();
 void arithmetic();  // sizes and indices, without running a kernel
 
 }  // namespace memory

@@ -27,6 +27,7 @@ int main(int arguments, char** argument) {
   memory::programs();
   memory::passes();
   memory::pooling();
+  memory::teams();
   memory::arithmetic();
   memory::describe("all cases together: of %d phases of direct convolutions, %d of Winograd's two, %d of blocks", direct, winograd, blocks);
   const int tables = int(fused_resnet::available_tables().size());

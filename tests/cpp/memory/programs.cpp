@@ -222,8 +222,8 @@ void run_case(const Pieces& made, DType dtype, i64 n, Size input, bool channels_
   expect(intact(), "guard bytes after the tasks by hand");
   expect(y.same_bits(by_run), "the same bits in any order of tasks");
   y.poison();
-  expect(by_crew(program, operands), "guard bytes of a crew's workspaces, and finite");
-  expect(intact() && y.same_bits(by_run), "the same bits from a crew of another size");
+  expect(by_team(program, operands), "guard bytes of a team's workspaces, and finite");
+  expect(intact() && y.same_bits(by_run), "the same bits from a team of another size");
   y.poison();
   Guarded workspace(program.workspace_bytes());
   std::vector<int> nodes;
