@@ -37,6 +37,7 @@ FAULTS: tuple[Fault, ...] = tuple(
     fault for file in (cpu, python, graph, runtime, cuda) for fault in file.FAULTS
 )
 BUILT = "build/faults"
+LONGEST = 1200  # seconds for one build or test: a fault may make it wait for ever
 Item = TypeVar("Item")
 GREEN = "without a fault"
 PLANTED = "faults"
@@ -65,7 +66,12 @@ class Copy:
         """In the copy, with the copy first on the path and nothing of this checkout on it."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith("FUSED_RESNET_")}
         environment |= {"PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1", **more}
-        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
+        try:
+            return subprocess.run(
+                command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False, timeout=LONGEST
+            )
+        except subprocess.TimeoutExpired:
+            raise Broken(f"it did not end within {LONGEST} s: {' '.join(command[1:])}") from None
 
     def build(self) -> None:
         """The module for the CPU; the tests compile what they need of CUDA's sources."""
