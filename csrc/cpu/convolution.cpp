@@ -41,6 +41,6 @@ std::string Convolution::packing_of(const std::string& algorithm, const Panels& 
          ", vectors of " + n(cut.vector) + ", panels of " + n(cut.channels);
 }
 
-bool Convolution::run(const Operands& operands) const { return shape_.empty() || run_phases(*this, operands, threads_); }
+bool Convolution::run(const Operands& operands) const { return shape_.empty() || run_phases(*this, operands, threads_, helpers_as_before(threads_)); }
 
 }  // namespace fused_resnet

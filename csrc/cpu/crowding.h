@@ -23,10 +23,12 @@ class Crowding {
     i64 preempted = 0;  // how often it lost one while it had work
   };
 
+  static Duration now() { return std::chrono::steady_clock::now().time_since_epoch(); }
+
   // What the calling thread's state is now; a system that does not tell leaves all but the clock at 0, which is never crowded.
   static Reading read() {
     Reading now;
-    now.wall = std::chrono::steady_clock::now().time_since_epoch();
+    now.wall = Crowding::now();
 #if defined(__linux__)
     rusage used;
     if (getrusage(RUSAGE_THREAD, &used) == 0) {
@@ -41,12 +43,15 @@ class Crowding {
   // The verdict after this reading of one thread: false at first; renewed after each kWindow of its computing, but that a verdict
   // "crowded" holds for kHold and then falls, for with the threads that are chosen by it the signs would be others.
   bool update(const Reading& now) {
-    if (crowded_ && now.wall - since_.wall < kHold) return true;
+    if (holds(now.wall)) return true;
     if (!crowded_ && now.cpu - since_.cpu < kWindow) return false;
     crowded_ = !crowded_ && (now.preempted - since_.preempted) * kEach > now.cpu - since_.cpu;
     since_ = now;
     return crowded_;
   }
+
+  // Whether the last verdict was "crowded" and still holds.
+  bool holds(Duration now) const { return crowded_ && now - since_.wall < kHold; }
 
   static constexpr Duration kWindow = std::chrono::milliseconds(100), kHold = std::chrono::seconds(2);
   static constexpr Duration kEach = std::chrono::milliseconds(12);  // of computing for each loss of the core: fewer, and it is crowded

@@ -82,7 +82,7 @@ bool MaxPool::run_task(int, i64 index, const Operands& operands, char*, char* mi
   return true;
 }
 
-bool MaxPool::run(const Operands& operands) const { return run_phases(*this, operands, threads_); }
+bool MaxPool::run(const Operands& operands) const { return run_phases(*this, operands, threads_, helpers_as_before(threads_)); }
 
 std::string MaxPool::describe() const {
   return "max pooling " + std::to_string(shape_.kernel_h) + "x" + std::to_string(shape_.kernel_w);

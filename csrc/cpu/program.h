@@ -1,5 +1,5 @@
-// Several steps as one call: a residual block, a chain of them, a whole network. One parallel region, and what lies between
-// the steps in memory that is planned beforehand.
+// Several steps as one call: a residual block, a chain of them, a whole network. One job of a team, and what lies between the steps
+// in memory that is planned beforehand.
 #pragma once
 
 #include <memory>
@@ -116,7 +116,7 @@ class Program {
   // One stage of `run`, in a workspace of workspace_bytes() where those before it have run. False: as `run`.
   bool run_stage(std::size_t i, const ProgramOperands& operands, char* workspace) const;
 
-  // As Step's, for whoever runs the tasks on threads of its own; `run` is these in one parallel region. The phases of a section are
+  // As Step's, for whoever runs the tasks on threads of its own; `run` is these as one job of a team. The phases of a section are
   // those of one step after the other, for all images; or, depth first, there is one phase, whose tasks are groups of images.
   int phases() const { return int(phases_.size()); }
   i64 tasks(int phase) const { return phases_[std::size_t(phase)].tasks; }

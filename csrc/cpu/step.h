@@ -17,8 +17,8 @@ struct Operands {
   const void* joined = nullptr;  // the input of the joined convolution
 };
 
-// A step is a few phases, one after the other; a phase is many tasks, in any order and on any thread. Between two phases all threads
-// must meet.
+// A step is a few phases, one after the other; a phase is many tasks, in any order and on any thread. A phase begins when all
+// tasks of the one before are done.
 class Step {
  public:
   Step() = default;

@@ -6,13 +6,13 @@
 
 namespace fused_resnet {
 
-// What a team does: a few phases, one after the other, each of many tasks, in any order and on any thread.
+// What a team does: a few phases, one after the other, each of many tasks, in any order and on any thread. A task does not begin a job.
 class Job {
  public:
-  virtual int phases() const = 0;
-  virtual i64 tasks(int phase) const = 0;
-  virtual bool alone(int phase) const = 0;  // whether one thread does the whole phase
-  // Tasks `begin` to `end` of a phase by the thread of this number, 0 <= thread < threads. False: no later phase is begun.
+  virtual int phases() const noexcept = 0;
+  virtual i64 tasks(int phase) const noexcept = 0;
+  virtual bool alone(int phase) const noexcept = 0;  // whether one thread does the whole phase
+  // Tasks begin <= i < end of a phase, at least one, by the thread of this number, 0 <= thread < threads. False: no later phase is begun.
   virtual bool run(int phase, i64 begin, i64 end, int thread) const noexcept = 0;
 
  protected:
@@ -24,12 +24,17 @@ class Job {
 // threads that sleep soon. Where OpenMP's have just been used and spin, they come late.
 enum class Helpers { openmp, own };
 
-// For calls on so many threads between which PyTorch's operators do little: `own` where the machine is crowded.
+// For a program on so many threads, between whose calls PyTorch's operators do little: `own` where the machine is crowded.
 Helpers helpers_between_calls(int threads);
 
-// All phases of `job` on the calling thread, whose number is 0, and at most threads - 1 helpers, as many as the system gives. Nobody waits
-// for one that is late: what it does not do the others do. False: a task returned false. Throws std::bad_alloc, before any work.
-bool run_on_team(const Job& job, int threads, Helpers helpers = Helpers::openmp);
+// For a single step, which may be one of many operators of PyTorch's: `own` only if a program of this thread has just been told so, for
+// changing from one to the other costs more than either.
+Helpers helpers_as_before(int threads);
+
+// All phases of `job` on the calling thread, whose number is 0, and at most threads - 1 helpers, as many as the system gives. What a
+// helper that is late does not do, the others do; only at the end OpenMP waits for each of its own. False: a task returned false. Throws
+// std::bad_alloc, before any work.
+bool run_on_team(const Job& job, int threads, Helpers helpers);
 
 // A step, a program or a part of one, with its operands and its memory: shared_bytes() for all threads together, behind them
 // thread_bytes() for each.
@@ -39,9 +44,9 @@ class WorkJob final : public Job {
   WorkJob(const Work& work, const Operands& operands, char* workspace)
       : work_(work), operands_(operands), shared_(workspace), own_(workspace + work.shared_bytes()), thread_bytes_(work.thread_bytes()) {}
 
-  int phases() const override { return work_.phases(); }
-  i64 tasks(int phase) const override { return work_.tasks(phase); }
-  bool alone(int phase) const override { return work_.alone(phase); }
+  int phases() const noexcept override { return work_.phases(); }
+  i64 tasks(int phase) const noexcept override { return work_.tasks(phase); }
+  bool alone(int phase) const noexcept override { return work_.alone(phase); }
   bool run(int phase, i64 begin, i64 end, int thread) const noexcept override {
     bool finite = true;
     for (i64 i = begin; i < end; ++i) finite = work_.run_task(phase, i, operands_, shared_, own_ + thread * thread_bytes_) && finite;
@@ -63,7 +68,7 @@ bool run_phases(const Work& work, const Operands& operands, int threads, Helpers
 
 // The same in a workspace of the call's own. Throws std::bad_alloc, before any work.
 template <class Work, class Operands>
-bool run_phases(const Work& work, const Operands& operands, int threads, Helpers helpers = Helpers::openmp) {
+bool run_phases(const Work& work, const Operands& operands, int threads, Helpers helpers) {
   const Workspace workspace(work.workspace_bytes());
   return run_phases(work, operands, threads, helpers, workspace.data());
 }

@@ -8,6 +8,7 @@ VECTORS = ("csrc/cpu/vec_avx2.h", "csrc/cpu/vec_avx512.h")
 EXACT = "tests/kernels/test_exact.py::test_awkward_convolutions"
 SPECIAL_INPUT = "tests/kernels/test_winograd_special.py::test_special_input"
 GUARD_BYTES = "tests/kernels/test_memory.py::test_memory[guard bytes]"
+CROWDED = "tests/runtime/test_crowded.py"
 TASKS = "tests/kernels/test_memory.py::test_memory[TSan]"
 
 FAULTS = (
@@ -329,8 +330,8 @@ FAULTS = (
     Fault(
         "team: the child of a fork relies on its parent's threads",
         ("csrc/cpu/team.cpp",),
-        "team_ == nullptr || forks_ != now",
-        "team_ == nullptr",
+        "team_here == nullptr || team_forks != now",
+        "team_here == nullptr",
         (GUARD_BYTES,),
     ),
     Fault(
@@ -353,6 +354,48 @@ FAULTS = (
         "    const FloatControlScope scope(control);\n",
         "",
         (GUARD_BYTES,),
+    ),
+    Fault(
+        "team: a thread goes to sleep while it is called",
+        ("csrc/cpu/team.cpp",),
+        "    changes_.fetch_add(1);\n",
+        "",
+        (TASKS,),
+    ),
+    Fault(
+        "team: those who look are told before there is something to see",
+        ("csrc/cpu/team.cpp",),
+        "    ticket_.store(Ticket(last.sequence + 1, threads, chunks).word());\n    delay();\n    changes_.fetch_add(1);\n",
+        "    changes_.fetch_add(1);\n    delay();\n    ticket_.store(Ticket(last.sequence + 1, threads, chunks).word());\n",
+        (TASKS,),
+    ),
+    Fault(
+        "team: a thread without tasks is given a phase without tasks",
+        ("csrc/cpu/team.cpp",),
+        "if (tasks > 0) all = ",
+        "all = ",
+        (GUARD_BYTES,),
+    ),
+    Fault(
+        "team: it is gone before its thread's last destructor",
+        ("csrc/cpu/team.cpp",),
+        "    team_here = nullptr;\n  }",
+        "  }",
+        ("tests/kernels/test_memory.py::test_memory[ASan + UBSan]",),
+    ),
+    Fault(
+        "team: programs never look whether the machine is crowded",
+        ("csrc/cpu/program_run.cpp",),
+        "helpers_between_calls(threads_)",
+        "helpers_as_before(threads_)",
+        (CROWDED,),
+    ),
+    Fault(
+        "team: OpenMP's places are forgotten",
+        ("csrc/cpu/team.cpp",),
+        " || omp_get_proc_bind() != omp_proc_bind_false; }",
+        "; }",
+        (CROWDED,),
     ),
     Fault(
         "team: once crowded, for ever crowded",

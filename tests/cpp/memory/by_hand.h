@@ -76,9 +76,9 @@ bool by_team(const Work& work, const Operands& operands) {
         memory_.back()->fill(0xff);
       }
     }
-    int phases() const override { return work_.phases(); }
-    i64 tasks(int phase) const override { return work_.tasks(phase); }
-    bool alone(int phase) const override { return work_.alone(phase); }
+    int phases() const noexcept override { return work_.phases(); }
+    i64 tasks(int phase) const noexcept override { return work_.tasks(phase); }
+    bool alone(int phase) const noexcept override { return work_.alone(phase); }
     bool run(int phase, i64 begin, i64 end, int thread) const noexcept override {
       bool finite = true;
       for (i64 i = begin; i < end; ++i) {

@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <cstdlib>
 #include <memory>
 #include <random>
 #include <thread>
@@ -29,6 +30,11 @@ constexpr bool kThreadSanitizer = true;  // without OpenMP, and no threads in th
 #else
 constexpr bool kThreadSanitizer = false;
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kAddressSanitizer = true;
+#else
+constexpr bool kAddressSanitizer = false;
+#endif
 
 // Each task reads two values of the phase before and writes one, without any order but the team's.
 class Sums final : public Job {
@@ -41,14 +47,17 @@ class Sums final : public Job {
     if (random() % 3 == 0) fails_in_ = int(random() % 6);
   }
 
-  int phases() const override { return int(phases_.size()); }
-  i64 tasks(int phase) const override { return i64(at(phase).values.size()); }
-  bool alone(int phase) const override { return at(phase).alone; }
+  int phases() const noexcept override { return int(phases_.size()); }
+  i64 tasks(int phase) const noexcept override { return i64(at(phase).values.size()); }
+  bool alone(int phase) const noexcept override { return at(phase).alone; }
   bool run(int phase, i64 begin, i64 end, int thread) const noexcept override {
     if (busy_[std::size_t(thread)].exchange(true)) shared_number_ = true;
     for (i64 i = begin; i < end; ++i) {
       at(phase).values[std::size_t(i)] = value(phase, i) + (at(phase).threads[std::size_t(i)] < 0 ? 0 : 1 << 20);
       at(phase).threads[std::size_t(i)] = thread;
+    }
+    const auto later = std::chrono::steady_clock::now() + std::chrono::microseconds((phase * 7 + begin) % 8 == 0 ? begin * 5 % 64 : 0);
+    while (std::chrono::steady_clock::now() < later) {  // now and then so long that the others sleep
     }
     busy_[std::size_t(thread)] = false;
     return phase != fails_in_ || begin > 0;
@@ -115,9 +124,9 @@ float half_a_denormal() {
 class Rendezvous final : public Job {
  public:
   explicit Rendezvous(int threads) : denormals(std::size_t(threads)), threads_(threads) {}
-  int phases() const override { return 1; }
-  i64 tasks(int) const override { return threads_; }
-  bool alone(int) const override { return false; }
+  int phases() const noexcept override { return 1; }
+  i64 tasks(int) const noexcept override { return threads_; }
+  bool alone(int) const noexcept override { return false; }
   bool run(int, i64 begin, i64, int) const noexcept override {
     ++begun_;
     const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(20);
@@ -182,15 +191,52 @@ void forks() {
   if (kThreadSanitizer) return;
   describe("team: forks");
   several_jobs(7, 20, true);
-  const pid_t child = fork();
-  if (child == 0) {
+  // The child ends by the whole of exit(), where it does not look like a leak that the parent's team is forgotten.
+  const auto child_does = [](const auto& work) {
+    const pid_t child = fork();
+    if (child == 0) {
+      const int status = work() ? 0 : 1;
+      kAddressSanitizer ? _exit(status) : std::exit(status);
+    }
+    int status = -1;
+    return child > 0 && waitpid(child, &status, 0) == child && status == 0;
+  };
+  const auto uses_threads = [] {
     const Rendezvous job(3);
-    _exit(run_on_team(job, 3, Helpers::own) && several_jobs(8, 20, true) ? 0 : 1);
-  }
-  int status = -1;
-  expect(child > 0 && waitpid(child, &status, 0) == child && status == 0, "the child has threads of its own");
+    return run_on_team(job, 3, Helpers::own) && several_jobs(8, 20, true);
+  };
+  expect(child_does(uses_threads), "the child has threads of its own");
+  expect(child_does([] { return true; }), "a child that calls nothing ends");
+  bool from_another = false;
+  std::atomic<bool> enough{false};
+  std::thread busy([&] {
+    while (!enough) several_jobs(10, 5, true);
+  });
+  std::thread([&] { from_another = child_does(uses_threads); }).join();  // a thread that has no team
+  expect(from_another && child_does(uses_threads), "a child whose parent was at work in another thread");
+  enough = true;
+  busy.join();
   const Rendezvous job(4);
   expect(run_on_team(job, 4, Helpers::own) && several_jobs(9, 20, true), "the parent still has its threads");
+}
+
+// Destroyed when its thread ends, after the team, which was made later.
+struct Late {
+  std::atomic<bool>* good = nullptr;
+  ~Late() {
+    if (good != nullptr) *good = several_jobs(12, 10, true);
+  }
+};
+
+void after_the_team() {
+  describe("team: a destructor that has work for it");
+  std::atomic<bool> good{false};
+  std::thread([&] {
+    thread_local Late late;
+    late.good = &good;
+    several_jobs(13, 10, true);
+  }).join();
+  expect(good, "a team is there whenever it is wanted");
 }
 
 // In a thread of its own, whose team has no helpers yet.
@@ -234,7 +280,9 @@ void crowding() {
   expect(!busy.update(after(60, 50, 40)), "too early to say");
   expect(busy.update(after(400, 150, 40)), "a thread that loses its core every few milliseconds");
   expect(busy.update(after(2300, 900, 40)), "it stays for a while");
+  expect(busy.holds(after(2300, 0, 0).wall) && !busy.holds(after(2500, 0, 0).wall), "for two seconds");
   expect(!busy.update(after(2500, 1000, 300)), "and is looked at afresh: what was meanwhile does not count");
+  expect(!busy.holds(after(2510, 0, 0).wall), "until then nothing is known");
   expect(!busy.update(after(2700, 1200, 304)), "the others have gone");
   expect(busy.update(after(3000, 1350, 340)), "and come back");
 }
@@ -243,9 +291,11 @@ void crowding() {
 
 void teams() {
   if (!take(true)) return;
-  const int jobs = kThreadSanitizer ? 150 : 600;
-  describe("team: one job after the other");
-  expect(several_jobs(case_seed(), jobs, kThreadSanitizer), "every task once and in order");
+  alarm(120);  // a thread that is never woken ends the program
+  for (unsigned i = 0; i < 8; ++i) {
+    describe("team: one job after the other, seed %u", case_seed() + i);
+    expect(several_jobs(case_seed() + i, kThreadSanitizer ? 60 : 200, kThreadSanitizer), "every task once and in order");
+  }
   everybody_comes(Helpers::own);
   if (!kThreadSanitizer) everybody_comes(Helpers::openmp);
 #if defined(__x86_64__)
@@ -254,8 +304,10 @@ void teams() {
 #endif
   many_callers();
   forks();
+  after_the_team();
   no_threads_left();
   crowding();
+  alarm(0);
 }
 
 }  // namespace memory
