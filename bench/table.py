@@ -102,22 +102,20 @@ def figures() -> str:
         f"Peak resident memory of a process with a converted ResNet-50 over eager's: {peaks}. What is more is the packed weights, beside the "
         "parameters that a checkpoint needs. (`bench/memory.py`)"
     )
-    parts += [crowded("crowded.json"), crowded("crowded_passive.json")]
+    parts.append(crowded())
     return "\n\n".join(parts)
 
 
-def crowded(name: str) -> str:
+def crowded() -> str:
     """What several processes on one machine compute together."""
-    data = load(name)
+    data = load("crowded.json")
     settings, medians = data["settings"], {name: statistics.median(found) for name, found in data["images"].items()}
     found = {title: max([medians[name] for name in names if name in medians], default=None) for title, names in COLUMNS.items()}
     counts = ", ".join(f"{title} {count:.0f}" for title, count in found.items() if count is not None)
-    policy = settings["OMP_WAIT_POLICY"]
-    how = "default settings" if policy is None else f"`OMP_WAIT_POLICY={policy}`"
     return (
         f"A crowded machine: {settings['processes']} processes of {settings['threads']} threads each on {data['machine']['cores']} cores, "
-        f"{settings['model']}, batch 1, {how}, images of all of them in {settings['seconds']:g} s: {counts}. "
-        f"({machine(data)}, medians of {settings['rounds']} rounds in turn, `bench/crowded.py`, `bench/results/{name}`)"
+        f"{settings['model']}, batch 1, default settings, images of all of them in {settings['seconds']:g} s: {counts}. "
+        f"({machine(data)}, medians of {settings['rounds']} rounds in turn, `bench/crowded.py`, `bench/results/crowded.json`)"
     )
 
 
