@@ -110,6 +110,8 @@ def crowded() -> str:
     """What several processes on one machine compute together."""
     data = load("crowded.json")
     settings, medians = data["settings"], {name: statistics.median(found) for name, found in data["images"].items()}
+    if settings["OMP_WAIT_POLICY"] is not None:
+        raise SystemExit("crowded.json is not of a run with default settings: OMP_WAIT_POLICY was set")
     found = {title: max([medians[name] for name in names if name in medians], default=None) for title, names in COLUMNS.items()}
     counts = ", ".join(f"{title} {count:.0f}" for title, count in found.items() if count is not None)
     return (
