@@ -223,6 +223,30 @@ def test_layouts_in_turn_that_pack_a_weight_in_two_ways(what: str) -> None:
     assert [len(found) for found in packings.values()] == [2, 2]
 
 
+@pytest.mark.parametrize("what", ["conv1.weight", "bn2.running_var"])
+def test_a_weight_that_changes_while_another_layout_is_packed(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another thread may: the calls of the first layout are of the old weight, and go."""
+    block = randomise(_plain.BasicBlock(64, 64)).eval()
+    converted = torch.nn.Sequential(copy.deepcopy(block))
+    fuse_(converted)
+    first, second = torch.randn(1, 64, 8, 8), torch.randn(2, 64, 28, 28)
+    pack = program.run
+
+    def change_and_pack(*arguments: Any) -> Any:
+        for model in (block, converted[0]):
+            model.state_dict(keep_vars=True)[what].mul_(1.5)
+        return pack(*arguments)
+
+    with torch.no_grad():
+        for some in (first, first):
+            assert_same(converted[0], block, some)
+        with monkeypatch.context() as patch:
+            patch.setattr(program, "run", change_and_pack)
+            converted[0](second)
+        for some in (first, second, first):
+            assert_same(converted[0], block, some)
+
+
 def test_two_networks_with_the_same_blocks(x: Tensor) -> None:
     """Each is what it is by itself; what is written to a weight is seen by both; the blocks outlive either."""
     original, converted = pair(x)
