@@ -29,6 +29,7 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
 # Flags beyond the common ones. GCC 12's AVX-512 headers trip -Wmaybe-uninitialized by themselves.
 SOURCES: dict[str, list[str]] = {
     "csrc/bindings.cpp": ["-O2"],
+    "csrc/bindings_training.cpp": ["-O2"],
     "csrc/facts.cpp": ["-O2"],
     "csrc/watch.cpp": ["-O2"],
     "csrc/cpu/algorithm.cpp": ["-O2"],
@@ -36,6 +37,8 @@ SOURCES: dict[str, list[str]] = {
     "csrc/cpu/direct_convolution.cpp": ["-O3"],
     "csrc/cpu/dispatch.cpp": ["-O2"],
     "csrc/cpu/fingerprint.cpp": ["-O3"],
+    "csrc/cpu/fresh_convolution.cpp": ["-O2"],
+    "csrc/cpu/input_gradient.cpp": ["-O2"],
     "csrc/cpu/max_pool.cpp": ["-O2"],
     "csrc/cpu/mean_pool.cpp": ["-O2"],
     "csrc/cpu/network.cpp": ["-O2"],
@@ -50,6 +53,7 @@ SOURCES: dict[str, list[str]] = {
     **({"csrc/cpu/isa_avx512.cpp": ["-O3", "-Wno-maybe-uninitialized", *AVX512]} if X86 else {}),
     **({"csrc/cpu/isa_avx512_bf16.cpp": ["-O3", "-Wno-maybe-uninitialized", "-mavx512bf16", *AVX512]} if X86 else {}),
 }
+KNOW_PYTHON = ("csrc/bindings.cpp", "csrc/bindings_training.cpp", "csrc/facts.cpp", "csrc/watch.cpp")
 # -ffp-contract=off: the scalar kernels multiply and add wherever they are compiled; the others call FMA by name.
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-ffp-contract=off", "-Wall", "-Wextra"]
 
@@ -136,7 +140,7 @@ def targets(name: str, wanted: list[str]) -> list[str]:
 
 
 def cpu_units() -> list[Unit]:
-    includes = dict.fromkeys(("csrc/bindings.cpp", "csrc/facts.cpp", "csrc/watch.cpp"), python_includes())
+    includes = dict.fromkeys(KNOW_PYTHON, python_includes())
     return [Unit("compile", source, [*includes.get(source, []), *flags]) for source, flags in SOURCES.items()]
 
 

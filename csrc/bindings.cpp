@@ -1,5 +1,5 @@
-// The compiled module: the only file that knows Python, beside facts.cpp and watch.cpp. Shapes, strides and pointers come in as integers; the
-// Python side has checked the tensors that they belong to. The GIL is released while a kernel runs.
+// The compiled module: the only file that knows Python, beside bindings_training.cpp, facts.cpp and watch.cpp. Shapes, strides and pointers
+// come in as integers; the Python side has checked the tensors that they belong to. The GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -18,43 +18,25 @@
 #include "facts.h"
 #include "python_shapes.h"
 #include "watch.h"
+#include "words.h"
 
 namespace py = pybind11;
 namespace fr = fused_resnet;
 using fr::i64;
+using fr::dtype;
 using fr::Four;
 using fr::Pointer;
+using fr::request;
 using fr::Two;
 using fr::in;
 using fr::out;
 using fr::strides;
 
+void bind_training(py::module_& m);  // bindings_training.cpp
+
 namespace {
 
-constexpr int kInterface = 9;  // fused_resnet/_extension.py holds the same number
-
-fr::DType dtype(const std::string& name) {
-  if (name == "float32") return fr::DType::float32;
-  if (name == "float64") return fr::DType::float64;
-  if (name == "bfloat16") return fr::DType::bfloat16;
-  throw std::invalid_argument("dtype must be float32, float64 or bfloat16, got '" + name + "'");
-}
-
-fr::Request request(const std::string& algorithm, bool strict) {
-  fr::Request r;
-  r.strict = strict;
-  r.automatic = algorithm == "auto";
-  if (algorithm == "direct" || r.automatic) {
-    r.algorithm = fr::Algorithm::direct;
-  } else if (algorithm == "winograd2") {
-    r.algorithm = fr::Algorithm::winograd2;
-  } else if (algorithm == "winograd4") {
-    r.algorithm = fr::Algorithm::winograd4;
-  } else {
-    throw std::invalid_argument("algorithm must be auto, direct, winograd2 or winograd4, got '" + algorithm + "'");
-  }
-  return r;
-}
+constexpr int kInterface = 10;  // fused_resnet/_extension.py holds the same number
 
 std::unique_ptr<fr::Convolution> convolution(const std::string& type, const Four& input, const Four& weight, const Four& output,
                             const Two& stride, const Two& pad, const Two& dilation, const Four& input_strides,
@@ -96,14 +78,6 @@ struct Weights {
 fr::ProgramOperands operands_of(const fr::Program& program, const Weights& weights, const void* const* inputs, Pointer output) {
   if (weights.weight.size() != program.convolutions()) throw std::invalid_argument("the weights of another program");
   return {inputs, weights.weight.data(), weights.bias.data(), out(output)};
-}
-
-const char* algorithm_name(const fr::Convolution& c) {
-  switch (c.choice().algorithm) {
-    case fr::Algorithm::winograd2: return "winograd2";
-    case fr::Algorithm::winograd4: return "winograd4";
-    default: return "direct";
-  }
 }
 
 // rows: (kind, place, name, value) as fused_resnet/graph/facts.py makes them; missing: what stands for no value there.
@@ -192,7 +166,7 @@ PYBIND11_MODULE(_cpu, m) {
       .def(
           "run",
           [](const fr::Convolution& c, Pointer x, Pointer weight, Pointer bias, Pointer shortcut, Pointer y) {
-            return c.run({in(x), in(weight), in(bias), in(shortcut), out(y)});
+            return c.run({in(x), in(weight), in(bias), in(shortcut), out(y), nullptr, {}});
           },
           py::arg("input"), py::arg("packed_weight"), py::arg("bias"), py::arg("shortcut"), py::arg("output"),
           py::call_guard<py::gil_scoped_release>())
@@ -208,10 +182,11 @@ PYBIND11_MODULE(_cpu, m) {
       .def_property_readonly("packing", &fr::Convolution::packing)
       .def_property_readonly("workspace_bytes", &fr::Convolution::workspace_bytes)
       .def_property_readonly("isa", &fr::Convolution::isa)
-      .def_property_readonly("algorithm", &algorithm_name)
+      .def_property_readonly("algorithm", [](const fr::Convolution& c) { return fr::word(c.choice().algorithm); })
       .def("describe", &fr::Convolution::describe)
       .def_property_readonly("reason", [](const fr::Convolution& c) { return c.choice().reason; });
 
+  bind_training(m);
   py::class_<fr::Network>(m, "Network")
       .def(py::init<i64>(), py::arg("images"))
       .def(

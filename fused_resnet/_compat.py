@@ -50,6 +50,8 @@ tracing_state: Callable[[], Any] = _find("_C._get_tracing_state", _always(True))
 is_traced: Callable[[], bool] = _find("_C._is_tracing", _always(True))
 # The innermost transform of torch.func; None: there is none.
 functorch_level: Callable[[], Any] = _find("_C._functorch.peek_interpreter_stack", _always(True))
+# Whether a tensor is one of the batched ones of torch's older vmap, by which autograd batches gradients (is_grads_batched, vectorize).
+_is_batched: Callable[[Tensor], bool] = _find("_C._functorch.is_legacy_batchedtensor", _always(True))
 _function_mode_stack: Callable[[], list[Any]] = _find("overrides._get_current_function_mode_stack", lambda: [None])
 _DeviceContext: Any = _find("utils._device.DeviceContext", ())
 
@@ -139,8 +141,9 @@ def nobody_listens(*tensors: Any, but_for_profiler: bool = False) -> bool:
 
 
 def is_in_memory(t: Tensor) -> bool:
-    """Whether the tensor's values are what its memory holds: not their negatives, as in ``.conj().imag``, nor zeros that have no memory."""
-    return not (t.is_neg() or t._is_zerotensor())
+    """Whether the tensor's values are what its memory holds: not their negatives, as in ``.conj().imag``, nor zeros that have no memory, nor
+    a batch that is hidden from whoever computes with it."""
+    return not (t.is_neg() or t._is_zerotensor() or _is_batched(t))
 
 
 # Context managers: operators called inside skip autograd, or autocast.

@@ -18,6 +18,14 @@ constexpr double kShareWeights = 1.2;
 // Winograd's transforms of one tile and one vector of channels, input or output, in FMA slots for each position: about twice
 // the instructions, for they load and store as much as they calculate.
 constexpr double kTransformSlots = 8;
+// Slots that it takes to transform a register of weights, for each position; and to pack one as it is. Measured on one core of a Zen 5:
+// 130 ns for 36 positions, 2.4 ns.
+constexpr double kWeightSlots = 30, kPackSlots = 20;
+// So many tasks at most transform the same weights: the way of the transformed ones through memory and between two cores' caches takes about
+// as long as the transform.
+constexpr i64 kMostTransforms = 2;
+// Of the L2 cache, for the products of a task that transforms its weights, and these.
+constexpr double kFreshShare = 0.75;
 // Bytes that come from the L3 cache and from memory while one FMA issues. Measured on one core: with registers of 64 bytes on AMD
 // Zen 5 (97 and 41 GB/s, 8.3e9 FMAs a second); with those of 32 between AMD Zen 3 (43 and 19.5 GB/s, 6.5e9) and Zen 1 (50 and 13.5
 // GB/s, 2.5e9). On an Intel Xeon of 2023 (L2 cache of 2 MiB, 5.6e9) what these kernels get is 16 and 10.7 GB/s, for a prefetch waits
@@ -67,7 +75,8 @@ namespace {
 struct Cost {
   double arithmetic = 0;  // FMAs and what waits for them
   double weights = 0;     // the packed weights on their way to the L2 cache, while the FMAs run
-  double total() const { return std::max(arithmetic, weights); }
+  double packing = 0;     // of fresh ones
+  double total() const { return std::max(arithmetic, weights) + packing; }
 };
 
 // FMA slots of one step of a register tile: its FMAs; or its loads, two at a time as the FMAs; or the latency of an FMA.
@@ -105,13 +114,14 @@ double weight_slots(double bytes, double passes, const DTypeKernels& kernels, co
   return passes * bytes / (bytes < 0.5 * double(std::min(caches.l3, kUsableL3)) ? b.l3 : b.memory);
 }
 
-Cost direct_cost(const ConvShape& s, const DTypeKernels& kernels, const CacheSizes& caches) {
+Cost direct_cost(const ConvShape& s, const DTypeKernels& kernels, const CacheSizes& caches, bool fresh) {
   const double pixels = double(s.n) * double(s.p) * double(s.q);
   const double reduction = elements(s.c, kernels) * double(s.r) * double(s.s) + elements(s.joined.c, kernels);
   const double vectors = std::ceil(double(s.k) / kernels.vector) * kernels.vector;
   Cost cost;
   cost.arithmetic = product_slots(pixels, cut_panels(s.k, kernels, kernels.vectors), kernels, reduction);
   cost.weights = weight_slots(vectors * reduction * kernels.accumulator_bytes, 1, kernels, caches);
+  if (fresh) cost.packing = vectors / kernels.vector * reduction * kPackSlots;
   return cost;
 }
 
@@ -127,9 +137,16 @@ Cost winograd_cost(const ConvShape& s, const WinogradBlocking& b, double passes,
   return cost;
 }
 
-Cost winograd_cost(const ConvShape& s, Algorithm algorithm, const DTypeKernels& kernels, const CacheSizes& caches) {
-  const WinogradBlocking b = choose_winograd_blocking(s, algorithm, kernels, caches, 1);
-  return winograd_cost(s, b, double(b.tile_parts), kernels, caches);
+Cost winograd_cost(const ConvShape& s, Algorithm algorithm, const DTypeKernels& kernels, const CacheSizes& caches, bool fresh) {
+  const WinogradBlocking b = choose_winograd_blocking(s, algorithm, kernels, caches, 1, fresh);
+  Cost cost = winograd_cost(s, b, double(b.tile_parts), kernels, caches);
+  if (!fresh) return cost;
+  cost.packing = std::ceil(double(s.k) / kernels.vector) * double(s.c) * double(b.positions()) * kWeightSlots;
+  if (b.chunk) {
+    cost.packing *= double(b.tile_parts);
+    cost.weights = 0;
+  }
+  return cost;
 }
 
 std::string two_digits(double value) {
@@ -142,6 +159,7 @@ std::string two_digits(double value) {
 
 Choice choose_algorithm(const ConvShape& s, const DTypeKernels& kernels, const CacheSizes& caches, const Request& request) {
   Choice choice;
+  choice.fresh = request.fresh;
   if (s.empty()) {
     choice.reason = "the output is empty";
     return choice;
@@ -161,8 +179,8 @@ Choice choose_algorithm(const ConvShape& s, const DTypeKernels& kernels, const C
     choice.reason = "direct: float64 is for precision";
     return choice;
   }
-  const double direct = direct_cost(s, kernels, caches).total();
-  const double two = winograd_cost(s, Algorithm::winograd2, kernels, caches).total() / direct;
+  const double direct = direct_cost(s, kernels, caches, request.fresh).total();
+  const double two = winograd_cost(s, Algorithm::winograd2, kernels, caches, request.fresh).total() / direct;
   choice.reason = "estimated time over direct: F(2x2, 3x3) " + two_digits(two);
   double four = 1;
   if (kernels.group > 1) {
@@ -174,7 +192,7 @@ Choice choose_algorithm(const ConvShape& s, const DTypeKernels& kernels, const C
     return choice;
   }
   if (four_fits) {
-    four = winograd_cost(s, Algorithm::winograd4, kernels, caches).total() / direct;
+    four = winograd_cost(s, Algorithm::winograd4, kernels, caches, request.fresh).total() / direct;
     choice.reason += ", F(4x4, 3x3) " + two_digits(four);
     if (request.strict) choice.reason += " (not with strict numerics)";
   }
@@ -186,8 +204,33 @@ Choice choose_algorithm(const ConvShape& s, const DTypeKernels& kernels, const C
   return choice;
 }
 
+namespace {
+
+// A task is one panel of output channels, whose weights it transforms, and as many tiles as it has products of in the L2 cache. False: too many
+// tasks would transform the same, or there is one panel, whose tiles the threads share.
+bool choose_fresh_blocking(WinogradBlocking& b, const ConvShape& s, i64 all, const DTypeKernels& kernels, const CacheSizes& caches,
+                           int threads) {
+  const Panels cut = cut_panels(s.k, kernels, std::min(kernels.vectors, 2));
+  if (cut.count() < 2) return false;
+  const double per_element = double(b.positions()) * double(cut.channels) * double(kernels.accumulator_bytes);  // of a tile, or of a channel
+  const i64 fit = i64(kFreshShare * double(caches.l2) / per_element), block = kernels.vector;
+  const i64 parts = std::max(ceil_div(all, std::max<i64>(fit - 2 * block, 1)), ceil_div(threads, cut.count()));
+  if (parts > kMostTransforms) return false;
+  b.cut = cut;
+  b.shared = true;
+  b.tiles = ceil_div(all, parts);
+  b.tile_parts = ceil_div(all, b.tiles);
+  b.panels = 1;
+  b.panel_parts = cut.count();
+  // Elements of A: whole blocks, two at least, for the products come from memory and go back with each chunk.
+  b.chunk = std::clamp<i64>((fit - b.tiles) / block, 2, 8) * block;
+  return true;
+}
+
+}  // namespace
+
 WinogradBlocking choose_winograd_blocking(const ConvShape& s, Algorithm algorithm, const DTypeKernels& kernels,
-                                          const CacheSizes& caches, int threads) {
+                                          const CacheSizes& caches, int threads, bool fresh) {
   const WinogradKernels& winograd = *winograd_kernels(s, algorithm, kernels);
   WinogradBlocking b;
   b.m = winograd.m;
@@ -202,6 +245,7 @@ WinogradBlocking choose_winograd_blocking(const ConvShape& s, Algorithm algorith
     const double per_tile = double(b.positions()) * double(channels + cut.channels) * double(bytes);
     return std::max<i64>(i64(kWinogradShare * double(caches.l2) / per_tile), 1);
   };
+  if (fresh && all > 0 && choose_fresh_blocking(b, s, all, kernels, caches, threads)) return b;
   const i64 few = 2 * kernels.rows[1];
   // Wide panels need fewer loads for a product, but their tiles have fewer rows, so that a position's weights are read more often:
   // from the L1 cache, or not at all. And narrow ones leave room for more tiles. Whatever the number of tiles: a packed weight serves
@@ -237,7 +281,8 @@ WinogradBlocking choose_winograd_blocking(const ConvShape& s, Algorithm algorith
 std::string WinogradBlocking::describe() const {
   const auto n = [](i64 value) { return std::to_string(value); };
   return "Winograd F(" + n(m) + "x" + n(m) + ", 3x3)" + (step > m ? " with stride 2" : "") + ": tasks of " + n(tiles) + " tile(s) x " + n(panels) + " panel(s), " +
-         n(tasks()) + " task(s)" + (shared ? ", the input transformed first" : "");
+         n(tasks()) + " task(s)" + (shared ? ", the input transformed first" : "") +
+         (chunk ? ", the weights as they are wanted" : "");
 }
 
 bool readable_in_place(const ConvShape& s, const DTypeKernels& kernels) {

@@ -16,11 +16,13 @@ struct Request {
   bool automatic = true;
   Algorithm algorithm = Algorithm::direct;
   bool strict = false;  // no F(4x4, 3x3)
+  bool fresh = false;   // the weight is used once: what packing it costs counts, and tasks may transform it as they go
 };
 
 struct Choice {
   Algorithm algorithm = Algorithm::direct;
   std::string reason;  // a sentence
+  bool fresh = false;  // as requested
 };
 
 // Whatever the number of threads, so that the result does not depend on it.
@@ -35,7 +37,8 @@ double serial_macs(const DTypeKernels& kernels);
 bool streams_weights(const ConvShape& shape, const DTypeKernels& kernels);
 
 // Winograd: runs of tiles, times ranges of panels of output channels. Either one phase, whose tasks each transform the input of
-// their tiles for themselves; or two, the first of which transforms the whole input for the tasks of the second.
+// their tiles for themselves; or two, the first of which transforms the whole input for the tasks of the second. A fresh weight is
+// transformed by each task as it goes where so few tasks want the same panel that this costs less than its way through memory.
 struct WinogradBlocking {
   int m = 4, step = 4, alpha = 6;
   i64 rows = 0, cols = 0;    // tiles of one image
@@ -43,6 +46,7 @@ struct WinogradBlocking {
   i64 tiles = 1;             // of one task
   i64 panels = 1;            // of one task
   bool shared = false;       // two phases
+  i64 chunk = 0;             // not 0: a task transforms its panels' weights itself, so many channels at a time
   i64 tile_parts = 1, panel_parts = 1;
 
   i64 positions() const { return alpha * alpha; }
@@ -51,7 +55,7 @@ struct WinogradBlocking {
 };
 
 WinogradBlocking choose_winograd_blocking(const ConvShape& shape, Algorithm algorithm, const DTypeKernels& kernels,
-                                          const CacheSizes& caches, int threads);
+                                          const CacheSizes& caches, int threads, bool fresh = false);
 
 // The kernels that compute the shape with this algorithm; null where there are none.
 const WinogradKernels* winograd_kernels(const ConvShape& shape, Algorithm algorithm, const DTypeKernels& kernels);

@@ -1,6 +1,7 @@
 #include "convolution.h"
 
 #include <algorithm>
+#include <atomic>
 
 #include "team.h"
 #include "direct_convolution.h"
@@ -8,6 +9,12 @@
 #include "winograd_convolution.h"
 
 namespace fused_resnet {
+namespace {
+
+constexpr i64 kPackChannels = 16;      // input channels of a task of packing: a multiple of any group
+constexpr i64 kSerialWeights = 65536;  // below this many weights waking threads costs more than it saves
+
+}  // namespace
 
 Convolution::Convolution(const ConvShape& shape, DType dtype, int threads, const Choice& choice)
     : shape_(shape),
@@ -31,7 +38,33 @@ std::unique_ptr<Convolution> Convolution::make(const ConvShape& shape, DType dty
 
 bool Convolution::pack(const WeightView& weight, const WeightView& joined, void* out) const {
   prefer_huge_pages(out, packed_bytes());
-  return write_packed(weight, joined, out);
+  std::atomic<bool> finite{true};
+  parallel_for(pack_tasks(), shape_.k * shape_.reduction() > kSerialWeights ? threads_ : 1, [&](i64 i) {
+    if (!pack_task(i, weight, joined, out)) finite = false;
+  });
+  return finite || choice_.algorithm == Algorithm::direct;
+}
+
+i64 Convolution::pack_parts() const { return (shape_.c + kPackChannels - 1) / kPackChannels; }
+
+bool Convolution::pack_task(i64 index, const WeightView& weight, const WeightView& joined, void* out) const noexcept {
+  const i64 begin = index % pack_parts() * kPackChannels;
+  return write_packed(index / pack_parts(), begin, std::min(begin + kPackChannels, shape_.c), weight, joined, out);
+}
+
+PackWeightArgs Convolution::pack_args(i64 panel, i64 begin, i64 end, const WeightView& weight) const {
+  PackWeightArgs a;
+  a.weight = weight.data;
+  a.stride = weight.stride;
+  a.k = shape_.k;
+  a.c = shape_.c;
+  a.r = shape_.r;
+  a.s = shape_.s;
+  a.k_begin = packed_.begin(panel);
+  a.width = packed_.width(panel);
+  a.c_begin = begin;
+  a.c_end = end;
+  return a;
 }
 
 std::string Convolution::packing_of(const std::string& algorithm, const Panels& cut) const {

@@ -9,12 +9,6 @@
 
 namespace fused_resnet {
 
-// A weight as it is in memory; stride: n of K, c of C, h of R, w of S.
-struct WeightView {
-  const void* data = nullptr;
-  Strides stride;
-};
-
 class Convolution : public Step {
  public:
   // Throws std::invalid_argument or std::overflow_error for a shape that cannot be computed.
@@ -28,6 +22,10 @@ class Convolution : public Step {
   // Writes the packed weight, packed_bytes() bytes. False: it is of no use, because a value that this algorithm derives from
   // the weight is not finite; only direct convolution gives then what the definition says. `joined`: of a joined convolution.
   bool pack(const WeightView& weight, const WeightView& joined, void* out) const;
+  // The same as tasks, in any order and on any thread. None: nothing is to be packed, Operands::fresh is read. False: also where a weight of
+  // a direct convolution is not finite.
+  i64 pack_tasks() const { return packed_.count() * pack_parts(); }
+  bool pack_task(i64 index, const WeightView& weight, const WeightView& joined, void* out) const noexcept;
   virtual i64 packed_bytes() const = 0;
   // Everything that the packed weight depends on besides the weight's values: two convolutions whose texts are equal read the same bytes.
   virtual std::string packing() const = 0;
@@ -48,13 +46,20 @@ class Convolution : public Step {
   // The part of packing() that all algorithms share.
   std::string packing_of(const std::string& algorithm, const Panels& cut) const;
 
-  virtual bool write_packed(const WeightView& weight, const WeightView& joined, void* out) const = 0;
+  // Input channels [begin, end) of one panel. `joined`: of the joined convolution, as above, where `end` is the last of the others.
+  virtual bool write_packed(i64 panel, i64 begin, i64 end, const WeightView& weight, const WeightView& joined, void* out) const noexcept = 0;
+  // The arguments of that, but for `out`.
+  PackWeightArgs pack_args(i64 panel, i64 begin, i64 end, const WeightView& weight) const;
 
   ConvShape shape_;
   const DTypeKernels* kernels_;
   const char* isa_;
   int threads_;
   Choice choice_;
+  Panels packed_;  // of the packed weight
+
+ private:
+  i64 pack_parts() const;  // of each panel
 };
 
 }  // namespace fused_resnet

@@ -22,6 +22,7 @@ struct DirectConvolution::Task {
 DirectConvolution::DirectConvolution(const ConvShape& shape, DType dtype, int threads, const Choice& choice)
     : Convolution(shape, dtype, threads, choice) {
   blocking_ = choose_blocking(shape_, *kernels_, cache_sizes(), threads_);
+  packed_ = blocking_.cut;
   packed_bytes();  // throws, before the reduction is cut into pieces, where it could never be held
   if (shape_.empty()) return;
   threads_ = int(std::min<i64>(threads_, blocking_.tasks()));
@@ -79,30 +80,20 @@ std::string DirectConvolution::packing() const {
   return packing_of("direct", blocking_.cut) + ", joined " + std::to_string(shape_.joined.c);
 }
 
-bool DirectConvolution::write_packed(const WeightView& weight, const WeightView& joined, void* out) const {
-  const i64 reduction = blocking_.channels * shape_.r * shape_.s + blocking_.joined;
-  const i64 elements = shape_.k * reduction;
-  parallel_for(blocking_.cut.count(), elements > 65536 ? threads_ : 1, [&](i64 p) {
-    PackWeightArgs a;
-    a.weight = weight.data;
-    a.stride = weight.stride;
-    a.k = shape_.k;
-    a.c = shape_.c;
-    a.r = shape_.r;
-    a.s = shape_.s;
-    a.k_begin = blocking_.cut.begin(p);
-    a.width = blocking_.cut.width(p);
-    a.out = static_cast<char*>(out) + a.k_begin * reduction * kernels_->accumulator_bytes;
-    kernels_->pack_weight(a);
-    if (shape_.joined.c == 0) return;
-    a.out = static_cast<char*>(a.out) + (reduction - blocking_.joined) * a.width * kernels_->accumulator_bytes;
-    a.weight = joined.data;
-    a.stride = joined.stride;
-    a.c = shape_.joined.c;
-    a.r = a.s = 1;
-    kernels_->pack_weight(a);
-  });
-  return true;
+bool DirectConvolution::write_packed(i64 panel, i64 begin, i64 end, const WeightView& weight, const WeightView& joined,
+                                     void* out) const noexcept {
+  const i64 main = blocking_.channels * shape_.r * shape_.s, bytes = kernels_->accumulator_bytes;
+  PackWeightArgs a = pack_args(panel, begin, end, weight);
+  a.out = static_cast<char*>(out) + a.k_begin * (main + blocking_.joined) * bytes;
+  const bool finite = kernels_->pack_weight(a);
+  if (shape_.joined.c == 0 || end != shape_.c) return finite;
+  a.out = static_cast<char*>(a.out) + main * a.width * bytes;
+  a.weight = joined.data;
+  a.stride = joined.stride;
+  a.c = a.c_end = shape_.joined.c;
+  a.c_begin = 0;
+  a.r = a.s = 1;
+  return kernels_->pack_weight(a) && finite;
 }
 
 DirectConvolution::Task DirectConvolution::task(i64 index) const {

@@ -21,7 +21,7 @@ class DirectConvolution final : public Convolution {
   i64 thread_bytes() const override { return workspace_; }
 
  private:
-  bool write_packed(const WeightView& weight, const WeightView& joined, void* out) const override;
+  bool write_packed(i64 panel, i64 begin, i64 end, const WeightView& weight, const WeightView& joined, void* out) const noexcept override;
 
   struct Task;
   Task task(i64 index) const;

@@ -65,12 +65,14 @@ struct PackRowArgs {
   i64 pitch = 0;  // elements
 };
 
-// One panel of the weight [K, C, R, S] with any strides: out[(r * S + s) * C + c][width], zeros beyond K.
+// Input channels [c_begin, c_end) of one panel of the weight [K, C, R, S] with any strides: out[(r * S + s) * elements + c][width], zeros
+// beyond K and C. c counts elements of A (see DTypeKernels::group), c_begin and c_end channels, c_begin a multiple of the group.
 struct PackWeightArgs {
   const void* weight = nullptr;
   Strides stride;  // n: of K, c: of C, h: of R, w: of S
   i64 k = 0, c = 0, r = 0, s = 0;
   i64 k_begin = 0, width = 0;
+  i64 c_begin = 0, c_end = 0;
   void* out = nullptr;
 };
 
@@ -118,15 +120,6 @@ struct MeanRowArgs {
   void* y = nullptr;  // storage dtype
 };
 
-// Winograd: the transform of one panel of the weight [K, C, 3, 3] to out[position][C][width], zeros beyond K.
-struct WinogradWeightArgs {
-  const void* weight = nullptr;
-  Strides stride;  // n: of K, c: of C, h: of R, w: of S
-  i64 k = 0, c = 0;
-  i64 k_begin = 0, width = 0;
-  void* out = nullptr;
-};
-
 // The input transform of a strip, tiles side by side in one row of tiles, and `channels` channels (a vector at most).
 // Columns run from 0 to those of the last tile; those outside [left, right) are zeros.
 struct WinogradInputArgs {
@@ -151,8 +144,10 @@ struct WinogradMultiplyArgs {
   const void* input = nullptr;  // [position][block of channels][tile][vector]
   i64 position_stride = 0, block_stride = 0;
   const void* weight = nullptr;  // [position][channel][width]
+  i64 weight_stride = 0;         // elements between positions
   const void* next = nullptr;    // weights wanted after these, at least as many as of one position
   void* product = nullptr;       // [position][tile][width]
+  bool more = false;             // the product has the sums of channels before these
   i64 tiles = 0, channels = 0, width = 0;
   int positions = 0;
   const AheadRun* ahead = nullptr;  // fetched into the L2 cache meanwhile
@@ -178,7 +173,7 @@ struct WinogradOutputArgs {
 // F(m x m, 3x3): output tiles of m x m pixels from input tiles of alpha x alpha, `step` apart.
 struct WinogradKernels {
   int m, step, alpha;
-  bool (*weight)(const WinogradWeightArgs&);  // false: a transformed weight is not finite
+  bool (*weight)(const PackWeightArgs&);  // to out[position][element][width]; false: a transformed weight is not finite
   void (*input)(const WinogradInputArgs&);    // rows in the storage dtype, channels side by side
   void (*input_packed)(const WinogradInputArgs&);  // rows in the accumulator's type
   bool (*output)(const WinogradOutputArgs&);  // false: a sum is not finite, on the way or in the end
@@ -193,7 +188,7 @@ struct DTypeKernels {
   void (*block)(const BlockArgs&);
   void (*pack_row)(const PackRowArgs&);   // to elements of A
   void (*widen_row)(const PackRowArgs&);  // to the accumulator's type
-  void (*pack_weight)(const PackWeightArgs&);
+  bool (*pack_weight)(const PackWeightArgs&);  // false: a weight is not finite
   void (*pass_row)(const PassRowArgs&);
   void (*mask_row)(const MaskRowArgs&);
   void (*largest_row)(const LargestRowArgs&);

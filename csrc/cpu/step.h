@@ -7,6 +7,12 @@
 
 namespace fused_resnet {
 
+// A weight as it is in memory; stride: n of K, c of C, h of R, w of S.
+struct WeightView {
+  const void* data = nullptr;
+  Strides stride;
+};
+
 // Pointers to the first element of each operand; null where the step has none.
 struct Operands {
   const void* x = nullptr;
@@ -15,6 +21,7 @@ struct Operands {
   const void* shortcut = nullptr;
   void* y = nullptr;
   const void* joined = nullptr;  // the input of the joined convolution
+  WeightView fresh;              // of a convolution that wants it as it is in memory, in place of `weight`
 };
 
 // A step is a few phases, one after the other; a phase is many tasks, in any order and on any thread. A phase begins when all

@@ -22,7 +22,7 @@ constexpr DTypeKernels dtype_kernels() {
                       block<D, S>,
                       pack_row<D, S>,
                       pack_row<V, S>,
-                      pack_weight<D, S>,
+                      pack_weight<V, S, D>,
                       pass_row<V, S>,
                       mask_row<V, S>,
                       largest_row<V, S>,

@@ -38,6 +38,7 @@ struct Avx2Float {
   static void store_all(float* p, reg v) { store(p, v); }
   static void store_all(bf16* p, reg v) { store_n(p, v, width); }
   static void store(float* p, reg v) { _mm256_storeu_ps(p, v); }
+  static void store_group(float* p, const reg (&v)[1]) { store(p, v[0]); }
   static void store_n(float* p, reg v, i64 n) {
     if (n >= width) {
       store(p, v);
@@ -68,6 +69,10 @@ struct Avx2Float {
   // The second operand where one is NaN: the NaN stays.
   static reg relu(reg v) { return _mm256_max_ps(zero(), v); }
   static reg relu_gradient(reg g, reg y) { return _mm256_and_ps(_mm256_cmp_ps(y, zero(), _CMP_NLE_UQ), g); }
+  static reg flushed(reg v) {
+    const reg size = _mm256_andnot_ps(set1(float(-0.0)), v);
+    return _mm256_and_ps(_mm256_cmp_ps(size, set1(kSmallestNormal<float>), _CMP_NLT_UQ), v);
+  }
   static reg larger(reg a, reg b) {
     return _mm256_blendv_ps(a, b, _mm256_or_ps(_mm256_cmp_ps(b, a, _CMP_GT_OQ), _mm256_cmp_ps(b, b, _CMP_UNORD_Q)));
   }
@@ -99,6 +104,7 @@ struct Avx2Double {
   static reg load_all(const double* p) { return load(p); }
   static void store_all(double* p, reg v) { store(p, v); }
   static void store(double* p, reg v) { _mm256_storeu_pd(p, v); }
+  static void store_group(double* p, const reg (&v)[1]) { store(p, v[0]); }
   static void store_n(double* p, reg v, i64 n) {
     if (n >= width) {
       store(p, v);
@@ -113,6 +119,10 @@ struct Avx2Double {
   // The second operand where one is NaN: the NaN stays.
   static reg relu(reg v) { return _mm256_max_pd(zero(), v); }
   static reg relu_gradient(reg g, reg y) { return _mm256_and_pd(_mm256_cmp_pd(y, zero(), _CMP_NLE_UQ), g); }
+  static reg flushed(reg v) {
+    const reg size = _mm256_andnot_pd(set1(double(-0.0)), v);
+    return _mm256_and_pd(_mm256_cmp_pd(size, set1(kSmallestNormal<double>), _CMP_NLT_UQ), v);
+  }
   static reg larger(reg a, reg b) {
     return _mm256_blendv_pd(a, b, _mm256_or_pd(_mm256_cmp_pd(b, a, _CMP_GT_OQ), _mm256_cmp_pd(b, b, _CMP_UNORD_Q)));
   }

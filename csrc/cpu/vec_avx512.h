@@ -36,6 +36,7 @@ struct Avx512Float {
   static void store_all(float* p, reg v) { store(p, v); }
   static void store_all(bf16* p, reg v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow16(v)); }
   static void store(float* p, reg v) { _mm512_storeu_ps(p, v); }
+  static void store_group(float* p, const reg (&v)[1]) { store(p, v[0]); }
   static void store_n(float* p, reg v, i64 n) { _mm512_mask_storeu_ps(p, mask(n), v); }
   static void store_n(bf16* p, reg v, i64 n) { _mm256_mask_storeu_epi16(p, mask(n), narrow16(v)); }
   static __m256i narrow16(reg v) {
@@ -54,6 +55,9 @@ struct Avx512Float {
   // The second operand where one is NaN: the NaN stays.
   static reg relu(reg v) { return _mm512_max_ps(zero(), v); }
   static reg relu_gradient(reg g, reg y) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, zero(), _CMP_NLE_UQ), g); }
+  static reg flushed(reg v) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(_mm512_abs_ps(v), set1(kSmallestNormal<float>), _CMP_NLT_UQ), v);
+  }
   static reg larger(reg a, reg b) {
     const __mmask16 later = _mm512_cmp_ps_mask(b, a, _CMP_GT_OQ) | _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q);
     return _mm512_mask_mov_ps(a, later, b);
@@ -84,6 +88,7 @@ struct Avx512Double {
   static reg load_all(const double* p) { return load(p); }
   static void store_all(double* p, reg v) { store(p, v); }
   static void store(double* p, reg v) { _mm512_storeu_pd(p, v); }
+  static void store_group(double* p, const reg (&v)[1]) { store(p, v[0]); }
   static void store_n(double* p, reg v, i64 n) { _mm512_mask_storeu_pd(p, mask(n), v); }
   static reg add(reg a, reg b) { return _mm512_add_pd(a, b); }
   static reg sub(reg a, reg b) { return _mm512_sub_pd(a, b); }
@@ -92,6 +97,9 @@ struct Avx512Double {
   // The second operand where one is NaN: the NaN stays.
   static reg relu(reg v) { return _mm512_max_pd(zero(), v); }
   static reg relu_gradient(reg g, reg y) { return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(y, zero(), _CMP_NLE_UQ), g); }
+  static reg flushed(reg v) {
+    return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(_mm512_abs_pd(v), set1(kSmallestNormal<double>), _CMP_NLT_UQ), v);
+  }
   static reg larger(reg a, reg b) {
     const __mmask8 later = _mm512_cmp_pd_mask(b, a, _CMP_GT_OQ) | _mm512_cmp_pd_mask(b, b, _CMP_UNORD_Q);
     return _mm512_mask_mov_pd(a, later, b);

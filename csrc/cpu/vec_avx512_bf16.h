@@ -16,6 +16,12 @@ struct Avx512Bf16Float : Avx512Float {
   static void store_n(bf16* p, reg v, i64 n) { _mm256_mask_storeu_epi16(p, mask(n), narrow16(v)); }
 };
 
+// Two rows of bfloat16 as one row of pairs.
+inline __m512 pairs(__m256i low, __m256i high) {
+  return _mm512_castsi512_ps(
+      _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16)));
+}
+
 // An element of A or of the packed weights is a pair, in 32 bits that are loaded and broadcast as if they were a float.
 struct Avx512Bf16Pair : Avx512Bf16Float {
   using part = bf16;
@@ -23,13 +29,10 @@ struct Avx512Bf16Pair : Avx512Bf16Float {
   static reg fma(reg a, reg b, reg c) {
     return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
+  static void store_group(bf16* p, const reg (&v)[group]) {
+    _mm512_storeu_ps(p, pairs(narrow16(v[0]), narrow16(v[1])));
+  }
 };
-
-// Two rows of bfloat16 as one row of pairs.
-inline __m512 pairs(__m256i low, __m256i high) {
-  return _mm512_castsi512_ps(
-      _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16)));
-}
 
 template <>
 void pack_row<Avx512Bf16Pair, bf16>(const PackRowArgs& a) {
@@ -75,26 +78,6 @@ void pack_row<Avx512Bf16Pair, bf16>(const PackRowArgs& a) {
   for (i64 w = 0; w < a.pixels; ++w) {
     bf16* to = reinterpret_cast<bf16*>(out + w * a.pitch);
     for (i64 c = 0; c < 2 * elements; ++c) to[c] = c < a.channels ? x[w * a.stride_w + c * a.stride_c] : bf16{0};
-  }
-}
-
-template <>
-void pack_weight<Avx512Bf16Pair, bf16>(const PackWeightArgs& a) {
-  const bf16* weight = static_cast<const bf16*>(a.weight);
-  bf16* out = static_cast<bf16*>(a.out);
-  const i64 elements = (a.c + 1) / 2, rows = smaller(a.k - a.k_begin, a.width);
-  for (i64 r = 0; r < a.r; ++r) {
-    for (i64 s = 0; s < a.s; ++s) {
-      for (i64 e = 0; e < elements; ++e) {
-        bf16* to = out + ((r * a.s + s) * elements + e) * a.width * 2;
-        const bf16* from = weight + a.k_begin * a.stride.n + 2 * e * a.stride.c + r * a.stride.h + s * a.stride.w;
-        const bool odd = 2 * e + 1 == a.c;
-        for (i64 k = 0; k < a.width; ++k) {
-          to[2 * k] = k < rows ? from[k * a.stride.n] : bf16{0};
-          to[2 * k + 1] = k < rows && !odd ? from[k * a.stride.n + a.stride.c] : bf16{0};
-        }
-      }
-    }
   }
 }
 

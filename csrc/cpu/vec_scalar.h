@@ -31,6 +31,7 @@ struct ScalarVec {
     narrow(v, p);
   }
   static void store(T* p, reg v) { *p = v; }
+  static void store_group(T* p, const reg (&v)[1]) { *p = v[0]; }
   template <class S>
   static void store_n(S* p, reg v, i64) {
     narrow(v, p);
@@ -41,6 +42,7 @@ struct ScalarVec {
   static reg fma(reg a, reg b, reg c) { return a * b + c; }
   static reg relu(reg v) { return fused_resnet::relu(v); }
   static reg relu_gradient(reg g, reg y) { return fused_resnet::relu_gradient(g, y); }
+  static reg flushed(reg v) { return (v < 0 ? -v : v) < kSmallestNormal<T> ? T(0) : v; }
   static reg larger(reg a, reg b) { return b > a || b != b ? b : a; }
   static reg evens(reg a, reg) { return a; }
   static reg interleave_low(reg a, reg) { return a; }

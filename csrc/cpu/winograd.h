@@ -9,6 +9,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "packing.h"
 #include "registers.h"
 #include "winograd_multiply.h"
 #include "winograd_transforms.h"
@@ -16,56 +17,89 @@
 namespace fused_resnet {
 namespace {
 
-// Step 0, once for each weight: U = G g G' of one panel, in double precision, rounded once. Returns false where a value is
-// not finite; denormals become 0.
+// W doubles that fill one register.
+template <int W>
+struct Doubles {
+  typedef double reg __attribute__((vector_size(W * sizeof(double))));
+  template <class T>
+  static FR_INLINE void widen_to(const T* from, reg& to) {
+    typedef T narrow __attribute__((vector_size(W * sizeof(T))));
+    narrow values;
+    __builtin_memcpy(&values, from, sizeof values);
+    to = __builtin_convertvector(values, reg);
+  }
+  template <class T>
+  static FR_INLINE void round_to(const reg& from, T* to) {
+    typedef T narrow __attribute__((vector_size(W * sizeof(T))));
+    const narrow values = __builtin_convertvector(from, narrow);
+    __builtin_memcpy(to, &values, sizeof values);
+  }
+};
+template <>
+struct Doubles<1> {
+  using reg = double;
+  template <class T>
+  static FR_INLINE void widen_to(const T* from, reg& to) { to = *from; }
+  template <class T>
+  static FR_INLINE void round_to(const reg& from, T* to) { *to = T(from); }
+};
+
+// Step 0, when a weight is packed or wanted: U = G g G' of a part of one panel, in double precision, rounded to the accumulator's type (and, for
+// products of bfloat16, to that). Returns false where a value is not finite; denormals become 0.
 template <class V, class S, class D, class F>
-bool winograd_weight(const WinogradWeightArgs& a) {
+bool winograd_weight(const PackWeightArgs& a) {
   using T = typename V::type;
   using E = typename D::part;  // of an element of the packed weight: D::group of them
   constexpr int A = F::alpha, W = V::width, G = D::group;
+  constexpr int L = sizeof(T) == sizeof(double) || W == 1 ? W : W / 2;  // lanes at a time
+  using Wide = Doubles<L>;
+  using wide = typename Wide::reg;
   const i64 elements = (a.c + G - 1) / G;
-  constexpr double tiny = sizeof(T) == sizeof(float) ? 1.17549435e-38 : 2.2250738585072014e-308;
-  constexpr double huge = sizeof(T) == sizeof(float) ? 3.40282347e+38 : 1.7976931348623157e+308;
-  E* out = static_cast<E*>(a.out);
-  bool finite = true;
+  E* const out = static_cast<E*>(a.out);
+  typename V::reg odd = V::zero();  // NaN where a value was not finite
+  WeightBlock<V> block;
+  block.taps = 9;
+  constexpr i64 most = WeightBlock<V>::kRows / 9 / G * G;
   for (i64 j = 0; j < a.width; j += W) {
-    const i64 lanes = smaller(a.k - a.k_begin - j, W);
-    const S* first = static_cast<const S*>(a.weight) + (a.k_begin + j) * a.stride.n;
-    for (i64 c = 0; c < elements * G; ++c) {
-      double g[3][3][W] = {};
-      for (i64 k = 0; k < lanes && c < a.c; ++k) {
-        const S* from = first + k * a.stride.n + c * a.stride.c;
-        for (int r = 0; r < 3; ++r) {
-          for (int s = 0; s < 3; ++s) g[r][s][k] = widen(from[r * a.stride.h + s * a.stride.w]);
-        }
-      }
-      double u[A][A][W];
-      bool good = true;
-      for (int k = 0; k < W; ++k) {
-        double rows[3][A];
-        FR_UNROLL
-        for (int s = 0; s < 3; ++s) F::weight(g[0][s][k], g[1][s][k], g[2][s][k], rows[s]);
-        FR_UNROLL
-        for (int i = 0; i < A; ++i) {
-          double line[A];
-          F::weight(rows[0][i], rows[1][i], rows[2][i], line);
-          FR_UNROLL
-          for (int l = 0; l < A; ++l) {
-            const double size = line[l] < 0 ? -line[l] : line[l];
-            good = good & (size <= huge);
-            u[i][l][k] = size < tiny ? 0.0 : line[l];
+    const i64 lanes = clamped(a.k - a.k_begin - j, W);
+    for (i64 first = a.c_begin; first < a.c_end; first += most) {
+      const i64 channels = smaller(a.c_end - first, most);
+      load_weights<V, S>(a, a.k_begin + j, lanes, first, channels, 0, 9, [&](i64 i, i64 tap) { return block.row(i, tap); }, odd);
+      for (i64 c = 0; c < channels; c += G) {
+        alignas(64) T u[G][A * A][W];
+        for (int g = 0; g < smaller(G, channels - c); ++g) {
+          for (int lane = 0; lane < W; lane += L) {
+            wide rows[3][A];
+            FR_UNROLL
+            for (int s = 0; s < 3; ++s) {
+              wide taps[3];
+              FR_UNROLL
+              for (int r = 0; r < 3; ++r) Wide::widen_to(block.row(c + g, r * 3 + s) + lane, taps[r]);
+              F::weight(taps[0], taps[1], taps[2], rows[s]);
+            }
+            FR_UNROLL
+            for (int i = 0; i < A; ++i) {
+              wide line[A];
+              F::weight(rows[0][i], rows[1][i], rows[2][i], line);
+              FR_UNROLL
+              for (int l = 0; l < A; ++l) Wide::round_to(line[l], u[g][i * A + l] + lane);
+            }
           }
         }
-      }
-      finite = finite && good;
-      for (int i = 0; i < A * A; ++i) {
-        E* to = out + ((i * elements + c / G) * a.width + j) * G + c % G;
-        const double* from = &u[0][0][0] + i * W;
-        for (int k = 0; k < W; ++k) narrow(T(from[k]), to + k * G);
+        E* const to = out + ((first + c) / G * a.width + j) * G;
+        for (int i = 0; i < A * A; ++i) {
+          typename V::reg group[G];
+          FR_UNROLL
+          for (int g = 0; g < G; ++g) {
+            group[g] = c + g < channels ? V::flushed(V::load(u[g][i])) : V::zero();  // the last pair may have one channel
+            note_odd<V>(group[g], odd);
+          }
+          D::store_group(to + i * elements * a.width * G, group);
+        }
       }
     }
   }
-  return finite;
+  return all_finite<V>(odd);
 }
 
 // Step 1: V = B' d B of one strip (tiles side by side in one row of tiles) and up to W channels. X is what the rows hold:
@@ -137,18 +171,8 @@ FR_INLINE void inverse(const typename V::type* product, i64 stride, typename V::
   for (int i = 0; i < F::m; ++i) {
     F::output(half[i], y[i]);
     FR_UNROLL
-    for (int l = 0; l < F::m; ++l) odd = V::fma(y[i][l], V::zero(), odd);
+    for (int l = 0; l < F::m; ++l) note_odd<V>(y[i][l], odd);
   }
-}
-
-// Whether `odd` of ``inverse`` is still zero everywhere.
-template <class V>
-bool all_finite(typename V::reg odd) {
-  alignas(64) typename V::type lanes[V::width];
-  V::store(lanes, odd);
-  int odd_lanes = 0;
-  for (int i = 0; i < V::width; ++i) odd_lanes |= lanes[i] != 0;  // a NaN is not 0
-  return odd_lanes == 0;
 }
 
 // Step 3 for channels side by side in memory: inverse transform, bias, shortcut, ReLU, store.

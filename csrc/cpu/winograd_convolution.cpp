@@ -1,7 +1,6 @@
 #include "winograd_convolution.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 
 #include "team.h"
@@ -21,8 +20,9 @@ alignas(64) const char kZeros[64] = {};
 WinogradConvolution::WinogradConvolution(const ConvShape& shape, DType dtype, int threads, const Choice& choice)
     : Convolution(shape, dtype, threads, choice) {
   winograd_ = winograd_kernels(shape_, choice.algorithm, *kernels_);
-  blocking_ = choose_winograd_blocking(shape_, choice.algorithm, *kernels_, cache_sizes(), threads_);
+  blocking_ = choose_winograd_blocking(shape_, choice.algorithm, *kernels_, cache_sizes(), threads_, choice.fresh);
   threads_ = int(std::min<i64>(threads_, blocking_.tasks()));
+  if (!blocking_.chunk) packed_ = blocking_.cut;
   checked_product(thread_bytes(), threads_);
 }
 
@@ -48,15 +48,20 @@ i64 WinogradConvolution::ahead_bytes() const {
   return align64(checked_product(checked_product(blocking_.tiles, rows), sizeof(AheadRun)));
 }
 
+i64 WinogradConvolution::fresh_bytes() const {
+  return align64(blocking_.positions() * blocking_.chunk * blocking_.cut.channels * kernels_->accumulator_bytes);
+}
+
 i64 WinogradConvolution::thread_bytes() const {
   const i64 bytes = kernels_->accumulator_bytes, columns = strip_columns() + kernels_->vector;
   // Lines of a strip, transformed in one direction or before they are turned; and as many packed rows.
   const i64 strip = align64(2 * blocking_.alpha * columns * kernels_->vector * bytes);
   const i64 product = align64(checked_product(checked_product(blocking_.positions(), blocking_.tiles), blocking_.cut.channels * bytes));
-  return strip + product + (blocking_.shared ? 0 : transformed_bytes(blocking_.tiles)) + ahead_bytes();
+  return strip + product + (blocking_.shared ? 0 : transformed_bytes(blocking_.tiles)) + fresh_bytes() + ahead_bytes();
 }
 
 i64 WinogradConvolution::packed_bytes() const {
+  if (blocking_.chunk) return 0;
   const i64 vectors = (shape_.k + kernels_->vector - 1) / kernels_->vector * kernels_->vector;
   const i64 count = checked_product(checked_product(vectors, blocking_.positions()), elements());
   return checked_product(count, kernels_->accumulator_bytes);
@@ -67,21 +72,10 @@ std::string WinogradConvolution::packing() const {
   return packing_of(transform + " step " + std::to_string(blocking_.step), blocking_.cut);
 }
 
-bool WinogradConvolution::write_packed(const WeightView& weight, const WeightView&, void* out) const {
-  std::atomic<bool> finite{true};
-  const i64 per_channel = blocking_.positions() * elements() * kernels_->accumulator_bytes;
-  parallel_for(panels(), shape_.k * shape_.c > 4096 ? threads_ : 1, [&](i64 p) {
-    WinogradWeightArgs a;
-    a.weight = weight.data;
-    a.stride = weight.stride;
-    a.k = shape_.k;
-    a.c = shape_.c;
-    a.k_begin = blocking_.cut.begin(p);
-    a.width = blocking_.cut.width(p);
-    a.out = static_cast<char*>(out) + a.k_begin * per_channel;
-    if (!winograd_->weight(a)) finite = false;
-  });
-  return finite;
+bool WinogradConvolution::write_packed(i64 panel, i64 begin, i64 end, const WeightView& weight, const WeightView&, void* out) const noexcept {
+  PackWeightArgs a = pack_args(panel, begin, end, weight);
+  a.out = static_cast<char*>(out) + a.k_begin * blocking_.positions() * elements() * kernels_->accumulator_bytes;
+  return winograd_->weight(a);
 }
 
 WinogradConvolution::Strip WinogradConvolution::strip(i64 tile, i64 end) const {
@@ -244,6 +238,7 @@ bool WinogradConvolution::run_task(int phase, i64 index, const Operands& operand
   AheadRun* const runs = reinterpret_cast<AheadRun*>(mine + thread_bytes() - ahead_bytes());
   const i64 next = b.shared ? all_tiles() : (part + threads_) * b.tiles;
   bool finite = true;
+  if (b.chunk) return run_fresh(begin, end, panel_begin, operands, input, product, scratch);
   for (i64 panel = panel_begin; panel < panel_end; ++panel) {
     WinogradMultiplyArgs a;
     a.ahead = runs;
@@ -256,6 +251,7 @@ bool WinogradConvolution::run_task(int phase, i64 index, const Operands& operand
       return static_cast<const char*>(operands.weight) + b.cut.begin(of) * b.positions() * elements() * bytes;
     };
     a.weight = weights(panel);
+    a.weight_stride = elements() * a.width;
     a.next = weights(panel + 1 < panel_end ? panel + 1 : panel_begin);
     a.product = product;
     a.tiles = end - begin;
@@ -265,6 +261,45 @@ bool WinogradConvolution::run_task(int phase, i64 index, const Operands& operand
     if (!finish(begin, end, panel, operands, product, scratch)) finite = false;
   }
   return finite;
+}
+
+// Tiles [begin, end) of one panel: so many channels of its weights are transformed and multiplied at a time, both in the L2 cache.
+bool WinogradConvolution::run_fresh(i64 begin, i64 end, i64 panel, const Operands& operands, const char* input, char* product,
+                                    char* scratch) const {
+  const WinogradBlocking& b = blocking_;
+  const i64 bytes = kernels_->accumulator_bytes, group = kernels_->group, vector = kernels_->vector;
+  char* const fresh = product + thread_bytes() - ahead_bytes() - fresh_bytes();  // product: where the thread's workspace begins
+  AheadRun* const runs = reinterpret_cast<AheadRun*>(fresh + fresh_bytes());
+  bool finite = true;
+  WinogradMultiplyArgs a;
+  a.block_stride = all_tiles() * vector;
+  a.position_stride = position_stride(all_tiles());
+  a.width = b.cut.width(panel);
+  a.product = product;
+  a.tiles = end - begin;
+  a.positions = int(b.positions());
+  a.weight = a.next = fresh;
+  for (i64 first = 0; first < elements(); first += b.chunk) {
+    a.channels = std::min(b.chunk, elements() - first);
+    PackWeightArgs w;
+    w.weight = element(operands.fresh.data, first * group * operands.fresh.stride.c);
+    w.stride = operands.fresh.stride;
+    w.k = shape_.k;
+    w.c = w.c_end = std::min(a.channels * group, shape_.c - first * group);
+    w.r = w.s = 3;
+    w.k_begin = b.cut.begin(panel);
+    w.width = a.width;
+    w.out = fresh;
+    if (!winograd_->weight(w)) finite = false;
+    const bool last = first + b.chunk >= elements();
+    a.ahead = runs;
+    a.ahead_runs = last ? look_ahead(begin, end, all_tiles(), panel, operands, runs) : 0;
+    a.input = input + first / vector * a.block_stride * bytes;
+    a.weight_stride = a.channels * a.width;
+    a.more = first > 0;
+    kernels_->winograd_multiply(a);
+  }
+  return finish(begin, end, panel, operands, product, scratch) && finite;
 }
 
 }  // namespace fused_resnet

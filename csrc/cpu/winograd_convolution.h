@@ -20,7 +20,7 @@ class WinogradConvolution final : public Convolution {
   i64 thread_bytes() const override;
 
  private:
-  bool write_packed(const WeightView& weight, const WeightView& joined, void* out) const override;
+  bool write_packed(i64 panel, i64 begin, i64 end, const WeightView& weight, const WeightView& joined, void* out) const noexcept override;
 
   // Tiles side by side in one row of tiles.
   struct Strip {
@@ -34,10 +34,12 @@ class WinogradConvolution final : public Convolution {
   i64 panels() const { return blocking_.cut.count(); }
   i64 position_stride(i64 tiles) const;  // of the transformed input of so many tiles: elements
   i64 transformed_bytes(i64 tiles) const;
+  i64 fresh_bytes() const;               // of the weights that a task transforms at a time
   i64 ahead_bytes() const;               // of the runs of memory to fetch ahead
   i64 strip_columns() const;             // the most that a strip reads
 
   void transform(i64 begin, i64 end, i64 index, const void* x, char* out, i64 first, i64 tiles, char* scratch) const;
+  bool run_fresh(i64 begin, i64 end, i64 panel, const Operands& operands, const char* input, char* product, char* scratch) const;
   bool finish(i64 begin, i64 end, i64 panel, const Operands& operands, const char* product, char* scratch) const;
 
   i64 look_ahead(i64 begin, i64 end, i64 next, i64 panel, const Operands& operands, AheadRun* runs) const;  // how many

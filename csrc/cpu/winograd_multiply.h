@@ -15,6 +15,7 @@ struct MultiplyArgs {
   const typename V::type* weight;  // [C][NV * W]
   typename V::type* product;       // [tiles][NV * W]
   i64 channels;
+  bool more;                       // the product has sums, to which these are added
   Fetch fetch;                     // what comes next, a step for each channel
 };
 
@@ -27,6 +28,13 @@ __attribute__((noinline)) void multiply_tile(const MultiplyArgs<V>& t) {
   for (int m = 0; m < M; ++m) {
     FR_UNROLL
     for (int v = 0; v < NV; ++v) acc[m][v] = V::zero();
+  }
+  if (t.more) {
+    FR_UNROLL
+    for (int m = 0; m < M; ++m) {
+      FR_UNROLL
+      for (int v = 0; v < NV; ++v) acc[m][v] = V::load(t.product + (m * NV + v) * W);
+    }
   }
   const T* weight = t.weight;
   Fetch fetch = t.fetch;
@@ -129,14 +137,15 @@ void winograd_multiply(const WinogradMultiplyArgs& a) {
   MultiplyArgs<V> t;
   t.block = a.block_stride;
   t.channels = a.channels;
+  t.more = a.more;
   const i64 bytes = a.channels * a.width * i64(sizeof(T));
   Ahead ahead(a.ahead, a.ahead_runs, a.positions * groups);
   for (int position = 0; position < a.positions; ++position) {
-    t.weight = static_cast<const T*>(a.weight) + position * a.channels * a.width;
+    t.weight = static_cast<const T*>(a.weight) + position * a.weight_stride;
     const T* input = static_cast<const T*>(a.input) + position * a.position_stride;
     T* product = static_cast<T*>(a.product) + position * a.tiles * a.width;
     // Not from behind the weights: see direct.h, panels_outside.
-    const void* next = position + 1 < a.positions ? t.weight + a.channels * a.width : a.next;
+    const void* next = position + 1 < a.positions ? t.weight + a.weight_stride : a.next;
     for (i64 g = 0; g < groups; ++g) {
       const i64 begin = a.tiles * g / groups, end = a.tiles * (g + 1) / groups;
       t.input = input + begin * W;

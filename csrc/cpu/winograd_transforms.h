@@ -26,8 +26,8 @@ struct Winograd2 {
     y[1] = V::sub(V::sub(p[1], p[2]), p[3]);
   }
   template <class T>
-  static FR_INLINE void weight(T g0, T g1, T g2, T (&u)[alpha]) {
-    const T even = (g0 + g2) * T(0.5), odd = g1 * T(0.5);
+  static FR_INLINE void weight(const T& g0, const T& g1, const T& g2, T (&u)[alpha]) {
+    const T even = (g0 + g2) * 0.5, odd = g1 * 0.5;
     u[0] = g0;
     u[1] = even + odd;
     u[2] = even - odd;
@@ -68,11 +68,11 @@ struct Winograd4 {
   }
   // Rows of G: the powers 0 to 2 of a point over the product of its differences from the other finite points.
   template <class T>
-  static FR_INLINE void weight(T g0, T g1, T g2, T (&u)[alpha]) {
+  static FR_INLINE void weight(const T& g0, const T& g1, const T& g2, T (&u)[alpha]) {
     constexpr double na = 1 / (2 * a2 * (a2 - b2)), nb = 1 / (2 * b2 * (b2 - a2));
-    const T even_a = (g0 + g2 * T(a2)) * T(na), odd_a = g1 * T(a * na);
-    const T even_b = (g0 + g2 * T(b2)) * T(nb), odd_b = g1 * T(b * nb);
-    u[0] = g0 * T(1 / (a2 * b2));
+    const T even_a = (g0 + g2 * a2) * na, odd_a = g1 * (a * na);
+    const T even_b = (g0 + g2 * b2) * nb, odd_b = g1 * (b * nb);
+    u[0] = g0 * (1 / (a2 * b2));
     u[1] = even_a + odd_a;
     u[2] = even_a - odd_a;
     u[3] = even_b + odd_b;
@@ -100,7 +100,7 @@ struct Winograd2Stride2 {
     y[1] = V::add(V::add(p[1], p[2]), p[4]);
   }
   template <class T>
-  static FR_INLINE void weight(T g0, T g1, T g2, T (&u)[alpha]) {
+  static FR_INLINE void weight(const T& g0, const T& g1, const T& g2, T (&u)[alpha]) {
     u[0] = g0;
     u[1] = g0 + g2;
     u[2] = g2;

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from .. import _plain, cases, testing
 from ..cases import BlockCase, ConvCase
+from ..ops.gradients import library_input_gradient
+from ..ops.spec import Geometry, geometry_of_call, is_channels_last
 from ..testing.compare import accumulator, unit_roundoff
 from .output import finite
 
@@ -50,7 +53,26 @@ class NetworkCase:
         return tuple(conv for block in cases.BLOCKS if block.network == self.name for conv in block.convs())
 
 
-Case = ConvCase | BlockCase | NetworkCase
+@dataclass(frozen=True)
+class InputGradientCase:
+    """The gradient of a convolution in its input, from its output's, by itself."""
+
+    conv: ConvCase
+
+    @property
+    def name(self) -> str:
+        return f"input gradient of {replace(self.conv, bias=True, shortcut=False, relu=True).name}"
+
+    @property
+    def reduction(self) -> int:
+        """Terms in the sum that makes one element, at most."""
+        return self.conv.outputs * math.prod(self.conv.kernel)
+
+    def flops(self, batch: int = 1) -> int:
+        return self.conv.flops(batch)
+
+
+Case = ConvCase | BlockCase | NetworkCase | InputGradientCase
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
@@ -71,9 +93,25 @@ class Convolution(nn.Module):
         return F.relu_(y) if self.relu else y
 
 
+class InputGradient(nn.Module):
+    """The gradient of a convolution in its input of this size [N, C, H, W], by the library, in the memory format of its output's."""
+
+    def __init__(self, weight: Tensor, size: Sequence[int], geometry: Geometry) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.size, self.geometry = torch.Size(size), geometry
+
+    def forward(self, grad: Tensor) -> Tensor:
+        memory_format = torch.channels_last if is_channels_last(grad) else torch.contiguous_format
+        return library_input_gradient(grad, self.weight, self.size, memory_format, self.geometry)
+
+
 @dataclass(frozen=True)
 class Task:
-    """What a contender computes: ``module(*inputs)``, contiguous; in training also the gradients, for ``grad`` at the output."""
+    """What a contender computes: ``module(*inputs)``, contiguous; in training also the gradients, for ``grad`` at the output.
+
+    mode: "forward", "train", or "gradient": as forward, but the weights change between calls, as they do in training.
+    """
 
     module: nn.Module
     inputs: tuple[Tensor, ...]
@@ -106,7 +144,7 @@ class Task:
 
 def step(module: nn.Module, inputs: tuple[Tensor, ...], grad: Tensor, mode: str) -> tuple[Tensor, ...]:
     """One call of a module, forward only or forward and backward."""
-    if mode == "forward":
+    if mode != "train":
         with torch.no_grad():
             return (module(*inputs),)
     leaves = [t.detach().requires_grad_() for t in inputs]
@@ -116,6 +154,12 @@ def step(module: nn.Module, inputs: tuple[Tensor, ...], grad: Tensor, mode: str)
 
 def _task(case: Case, batch: int, dtype: torch.dtype, mode: str, seed: int) -> Task:
     generator = torch.Generator().manual_seed(seed)
+    if isinstance(case, InputGradientCase):
+        conv = case.conv.at(batch)
+        weight = conv.make(dtype=dtype, generator=generator).weight
+        geometry = geometry_of_call(weight, conv.stride, conv.padding, conv.dilation, conv.groups)
+        grad = torch.randn(conv.output_shape, generator=generator).to(dtype)
+        return Task(InputGradient(weight, conv.input_shape, geometry), (grad,), grad, "gradient")
     if isinstance(case, ConvCase):
         x, weight, bias, shortcut = case.at(batch).make(dtype=dtype, generator=generator)
         module: nn.Module = Convolution(weight, bias, **case.parameters)
@@ -180,7 +224,7 @@ class Contest:
         runs = [self.task.run(memory_format=memory_format) for memory_format in FORMATS]
         peer = max(testing.relative_error(run[0], self.truth[0]) for run in runs)
         self.allowed = 2 * max(peer, self.scale) + roundoff
-        if self.task.mode == "forward":
+        if self.task.mode != "train":
             return
         share = max(self.scale, *(testing.norm_error(run[0], self.truth[0]) for run in runs))
         generator = torch.Generator().manual_seed(self.seed)
@@ -216,8 +260,8 @@ def prepare(case: Case, batch: int, dtype: torch.dtype, mode: str, seed: int) ->
     """The contest of one case. Ours is compared with eager even if eager is not timed."""
     task = _task(case, batch, dtype, mode, seed)
     # Additions that an output's error passes through, one layer after the other.
-    reduction = case.reduction if isinstance(case, ConvCase) else sum(conv.reduction for conv in case.convs())
-    if mode == "train":  # gradients and the statistics of batch norm sum over the map too
+    reduction = case.reduction if isinstance(case, ConvCase | InputGradientCase) else sum(conv.reduction for conv in case.convs())
+    if task.mode == "train":  # gradients and the statistics of batch norm sum over the map too
         reduction += (task.grad if isinstance(case, ConvCase) else task.inputs[0])[:, 0].numel()
     # Errors of random sign in a sum of this many terms, where the result's largest value is 1.
     scale = unit_roundoff(accumulator(dtype)) * reduction**0.5

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import conv_bias_add_relu
-from .contest import Convolution, Task, step
+from ..ops.autograd import input_gradient
+from ..ops.spec import is_channels_last
+from .contest import Convolution, InputGradient, Task, step
 from .worker import Built
 
 
@@ -22,6 +24,13 @@ class _FusedConvolution(Convolution):
         return conv_bias_add_relu(x, self.weight, self.bias, shortcut, relu=self.relu, **self.geometry)
 
 
+class _FusedInputGradient(InputGradient):
+    """The same with our operator."""
+
+    def forward(self, grad: Tensor) -> Tensor:
+        return input_gradient(grad, self.weight, self.size, is_channels_last(grad), self.geometry)
+
+
 def convert(module: nn.Module) -> nn.Module:
     """The module with its residual blocks fused, in place where it is not a block itself."""
     from ..fusion import fuse_
@@ -30,6 +39,8 @@ def convert(module: nn.Module) -> nn.Module:
         bias = None if module.bias is None else module.bias.detach()
         fused = _FusedConvolution(module.weight.detach(), bias, module.relu, **module.geometry)
         return fused.requires_grad_(module.weight.requires_grad)
+    if isinstance(module, InputGradient):
+        return _FusedInputGradient(module.weight.detach(), module.size, module.geometry)
     # In a container, so that a module that is itself a block can be replaced.
     holder = nn.Sequential(module)
     fuse_(holder)
@@ -52,9 +63,16 @@ def _build(
     # A copy for each contender, so that its caches are its own.
     module = copy.deepcopy(task.module).train(task.mode == "train").to(memory_format=memory_format)  # type: ignore[call-overload]
     inputs, grad = tuple(ready(t) for t in task.inputs), ready(task.grad)
-    if task.mode == "train":
+    if task.mode != "forward":
+        # What is kept of a weight does not outlive a step of training: each is written before each call, its first element alone.
+        written = [p.detach()[(0,) * p.dim()] for p in module.parameters()]
         module = change(module)
-        return Built(lambda: step(module, inputs, grad, "train"))
+
+        def call() -> tuple[Tensor, ...]:
+            torch._foreach_mul_(written, 1.0)
+            return step(module, inputs, grad, task.mode)
+
+        return Built(call)
     module = change(module.requires_grad_(False))
     return Built(lambda: module(*inputs), lambda output: (output,), context)
 
@@ -72,8 +90,8 @@ def compiled(task: Task, threads: int, folder: Path) -> Built:
     import torch._inductor.config as inductor
 
     # Freezing, as TORCHINDUCTOR_FREEZING=1 does: weights become constants and are laid out once, as ours are. It applies
-    # under no_grad only.
-    inductor.freezing = True
+    # under no_grad only, and not where weights change.
+    inductor.freezing = task.mode == "forward"
     torch.compiler.reset()
     return _build(task, threads, change=torch.compile, context=torch.no_grad)
 

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from .. import _extension, _machine, cases
 from ..benchmark import contenders
-from ..benchmark.contest import Case, NetworkCase, prepare
+from ..benchmark.contest import Case, InputGradientCase, NetworkCase, prepare
 from ..benchmark.output import progress, write_json
 from ..benchmark.team import Team
 from ..benchmark.timing import geometric_mean
@@ -42,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode",
         choices=("forward", "train"),
         default="forward",
-        help="forward: eval mode under inference_mode; train: forward and backward in train mode (default: forward)",
+        help="forward: eval mode under inference_mode; train: forward and backward in train mode, every weight written between calls, "
+        "and with --what conv also each input gradient by itself (default: forward)",
     )
     parser.add_argument(
         "--peers",
@@ -107,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if all(result["ok"] for result in results) else 1
 
 
-def _choose(arguments: argparse.Namespace) -> Sequence[Case]:
+def _choose(arguments: argparse.Namespace) -> Sequence[Any]:
     """The cases that the options name, or the sentence that says which there are."""
     what = arguments.what or "block"
     models = arguments.model or list(cases.NETWORKS)
@@ -116,7 +118,11 @@ def _choose(arguments: argparse.Namespace) -> Sequence[Case]:
         available = [NetworkCase(name) for name in models]
     else:
         blocks = [block for block in cases.BLOCKS if block.network in models]
-        available = blocks if what == "block" else [c for c in cases.CONVS if _belongs(c, blocks, models)]
+        convs = [c for c in cases.CONVS if _belongs(c, blocks, models)]
+        available = blocks if what == "block" else convs
+        if what == "conv" and arguments.mode == "train":
+            bare = dict.fromkeys(replace(c, bias=False, shortcut=False, relu=False) for c in convs)
+            available = [*convs, *map(InputGradientCase, bare)]
     if arguments.case is None:
         return available
     found: Sequence[Any] = cases.find(arguments.case, available)
@@ -172,7 +178,7 @@ def _measure(case: Case, batch: int, team: Team, names: list[str], arguments: ar
         "case": case.name,
         "batch": batch,
         "threads": torch.get_num_threads(),
-        "gflop": case.flops(batch) * (3 if arguments.mode == "train" else 1) / 1e9,
+        "gflop": case.flops(batch) * (3 if contest.task.mode == "train" else 1) / 1e9,
         "contenders": timed,
         "failed": dict(team.failed),
         "allowed_error": contest.allowed,

@@ -2,7 +2,8 @@
 threads, the OpenMP runtimes loaded, environment variables in force, and where the compiled module was loaded from.
 
 --explain INPUT KERNEL says how one convolution would be computed here, and why: `--explain 1x64x56x56 128x3x3/2` is an input of
-1 image, 64 channels and 56x56 pixels, and 128 kernels of 3x3 with stride 2. The padding is half the kernel's size.
+1 image, 64 channels and 56x56 pixels, and 128 kernels of 3x3 with stride 2. The padding is half the kernel's size. With --gradient it says
+the same of the convolution's gradient in its input.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from .. import _extension, _machine
 from ..benchmark.output import megabytes, write_json
 from ..ops.cpu import CpuBackend
+from ..ops.gradients import gradient_of
 from ..ops.spec import geometry_of_call, layout, spec_of
 from .arguments import DTYPES, Usage, add_json
 
@@ -26,10 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
     parser.add_argument("--explain", nargs=2, metavar=("INPUT", "KERNEL"), help="how a convolution is computed: NxCxHxW KxRxS[/STRIDE]")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of --explain (default: float32)")
+    parser.add_argument("--gradient", choices=("input",), help="--explain the gradient in the input rather than the convolution")
     parser.add_argument("--contiguous", action="store_true", help="--explain for NCHW in memory rather than channels_last")
 
 
-def _explain(input_words: str, kernel_words: str, dtype: torch.dtype, memory_format: torch.memory_format) -> dict[str, Any]:
+def _explain(
+    input_words: str, kernel_words: str, dtype: torch.dtype, memory_format: torch.memory_format, gradient: str | None
+) -> dict[str, Any]:
     """What ``env --explain`` prints: the path, the algorithm, the reason, the blocking and the memory it takes.
 
     Raises:
@@ -49,16 +54,21 @@ def _explain(input_words: str, kernel_words: str, dtype: torch.dtype, memory_for
         spec = spec_of(x, weight, None, None, geometry_of_call(weight, stride, (r // 2, s // 2)), relu=True)
         bias = torch.empty(k, dtype=dtype, device="meta")
         backend = CpuBackend(_extension.cpu, _extension.missing)
-        return {"input": input_words, "kernel": kernel_words, **backend.explain(spec._replace(bias=layout(bias), shortcut=spec.output))}
+        words = {"input": input_words, "kernel": kernel_words}
+        if gradient is not None:
+            return {**words, "gradient": gradient, **backend.explain_input_gradient(gradient_of(spec))}
+        return {**words, **backend.explain(spec._replace(bias=layout(bias), shortcut=spec.output))}
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: more elements than can be counted
         raise Usage(f"--explain: {error}") from None
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.gradient is not None and arguments.explain is None:
+        raise Usage("--gradient says of which gradient --explain is to tell: it needs --explain")
     if arguments.explain is not None:
         memory_format = torch.contiguous_format if arguments.contiguous else torch.channels_last
         first, second = arguments.explain
-        told = _explain(first, second, DTYPES[arguments.dtype], memory_format)
+        told = _explain(first, second, DTYPES[arguments.dtype], memory_format, arguments.gradient)
         for name, value in told.items():
             print(f"{name:<10}  {value}")
         write_json(arguments.json, told)

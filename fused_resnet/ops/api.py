@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._compat import nobody_listens
 from . import schema
+from .gradients import gradient_of
 from .plans import backends, find
 from .spec import check_convolution, check_pass, check_tensor, geometry_of_call, spec_of
 
@@ -111,9 +112,18 @@ def why_not(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     relu: bool = True,
+    gradient: str | None = None,
 ) -> list[str]:
-    """Why this call of ``conv_bias_add_relu`` would not take the hot path: a list of sentences, empty when it will."""
+    """Why this call of ``conv_bias_add_relu`` would not take the hot path: a list of sentences, empty when it will.
+
+    gradient: "input" asks the same of the gradient in ``input``.
+    """
     check_tensor(input, "input", 4)
     check_tensor(weight, "weight", 4)
     geometry = geometry_of_call(weight, stride, padding, dilation, groups)
-    return backends.of(input).why_general(spec_of(input, weight, bias, shortcut, geometry, relu))
+    spec = spec_of(input, weight, bias, shortcut, geometry, relu)
+    if gradient is None:
+        return backends.of(input).why_general(spec)
+    if gradient != "input":
+        raise ValueError(f"gradient must be 'input' or None, got {gradient!r}")
+    return backends.of(input).why_general_input_gradient(gradient_of(spec))

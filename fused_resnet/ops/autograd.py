@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .._compat import below_autograd, has_tangent, without_autocast
+from .._compat import below_autograd, has_tangent, nobody_listens, without_autocast
+from .cpu import CpuPlan
 from .derived import derive, training_captured
-from .schema import bias_add_relu, conv_bias_add_relu, relu_backward
-from .spec import Geometry, Pair, geometry_of_operator
+from .gradients import library_input_gradient, library_weight_gradient
+from .plans import find, find_input_gradient
+from .schema import bias_add_relu, conv_bias_add_relu, conv_input_gradient, relu_backward
+from .spec import Geometry, geometry_of_operator, is_channels_last, output_format
 
 
 def _below_autograd(op: Any, *args: Any) -> Any:
@@ -21,19 +23,22 @@ def _below_autograd(op: Any, *args: Any) -> Any:
 
 
 class ConvBiasAddReLU(torch.autograd.Function):
-    """One pass makes the masked gradient, which *is* the shortcut's gradient, and the bias gradient; the library's
-    ``convolution_backward`` makes the other two from it."""
+    """One pass makes the masked gradient, which *is* the shortcut's gradient, and the bias gradient; the other two are made from it:
+    the input's by ``conv_input_gradient``, the weight's by the library."""
 
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> Tensor:  # type: ignore[override]
         """operands: the operator's, in its order."""
         input, weight, _, _, *parameters, relu = operands
         training_captured(input)
-        output: Tensor = _below_autograd(conv_bias_add_relu, *operands)
+        output = _training_forward(ctx.needs_input_grad[1], *operands)
         ctx.geometry = geometry_of_operator(weight, *parameters)
-        # The convolution's gradients need its operands; without one of them, changing those in place is nobody's business.
-        saved = (input, weight) if ctx.needs_input_grad[0] or ctx.needs_input_grad[1] else (None, None)
-        ctx.save_for_backward(*saved, output if relu else None)
+        need_input, need_weight = ctx.needs_input_grad[:2]
+        ctx.input_size, ctx.weight_size = input.shape, weight.shape
+        ctx.input_format = output_format(input, weight, input.shape)
+        ctx.weight_format = torch.channels_last if is_channels_last(weight) else torch.contiguous_format
+        # What no wanted gradient needs, to change in place is nobody's business.
+        ctx.save_for_backward(input if need_weight else None, weight if need_input else None, output if relu else None)
         return output
 
     @staticmethod
@@ -42,8 +47,14 @@ class ConvBiasAddReLU(torch.autograd.Function):
         need_input, need_weight, need_bias, need_shortcut = ctx.needs_input_grad[:4]
         masked, grad_bias = _through_relu(grad, output, need_bias)
         grad_input = grad_weight = None
-        if need_input or need_weight:
-            grad_input, grad_weight = _convolution_backward(masked, input, weight, ctx.geometry, need_input, need_weight)
+        if need_input:
+            channels_last = ctx.input_format is torch.channels_last
+            if masked.is_cuda:  # the library's, which asks for the input
+                grad_input = library_input_gradient(masked, weight, ctx.input_size, ctx.input_format, ctx.geometry, input)
+            else:
+                grad_input = input_gradient(masked, weight, ctx.input_size, channels_last, ctx.geometry)
+        if need_weight:
+            grad_weight = library_weight_gradient(masked, input, ctx.weight_size, ctx.weight_format, ctx.geometry)
         return grad_input, grad_weight, grad_bias, masked if need_shortcut else None, None, None, None, None, None
 
 
@@ -97,44 +108,6 @@ def _through_relu(grad: Tensor, output: Tensor | None, need_bias: bool) -> tuple
     return masked, grad_bias if need_bias else None
 
 
-def _convolution_backward(
-    grad: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, need_input: bool, need_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """The library's gradients of a convolution in its input and weight."""
-    stride, padding, dilation, groups = geometry
-    top, bottom, left, right = padding
-    # torch 2.13's gradient of a bfloat16 weight leaves the elements of taps that meet nothing but padding unwritten.
-    unmet = input.dtype == torch.bfloat16 and any(
-        size <= (taps - 1) * step for size, taps, step in zip(input.shape[2:], weight.shape[2:], dilation, strict=True)
-    )
-    uneven = unmet or not padding.is_symmetric
-    if uneven:
-        height, width = input.shape[2:]
-        input = F.pad(input, (left, right, top, bottom))
-    rest = (0, 0) if uneven else (top, left), dilation, False, (0, 0), groups
-    backward = torch.ops.aten.convolution_backward
-    grad_weight = None
-    if need_weight and _writes_beyond_its_buffer(input, weight, stride, rest[0]):
-        # Of the pixels that a 1x1 kernel meets it is a convolution with stride 1.
-        met = input[:, :, :: stride[0], :: stride[1]]
-        _, grad_weight, _ = backward(grad, met, weight, None, (1, 1), *rest, (False, True, False))
-        need_weight = False
-    grad_input = None
-    if need_input or need_weight:
-        grad_input, found, _ = backward(grad, input, weight, None, stride, *rest, (need_input, need_weight, False))
-        grad_weight = found if need_weight else grad_weight
-    if uneven and grad_input is not None:
-        grad_input = grad_input[:, :, top : top + height, left : left + width]
-    return grad_input, grad_weight
-
-
-def _writes_beyond_its_buffer(input: Tensor, weight: Tensor, stride: Pair, padding: Pair) -> bool:
-    """Where oneDNN's gradient of a weight in channels_last is wrong or crashes: a 1x1 kernel with a stride over fewer channels than
-    a register holds (https://github.com/uxlfoundation/oneDNN/issues/6035, in torch 2.13 too)."""
-    _, channels, height, width = weight.shape
-    return input.is_cpu and height == width == 1 and channels < 16 and max(stride) > 1 and max(padding) == 0
-
-
 def _refuse_forward_mode(*tensors: Tensor | None) -> None:
     """There are no forward-mode derivatives; losing a tangent in silence would be worse than an error."""
     if has_tangent(*tensors):
@@ -168,6 +141,32 @@ def relu_backward_autograd(grad: Tensor, output: Tensor, bias_grad: bool) -> tup
     if needs_grad(grad):
         return ReLUBackward.apply(grad, output, bias_grad)
     return _below_autograd(relu_backward, grad, output, bias_grad)
+
+
+def _training_forward(
+    trains_weight: bool, input: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Tensor | None, *parameters: Any
+) -> Tensor:
+    """The operator below autograd, by the shortest way. A weight that is trained is another one in each step, so nothing of it is kept."""
+    if nobody_listens(input, weight, bias, shortcut):  # gradient mode is off here
+        plan = find(geometry_of_operator, input, weight, bias, shortcut, *[tuple(p) if isinstance(p, list) else p for p in parameters])
+        return plan.once(input, weight, bias, shortcut) if trains_weight and isinstance(plan, CpuPlan) else plan(input, weight, bias, shortcut)
+    output: Tensor = _below_autograd(conv_bias_add_relu, input, weight, bias, shortcut, *parameters)
+    return output
+
+
+def input_gradient(grad: Tensor, weight: Tensor, size: torch.Size, channels_last: bool, geometry: Geometry) -> Tensor:
+    """``conv_input_gradient`` by the shortest way: the dispatcher and the way back into Python take longer than a small gradient."""
+    if nobody_listens(grad, weight):
+        return find_input_gradient(grad, weight, size, channels_last, *geometry)(grad, weight)
+    found: Tensor = conv_input_gradient(grad, weight, size, channels_last, *geometry)
+    return found
+
+
+def input_gradient_autograd(grad: Tensor, weight: Tensor, input_size: Sequence[int], channels_last: bool, *geometry: Any) -> Tensor:
+    if needs_grad(grad, weight) or has_tangent(grad, weight):  # differentiated further: by the library
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        return library_input_gradient(grad, weight, input_size, memory_format, geometry_of_operator(weight, *geometry))
+    return _below_autograd(conv_input_gradient, grad, weight, input_size, channels_last, *geometry)
 
 
 def conv_autocast(device: str) -> Callable[..., Tensor]:

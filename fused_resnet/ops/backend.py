@@ -22,6 +22,15 @@ class Plan(Protocol):
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Tensor | None) -> Tensor: ...
 
 
+class GradientPlan(Protocol):
+    """The gradient of one convolution in its input by our kernels, ready to run. It does not change once made. None: these values are for the
+    library."""
+
+    kernel: Any
+
+    def __call__(self, grad: Tensor, weight: Tensor) -> Tensor | None: ...
+
+
 class Backend:
     """The operations for one kind of device. Operands have been checked, but for storages that were freed."""
 
@@ -41,6 +50,15 @@ class Backend:
 
     def kernel_plan(self, spec: ConvSpec) -> Plan:
         """The plan of a convolution on the hot path."""
+        raise NotImplementedError
+
+    def why_general_input_gradient(self, spec: ConvSpec) -> list[str]:
+        """Why the library makes a convolution's gradient in its input; none: ``input_gradient_plan`` has a kernel for it. spec: with
+        the layouts of that gradient (``input``) and of the output's (``output``)."""
+        return [self.why_no_kernels(spec.device) or f"there are no gradient kernels for {spec.device.type} tensors"]
+
+    def input_gradient_plan(self, spec: ConvSpec) -> GradientPlan:
+        """The plan of such a gradient by our kernels."""
         raise NotImplementedError
 
     def bias_add_relu(

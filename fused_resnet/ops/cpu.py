@@ -14,7 +14,7 @@ from .. import _settings
 from . import select
 from .backend import Backend
 from .derived import find, unchanged
-from .spec import SUSPICIOUS, ConvSpec, check_allocated, check_operands, dtype_name
+from .spec import SUSPICIOUS, ConvSpec, address, check_allocated, check_operands, dtype_name
 
 Packer = Callable[[Tensor], "Tensor | None"]
 
@@ -53,6 +53,55 @@ class CpuBackend(Backend):
             _settings.current.numerics == "strict",
         )
 
+    def fresh_convolution(self, spec: ConvSpec, algorithm: str) -> Any:
+        """The same of a weight that is used once, as it is in memory."""
+        assert self.module is not None
+        geometry = spec.geometry
+        return self.module.FreshConvolution(
+            spec.dtype_name,
+            spec.input.shape,
+            spec.weight.shape,
+            spec.output.shape,
+            geometry.stride,
+            (geometry.padding.top, geometry.padding.left),
+            geometry.dilation,
+            spec.input.strides,
+            spec.weight.strides,
+            spec.output.strides,
+            None if spec.shortcut is None else spec.shortcut.strides,
+            spec.bias is not None,
+            spec.relu,
+            torch.get_num_threads(),
+            algorithm,
+            _settings.current.numerics == "strict",
+        )
+
+    def why_general_input_gradient(self, spec: ConvSpec) -> list[str]:
+        return [self.missing] if self.module is None else select.why_general_input_gradient_on_cpu(spec)
+
+    def input_gradient(self, spec: ConvSpec, algorithm: str) -> Any:
+        """The compiled gradient of a convolution in its input."""
+        assert self.module is not None
+        geometry = spec.geometry
+        return self.module.InputGradient(
+            spec.dtype_name,
+            spec.input.shape,
+            spec.weight.shape,
+            spec.output.shape,
+            geometry.stride,
+            (geometry.padding.top, geometry.padding.left),
+            geometry.dilation,
+            spec.input.strides,
+            spec.weight.strides,
+            spec.output.strides,
+            torch.get_num_threads(),
+            algorithm,
+            _settings.current.numerics == "strict",
+        )
+
+    def input_gradient_plan(self, spec: ConvSpec) -> CpuInputGradientPlan:
+        return CpuInputGradientPlan(spec, self)
+
     def kernel_plan(self, spec: ConvSpec) -> CpuPlan:
         return CpuPlan(spec, self)
 
@@ -61,16 +110,15 @@ class CpuBackend(Backend):
         why = self.why_general(spec)
         if why:
             return {"path": "general: the library's convolution, then addition and ReLU in one pass", "reason": "; ".join(why)}
-        threads = torch.get_num_threads()
         kernel = self.convolution(spec, _settings.current.algorithm)
-        return {
-            "path": f"hot: one kernel, {kernel.isa}, {threads} thread{'s' if threads > 1 else ''}",
-            "algorithm": kernel.algorithm,
-            "reason": kernel.reason,
-            "blocking": kernel.describe(),
-            "workspace": f"{kernel.workspace_bytes / 1024:.0f} KiB",
-            "weights": f"{kernel.packed_bytes / 1024:.0f} KiB packed",
-        }
+        return {**_told(kernel), "weights": f"{kernel.packed_bytes / 1024:.0f} KiB packed"}
+
+    def explain_input_gradient(self, spec: ConvSpec) -> dict[str, str]:
+        """The same of the gradient in its input."""
+        why = self.why_general_input_gradient(spec)
+        if why:
+            return {"path": "general: the library's gradient", "reason": "; ".join(why)}
+        return _told(self.input_gradient(spec, _settings.current.algorithm))
 
     def has_passes(self, dtype: torch.dtype) -> bool:
         return dtype != torch.float16
@@ -108,10 +156,21 @@ class CpuBackend(Backend):
         )
 
 
+def _told(kernel: Any) -> dict[str, str]:
+    threads = torch.get_num_threads()
+    return {
+        "path": f"hot: one kernel, {kernel.isa}, {threads} thread{'s' if threads > 1 else ''}",
+        "algorithm": kernel.algorithm,
+        "reason": kernel.reason,
+        "blocking": kernel.describe(),
+        "workspace": f"{kernel.workspace_bytes / 1024:.0f} KiB",
+    }
+
+
 class CpuPlan:
     """A convolution by one kernel, and directly where Winograd's transforms of a weight or an input are not finite."""
 
-    __slots__ = ("_bias_is_strided", "_directly", "_dtype", "_packed", "_run", "_shape", "_strides", "kernel")
+    __slots__ = ("_bias_is_strided", "_directly", "_dtype", "_fresh", "_packed", "_run", "_shape", "_strides", "kernel")
 
     def __init__(self, spec: ConvSpec, backend: CpuBackend) -> None:
         self.kernel = backend.convolution(spec, _settings.current.algorithm)
@@ -126,8 +185,33 @@ class CpuPlan:
             return kernel.run, _packer(kernel, spec.weight.strides)
 
         self._directly = directly
+        chosen = _settings.current.algorithm
+        self._fresh = functools.cache(lambda direct: backend.fresh_convolution(spec, "direct" if direct else chosen))
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Tensor | None) -> Tensor:
+        x, b, s, _held = self._addresses(input, weight, bias, shortcut)
+        packed = self._packed(weight)
+        output = torch.empty_strided(self._shape, self._strides, dtype=self._dtype)
+        if packed is None or not self._run(x, packed.data_ptr(), b, s, output.data_ptr()):
+            run, packer = self._directly()
+            packed = packer(weight)
+            assert packed is not None
+            run(x, packed.data_ptr(), b, s, output.data_ptr())
+        return output
+
+    def once(self, input: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Tensor | None) -> Tensor:
+        """The same bits with a weight that will be another one at the next call: it is packed into memory of the call's own."""
+        x, b, s, _held = self._addresses(input, weight, bias, shortcut)
+        w = address(weight, "weight")
+        output = torch.empty_strided(self._shape, self._strides, dtype=self._dtype)
+        if not self._fresh(False).run(x, w, b, s, output.data_ptr()):
+            self._fresh(True).run(x, w, b, s, output.data_ptr())
+        return output
+
+    def _addresses(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Tensor | None
+    ) -> tuple[int, int, int, Tensor | None]:
+        """Of input, bias and shortcut, 0 for none; and what keeps the bias's memory."""
         x = input.data_ptr()
         b = 0 if bias is None else bias.data_ptr()
         s = 0 if shortcut is None else shortcut.data_ptr()
@@ -137,14 +221,27 @@ class CpuPlan:
             assert bias is not None
             bias = bias.contiguous()
             b = bias.data_ptr()
-        packed = self._packed(weight)
-        output = torch.empty_strided(self._shape, self._strides, dtype=self._dtype)
-        if packed is None or not self._run(x, packed.data_ptr(), b, s, output.data_ptr()):
-            run, packer = self._directly()
-            packed = packer(weight)
-            assert packed is not None
-            run(x, packed.data_ptr(), b, s, output.data_ptr())
-        return output
+        return x, b, s, bias
+
+
+class CpuInputGradientPlan:
+    """An input gradient by our kernels, and directly where Winograd's transforms of a weight or a gradient are not finite; None where a weight
+    is not. The weight is packed in each call, into memory of the call's own: between two steps of training it changes."""
+
+    __slots__ = ("_directly", "_dtype", "_shape", "_strides", "kernel")
+
+    def __init__(self, spec: ConvSpec, backend: CpuBackend) -> None:
+        self.kernel = backend.input_gradient(spec, _settings.current.algorithm)
+        self._shape, self._strides = spec.input
+        self._dtype = spec.dtype
+        self._directly = functools.cache(lambda: backend.input_gradient(spec, "direct"))
+
+    def __call__(self, grad: Tensor, weight: Tensor) -> Tensor | None:
+        g, w = address(grad, "grad"), address(weight, "weight")
+        result = torch.empty_strided(self._shape, self._strides, dtype=self._dtype)
+        if self.kernel.run(g, w, result.data_ptr()) or self._directly().run(g, w, result.data_ptr()):
+            return result
+        return None
 
 
 def _packer(kernel: Any, strides: tuple[int, ...]) -> Packer:

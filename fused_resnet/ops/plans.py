@@ -17,7 +17,8 @@ from .backend import Backend, Plan
 from .cpu import CpuBackend
 from .cuda import CudaBackend, JoinedPlan, Weights
 from .general import GeneralPlan
-from .spec import ConvSpec, Geometry, geometry_of_call, spec_of
+from .gradients import InputGradient, input_gradient_plan, input_gradient_spec
+from .spec import ConvSpec, Geometry, geometry_of_call, geometry_of_operator, spec_of
 
 ToGeometry = Callable[..., Geometry]  # of the weight and the parameters of a call, without relu
 
@@ -48,6 +49,7 @@ _numbers = itertools.count(1)
 backends = Backends()
 _MOST = 4096  # calls that differ in what a plan depends on: beyond, start over, for a plan is cheap to make again
 convolution_plans = _settings.Plans(_MOST)
+input_gradient_plans = _settings.Plans(_MOST)
 joined_plans = _settings.Plans(_MOST)
 
 
@@ -100,6 +102,32 @@ def _make(
 def plan_of(spec: ConvSpec, backend: Backend) -> Plan:
     """The plan of a convolution: a kernel's, or the general path."""
     return GeneralPlan(spec, backend) if backend.why_general(spec) else backend.kernel_plan(spec)
+
+
+def find_input_gradient(grad: Tensor, weight: Tensor, input_size: tuple[int, ...], channels_last: bool, *geometry: Any) -> InputGradient:
+    """The plan of the gradient of a convolution in its input.
+
+    geometry: stride, padding, dilation and groups as the operator has them, hashable.
+
+    Raises:
+        TypeError, ValueError: for arguments that are not legal.
+    """
+    backend = backends.of(grad)
+    key = (
+        *(grad.shape, grad.stride(), grad.dtype, grad.is_cpu),
+        *(weight.shape, weight.stride(), weight.dtype, weight.is_cpu),
+        *(input_size, channels_last, geometry, backend.state(grad, weight), _settings.number),
+    )
+    plan: InputGradient | None = input_gradient_plans.kept.get(key)
+    if plan is None:
+
+        def make() -> InputGradient:
+            memory_format = torch.channels_last if channels_last else torch.contiguous_format
+            spec = input_gradient_spec(grad, weight, input_size, memory_format, geometry_of_operator(weight, *geometry))
+            return input_gradient_plan(spec, backend)
+
+        plan = input_gradient_plans.make(key, make)
+    return plan
 
 
 def joined(

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import autograd
-from .plans import backends, find
+from .gradients import check_input_gradient
+from .plans import backends, find, find_input_gradient
 from .schema import library
 from .spec import check_convolution, check_pass, check_relu_backward, empty_as, geometry_of_operator, output_format
 
@@ -29,6 +30,14 @@ def _pass(input: Tensor, bias: Tensor | None, shortcut: Tensor | None, relu: boo
 def _relu_backward(grad: Tensor, output: Tensor, bias_grad: bool) -> tuple[Tensor, Tensor]:
     check_relu_backward(grad, output)
     return backends.of(output).relu_backward(grad, output, bias_grad)
+
+
+def _input_gradient(grad: Tensor, weight: Tensor, input_size: Sequence[int], channels_last: bool, *geometry: Any) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    plan = find_input_gradient(
+        grad, weight, tuple(input_size), channels_last, tuple(stride), tuple(padding), tuple(dilation), groups
+    )
+    return plan(grad, weight)
 
 
 # Fake kernels: shape, dtype and strides without the values.
@@ -52,10 +61,18 @@ def _relu_backward_fake(grad: Tensor, output: Tensor, bias_grad: bool) -> tuple[
     return empty_as(output, output.dtype), output.new_empty(output.shape[1] if bias_grad else 0)
 
 
+@torch.library.register_fake("fused_resnet::conv_input_gradient", lib=library)
+def _input_gradient_fake(grad: Tensor, weight: Tensor, input_size: Sequence[int], channels_last: bool, *geometry: Any) -> Tensor:
+    shape = check_input_gradient(grad, weight, input_size, geometry_of_operator(weight, *geometry))
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
+
+
 _KERNELS = {
     "conv_bias_add_relu": (_conv, autograd.conv_autograd),
     "bias_add_relu": (_pass, autograd.pass_autograd),
     "relu_backward": (_relu_backward, autograd.relu_backward_autograd),
+    "conv_input_gradient": (_input_gradient, autograd.input_gradient_autograd),
 }
 for _name, (_kernel, _differentiable) in _KERNELS.items():
     for _device in ("CPU", "CUDA"):
@@ -64,6 +81,14 @@ for _name, (_kernel, _differentiable) in _KERNELS.items():
 for _device in ("cpu", "cuda"):
     library.impl("conv_bias_add_relu", autograd.conv_autocast(_device), f"Autocast{_device.upper()}")
     library.impl("bias_add_relu", autograd.pass_autocast(_device), f"Autocast{_device.upper()}")
+
+
+@register_flop_formula(torch.ops.fused_resnet.conv_input_gradient)
+def _input_gradient_flops(
+    grad_shape: Sequence[int], weight_shape: Sequence[int], input_size: Sequence[int], *args: Any, **kwargs: Any
+) -> int:
+    """As PyTorch counts this half of convolution_backward: as many as forward."""
+    return conv_flop_count(list(input_size), list(weight_shape), list(grad_shape))
 
 
 @register_flop_formula(torch.ops.fused_resnet.conv_bias_add_relu)

@@ -7,6 +7,7 @@ the machine; the sentences that it returns are the choice, and none of them is t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,16 @@ _FEW_CHANNELS, _LARGE_KERNEL = 4, 25
 _LARGE_MAP = 512
 # Contiguous, a 1x1 convolution is a product of matrices as they lie; ours turns input and output, which pays from here on.
 _REGISTER, _FEW_OUTPUTS = 16, 24
+
+# An input gradient is a convolution for each residue of row and column modulo the stride.
+_LARGEST_STRIDE = 2
+# Measured on a Zen 5, float32 and bfloat16, batch 1 and 8. Strided pixels of a contiguous map are written one by one, from here on at a loss;
+# and the weights are packed in each call, so many of them for these few pixels at a loss.
+_LARGE_STRIDED_MAP = 2048
+_FEW_PIXELS, _FEW_PIXELS_OF_WINOGRAD, _MANY_WEIGHTS = 256, 128, 1 << 17
+
+# From here on a 3x3 convolution trains faster by our kernels. Measured on a Zen 5, batch 1, 8 and 32, one and two threads.
+_TRAINED_PIXELS, _TRAINED_MAP, _TRAINED_PRODUCTS, _TRAINED_CHANNELS_BF16 = 1024, 196, 1 << 25, 64
 
 # Multiply-adds up to which a call on a GPU is taken to be all launches, so that one kernel without tensor cores beats the library's
 # several. Not measured yet, as little as what follows from it: bench/gpu_report.py will tell.
@@ -45,6 +56,46 @@ def why_general_on_cpu(spec: ConvSpec) -> list[str]:
     elif large and height * width > 1 and max(channels, outputs) <= _FEW_CHANNELS and spec.geometry.groups == 1:
         why.append(f"{channels} input and {outputs} output channels: too few to fill registers, the library's kernel is faster")
     return why
+
+
+def why_general_input_gradient_on_cpu(spec: ConvSpec) -> list[str]:
+    """Why the library makes this convolution's gradient in its input."""
+    stride = max(spec.geometry.stride)
+    outputs, _, *kernel = spec.weight.shape
+    channels, height, width = spec.input.shape[1:]
+    area, pixels = math.prod(kernel), height * width
+    why = why_groups(spec.geometry.groups)
+    if stride > _LARGEST_STRIDE:
+        why.append(f"stride {stride}: a convolution for each of so many residues of row and column would be more work")
+    if channels <= _FEW_CHANNELS:
+        why.append(f"{channels} input channels: too few to fill registers, the library's gradient is faster")
+    if why:
+        return why
+    contiguous = not spec.output.is_channels_last
+    if contiguous and area == 1 and stride == 1 and spec.dtype == torch.float32:
+        why.append("a contiguous 1x1 convolution: its gradient is a product of matrices as they lie, the library's is faster")
+    elif contiguous and area > 1 and stride > 1 and pixels >= _LARGE_STRIDED_MAP:
+        why.append(f"a contiguous {height}x{width} map with stride {stride}: written pixel by pixel")
+    met = spec.input.shape[0] * pixels // math.prod(spec.geometry.stride)  # pixels for which the same weights are packed
+    least = _FEW_PIXELS_OF_WINOGRAD if area == 9 and stride == 1 else _FEW_PIXELS
+    if met < least and outputs * channels * area >= _MANY_WEIGHTS:
+        why.append(f"{met} pixels for {outputs * channels * area} weights: packing these takes longer than is saved")
+    return why
+
+
+def trains_faster(
+    input: Sequence[int], weight: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int, dtype: torch.dtype
+) -> bool:
+    """Whether a step of training on a CPU, forward and backward, is faster with our kernels for a convolution that nothing is fused to (a norm
+    that takes its statistics from the batch follows). Winograd is, unless packing the weight anew takes what it saves; direct convolution is
+    not, with a weight's gradient that is the library's either way."""
+    n, channels, h, w = input
+    outputs = weight[0]
+    if tuple(weight[2:]) != (3, 3) or tuple(stride) != (1, 1) or tuple(dilation) != (1, 1) or groups != 1 or channels <= _FEW_CHANNELS:
+        return False
+    if dtype != torch.float32 and (dtype != torch.bfloat16 or min(channels, outputs) < _TRAINED_CHANNELS_BF16):
+        return False
+    return n * h * w >= _TRAINED_PIXELS and (h * w >= _TRAINED_MAP or n * h * w * channels * outputs >= _TRAINED_PRODUCTS)
 
 
 def why_not_in_program(spec: ConvSpec) -> list[str]:

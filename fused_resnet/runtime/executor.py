@@ -17,6 +17,7 @@ from .._extension import cpu
 from ..graph.ir import Addition
 from ..ops.api import bias_add_relu, conv_bias_add_relu
 from ..ops.plans import backends, joined
+from ..ops.select import trains_faster
 from ..ops.spec import is_channels_last
 from . import program
 from .bound import Bound, BoundCall, BoundConvolution, BoundMaxPool, BoundNode, Part, Segment
@@ -152,11 +153,23 @@ def _convolution(node: BoundConvolution, x: Tensor, shortcut: Tensor | None, rel
     if norm is None:
         weight, bias = conv.weight, conv.bias
     elif node.is_live:
-        y: Tensor = norm(conv(x))
+        y: Tensor = norm(_before_live_norm(conv, x, compiling))
         return F.relu(y, inplace=True) if relu else y
     else:
         weight, bias = folded(conv, norm, compiling, node.place)
     return conv_bias_add_relu(x, weight, bias, shortcut, conv.stride, conv.padding, conv.dilation, conv.groups, relu)
+
+
+def _before_live_norm(conv: nn.Conv2d, x: Tensor, compiling: bool) -> Tensor:
+    """A convolution that nothing is fused to: by our kernels where training is faster so."""
+    weight = conv.weight
+    if not compiling and type(x) is Tensor and x.is_cpu and weight.is_cpu and cpu is not None and x.dim() == 4:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        usual = torch.is_autocast_enabled("cpu") or x.dtype == weight.dtype
+        if usual and trains_faster(x.shape, weight.shape, conv.stride, conv.dilation, conv.groups, dtype) and x.shape[1] == weight.shape[1]:
+            return conv_bias_add_relu(x, weight, conv.bias, None, conv.stride, conv.padding, conv.dilation, conv.groups, False)
+    output: Tensor = conv(x)
+    return output
 
 
 def _residual(node: BoundConvolution, addition: Addition, h: Tensor, shortcut: Tensor, compiling: bool) -> Tensor:

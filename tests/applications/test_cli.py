@@ -123,6 +123,29 @@ def test_env(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert found["extension"]["why"] in shown
 
 
+@pytest.mark.parametrize(
+    ("words", "gradient", "expected"),
+    [
+        (("8x64x56x56", "64x3x3"), False, {"path": "hot: one kernel", "weights": ""}),
+        (("8x64x56x56", "64x3x3"), True, {"path": "hot: one kernel", "gradient": "input"}),
+        (("1x512x7x7", "512x3x3"), True, {"reason": "49 pixels for 2359296 weights: packing these takes longer than is saved"}),
+        (("1x3x224x224", "64x7x7/2"), False, {"reason": "3 input channels under a 7x7 kernel: for a network's stem the library's"}),
+        (("1x64x56x56", "64x3x3/3"), True, {"reason": "stride 3: "}),
+    ],
+)
+def test_env_explains(
+    kernels: object, words: tuple[str, str], gradient: bool, expected: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "env.json"
+    argv = ["env", "--explain", *words, "--json", str(file), *(["--gradient", "input"] if gradient else [])]
+    assert cli.main(argv) == 0
+    found = json.loads(file.read_text())
+    for key, value in expected.items():
+        assert found[key].startswith(value)
+    shown = capsys.readouterr().out
+    assert all(value in shown for value in found.values())
+
+
 def test_env_variables_and_one_openmp_runtime() -> None:
     """In a process of its own: this one has imported packages that bring runtimes."""
     done = subprocess.run(

@@ -6,13 +6,16 @@ reaches: of float64's, or behind the last ReLU, or as large as the gradient itse
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_resnet.benchmark import contest as contests
+from fused_resnet.benchmark import torch_contenders
+from fused_resnet.cases import ConvCase
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +94,45 @@ def test_undecided_elements_fall_on_either_side() -> None:
         # Of 2000 fair coins: half, within ten standard deviations.
         assert abs(passed[:2000].sum().item() - (1000 if share else 2000)) <= (224 if share else 0)
         assert torch.allclose(y, z.relu(), rtol=0, atol=1e-6)
+
+
+versions: list[int] = []
+
+
+class Spy(nn.Module):
+    """Notes how often its weight was written before each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        versions.append(self.weight._version)
+        return x * self.weight.sum()
+
+
+@pytest.mark.parametrize("mode", ["forward", "train", "gradient"])
+@pytest.mark.parametrize("build", [torch_contenders.eager, torch_contenders.channels_last, torch_contenders.fused])
+def test_weights_change_between_the_calls_of_training(build: Any, mode: str, tmp_path: Path) -> None:
+    """In place, with their values as they are; for inference they do not."""
+    x = torch.randn(1, 3, 4, 4)
+    built = build(contests.Task(Spy(), (x,), torch.ones_like(x), mode), 1, tmp_path)
+    versions.clear()
+    results = [built.results(built.call()) for _ in range(3)]
+    assert len(versions) == 3
+    assert (len(set(versions)) == 3) == (mode != "forward")
+    assert all(torch.equal(r[0], 6 * x) for r in results)
+
+
+def test_an_input_gradient(one_thread: None) -> None:
+    """The case by itself: PyTorch's autograd is right, another weight is not."""
+    case = contests.InputGradientCase(ConvCase(3, 4, (6, 5), (3, 3), (2, 2), (1, 1)))
+    contest = contests.prepare(case, 2, torch.float32, "train", seed=1)
+    x = torch.zeros(2, 3, 6, 5, requires_grad=True)
+    y = torch.nn.functional.conv2d(x, contest.task.module.weight, stride=2, padding=1)  # type: ignore[arg-type]
+    (expected,) = torch.autograd.grad(y, x, contest.task.grad)
+    assert contest.ok(contest.errors((expected,)))
+    assert not contest.ok(contest.errors((expected * 1.001,)))
+    for format in contests.FORMATS:
+        (found,) = contest.task.run(memory_format=format)
+        assert found.is_contiguous(memory_format=format)

@@ -42,7 +42,7 @@ def _setup() -> object:
 def _commands(folder: Path, extra: list[str]) -> dict[str, list[str]]:
     """What compiles each object file."""
     setup = _setup()
-    sources = {name: flags for name, flags in setup.SOURCES.items() if name not in ("csrc/bindings.cpp", "csrc/facts.cpp", "csrc/watch.cpp")}  # type: ignore[attr-defined]
+    sources = {name: flags for name, flags in setup.SOURCES.items() if name not in setup.KNOW_PYTHON}  # type: ignore[attr-defined]
     # What takes longest comes first.
     sources = dict(sorted(sources.items(), key=lambda item: "isa_avx512" not in item[0]))
     sources |= {str(path.relative_to(ROOT)): ["-O1"] for path in sorted((ROOT / "tests" / "cpp" / "memory").glob("*.cpp"))}

@@ -78,6 +78,19 @@ def test_pass(which: str) -> None:
     run(PASS, WHICH=which)
 
 
+GRADIENT = """
+grad, weight = torch.randn(1, 16, 9, 9), torch.randn(16, CHANNELS, 3, 3)
+op = lambda: torch.ops.fused_resnet.conv_input_gradient(grad, weight, (1, CHANNELS, 9, 9), False, (1, 1), (1, 1, 1, 1), (1, 1), 1)
+freed({"grad": grad, "weight": weight}[WHICH], op, WHICH)
+"""
+
+
+@pytest.mark.parametrize("which", ["grad", "weight"])
+@pytest.mark.parametrize("channels", [16, 3], ids=["ours", "the library's"])
+def test_input_gradient(channels: int, which: str) -> None:
+    run(GRADIENT, WHICH=which, CHANNELS=channels)
+
+
 BLOCK = """
 block = {"block": lambda: fnn.BasicBlock(16, 16), "bias only": lambda: fnn.BasicBlock(16, 16, norm_layer=torch.nn.Identity),
          "grouped": lambda: fnn.Bottleneck(16, 4, groups=2)}[KIND]().eval()

@@ -8,12 +8,12 @@ along random directions (fast_mode) for all.
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import pytest
 import torch
-from _calls import CONV, DTYPES, FORMATS, MASK, Calls, laid_out, name, run_python
+from _calls import CONV, DTYPES, FORMATS, INPUT_GRADIENT, MASK, Calls, laid_out, name, run_python
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -52,6 +52,26 @@ def test_gradgradcheck(case: testing.GradientCase, kernels: object) -> None:
 def test_gradgradcheck_every_element(case: testing.GradientCase, kernels: object) -> None:
     function, leaves = case.build()
     assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("relu", [True, False], ids=["relu", "no relu"])
+def test_batches_of_gradients(kernels: object, relu: bool) -> None:
+    """Autograd's own batching (is_grads_batched, vectorize), whose tensors hide their batch: as one after the other."""
+    operands = testing.float_operands(CASE, torch.float64, torch.Generator().manual_seed(0))
+    leaves = [t.requires_grad_() for t in operands if t is not None]
+    y = fused_resnet.conv_bias_add_relu(*operands, padding=1, relu=relu)
+    grads = torch.randn(3, *y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
+    batched = torch.autograd.grad(y, leaves, grads, is_grads_batched=True, retain_graph=True)
+    for i, grad in enumerate(grads):
+        for b, single in zip(batched, torch.autograd.grad(y, leaves, grad, retain_graph=True), strict=True):
+            torch.testing.assert_close(b[i], single)
+
+    def total(x: Tensor) -> Tensor:
+        return fused_resnet.conv_bias_add_relu(x, operands.weight, None, None, padding=1, relu=relu).square().sum()
+
+    x = operands.input[:1, :, :3, :3].detach()
+    once = torch.autograd.functional.hessian(total, x)
+    torch.testing.assert_close(torch.autograd.functional.hessian(total, x, vectorize=True), once)
 
 
 def test_gradcheck_sees_a_wrong_gradient(kernels: object) -> None:
@@ -159,19 +179,20 @@ def test_no_work_for_gradients_that_nobody_asked_for(needs: tuple[str, ...], rel
     assert len(masks) == (1 if relu else 0)
     if relu:
         assert masks[0][0][2] is ("bias" in needs)
-    if "input" in needs or "weight" in needs:
-        ((args, _),) = backwards
-        assert list(args[-1]) == ["input" in needs, "weight" in needs, False]
-    else:
-        assert not backwards
-    # Nothing else: no copies, no temporaries; a sum for the bias where there is no mask to make it on the way.
+    assert len(calls.of(INPUT_GRADIENT)) == ("input" in needs)
+    assert [list(args[-1]) for args, _ in backwards] == [[False, True, False]] * ("weight" in needs)
+    # Nothing else: no copies, no temporaries; a sum for the bias where there is no mask to make it on the way; and what tells the library
+    # the weight's shape.
     sums = calls.of(torch.ops.aten.sum.dim_IntList)
     assert len(sums) == (1 if "bias" in needs and not relu else 0)
-    assert {f for f, _, _ in calls.calls} <= {MASK, BACKWARD, torch.ops.aten.sum.dim_IntList, torch.ops.aten.detach.default}
+    made = [result.shape for _, result in calls.of(torch.ops.aten.empty.memory_format)]
+    assert made == [operands.weight.shape] * ("weight" in needs)
+    usual = {MASK, INPUT_GRADIENT, BACKWARD, torch.ops.aten.sum.dim_IntList, torch.ops.aten.detach.default}
+    assert {f for f, _, _ in calls.calls} <= usual | {torch.ops.aten.empty.memory_format}
 
 
 def test_shortcut_gradient_is_the_masked_gradient(kernels: object) -> None:
-    """The same memory: no copy. And ``convolution_backward`` reads that tensor too."""
+    """The same memory: no copy. And the gradients of input and weight are made from that tensor too."""
     operands = _leaves(("input", "weight", "bias", "shortcut"))
     output = fused_resnet.conv_bias_add_relu(*operands, padding=1)
     with Calls() as calls:
@@ -180,7 +201,7 @@ def test_shortcut_gradient_is_the_masked_gradient(kernels: object) -> None:
         assert grad.data_ptr() == masked.data_ptr()
         grads = torch.autograd.grad(output, list(operands), torch.ones_like(output))
     masked = calls.of(MASK)[1][1][0]
-    assert grads[3].data_ptr() == masked.data_ptr() == calls.of(BACKWARD)[1][0][0].data_ptr()
+    assert grads[3].data_ptr() == masked.data_ptr() == calls.of(BACKWARD)[1][0][0].data_ptr() == calls.of(INPUT_GRADIENT)[1][0][0].data_ptr()
     # Without a ReLU it is the incoming gradient.
     output = fused_resnet.conv_bias_add_relu(*operands, padding=1, relu=False)
     incoming = torch.ones_like(output)
@@ -190,6 +211,21 @@ def test_shortcut_gradient_is_the_masked_gradient(kernels: object) -> None:
     y = fused_resnet.bias_add_relu(x, None, s)
     gx, gs = torch.autograd.grad(y, [x, s], torch.ones_like(y))
     assert gx.data_ptr() == gs.data_ptr()
+
+
+@pytest.mark.parametrize("formats", list(product(FORMATS, repeat=3)), ids=lambda f: ",".join(map(name, f)))
+def test_memory_formats_are_eagers(formats: tuple[torch.memory_format, ...], kernels: object) -> None:
+    """Of the gradients in input and weight, whatever the incoming one's."""
+    of_input, of_weight, of_grad = formats
+    for case in (CASE, CASE.at(1), ConvCase(8, 8, (6, 7), (1, 1)), ConvCase(1, 5, (6, 7), (3, 3)), ConvCase(8, 6, (5, 5), (3, 3), (2, 2))):
+        x, w, _, _ = testing.float_operands(case, torch.float32, torch.Generator().manual_seed(0))
+        leaves = [x.contiguous(memory_format=of_input).requires_grad_(), w.contiguous(memory_format=of_weight).requires_grad_()]
+        grad = torch.randn(case.output_shape).contiguous(memory_format=of_grad)
+        found = []
+        for function in (fused_resnet.conv_bias_add_relu, reference.conv_bias_add_relu):
+            y = function(*leaves, **{**case.parameters, "relu": False})
+            found.append([g.stride() for g in torch.autograd.grad(y, leaves, grad)])
+        assert found[0] == found[1], case.name
 
 
 def test_accumulated_gradients_do_not_share_memory(kernels: object) -> None:
@@ -233,15 +269,17 @@ def test_no_node_where_nothing_requires_grad(kernels: object) -> None:
         assert _function_nodes(y.grad_fn) == ["ConvBiasAddReLUBackward", "torch::autograd::AccumulateGrad"]
 
 
-def test_what_backward_keeps(kernels: object) -> None:
-    """Saved for backward: input, weight and, for the mask, the output; without a ReLU not the output."""
-    for relu in (True, False):
-        operands = _leaves(("input", "weight", "bias", "shortcut"))
-        saved: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.data_ptr()), t)[1], lambda t: t):  # noqa: B023
-            y = fused_resnet.conv_bias_add_relu(*operands, padding=1, relu=relu)
-        expected = [operands.input.data_ptr(), operands.weight.data_ptr()] + ([y.data_ptr()] if relu else [])
-        assert saved == expected
+@pytest.mark.parametrize("needs", SUBSETS, ids="+".join)
+@pytest.mark.parametrize("relu", [True, False], ids=["relu", "no relu"])
+def test_what_backward_keeps(needs: tuple[str, ...], relu: bool, kernels: object) -> None:
+    """Saved for backward: the input for the weight's gradient, the weight for the input's and, for the mask, the output; nothing else."""
+    operands = _leaves(needs)
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.data_ptr()), t)[1], lambda t: t):
+        y = fused_resnet.conv_bias_add_relu(*operands, padding=1, relu=relu)
+    expected = [operands.input.data_ptr()] if "weight" in needs else []
+    expected += [operands.weight.data_ptr()] if "input" in needs else []
+    assert saved == expected + ([y.data_ptr()] if relu else [])
 
 
 def test_a_saved_tensor_that_was_changed_is_an_error(kernels: object) -> None:

@@ -148,8 +148,8 @@ FAULTS = (
     Fault(
         "panel tail one channel short",
         ("csrc/cpu/packing.h",),
-        "const i64 rows_here = smaller(a.k - a.k_begin - j, W);",
-        "const i64 rows_here = smaller(a.k - a.k_begin - j - 1, W);",
+        "const i64 k = a.k_begin + j, lanes = clamped(a.k - k, W);",
+        "const i64 k = a.k_begin + j, lanes = clamped(a.k - k - 1, W);",
         (EXACT,),
     ),
     Fault(
@@ -428,7 +428,7 @@ FAULTS = (
     Fault(
         "Winograd: values that are not finite go unseen",
         ("csrc/cpu/winograd.h",),
-        "odd = V::fma(y[i][l], V::zero(), odd);",
+        "note_odd<V>(y[i][l], odd);",
         "(void)odd;",
         (
             SPECIAL_INPUT,

@@ -325,14 +325,14 @@ FAULTS = (
         "a pooling loses its gradient",
         ("fused_resnet/runtime/pooling.py",),
         "not nobody_listens(x) or",
-        "type(x) is not Tensor or",
+        "not nobody_listens(x.detach()) or",
         ("tests/runtime/test_pooling.py::test_what_is_left_to_the_module",),
     ),
     Fault(
         "a tensor of negatives goes to the kernel",
         ("fused_resnet/_compat.py",),
-        "return not (t.is_neg() or t._is_zerotensor())",
-        "return not t._is_zerotensor()",
+        "return not (t.is_neg() or t._is_zerotensor()",
+        "return not (t._is_zerotensor()",
         ("tests/kernels/test_layouts.py::test_tensors_whose_memory_is_not_their_value",),
     ),
     Fault(

@@ -73,7 +73,7 @@ FAULTS = (
         ("fused_resnet/runtime/executor.py",),
         "            values[number] = None\n",
         "            pass\n",
-        ("tests/runtime/test_stem.py::test_a_value_is_given_back_when_nothing_reads_it_any_more",),
+        ("tests/runtime/test_training.py::test_a_value_inside_a_block_is_given_back",),
     ),
     Fault(
         "a repeated network keeps its stem's output",
@@ -113,9 +113,12 @@ FAULTS = (
     Fault(
         "calls of other layouts outlive the weights that they were packed from",
         ("fused_resnet/runtime/cached.py",),
-        "before is not None and self._is_same_world(before)",
-        "before is not None",
-        ("tests/runtime/test_network_memory.py::test_layouts_in_turn_that_pack_a_weight_in_two_ways",),
+        # Two checks, each of which is enough in what is known to happen.
+        """if before is not None and self._is_same_world(before):
+            # A call of which a store has dropped something goes as well: it would keep that alive.
+            kept = [(k, found) for k, found in before.calls.items() if k != key and all([entry.kept for entry in found[0].entries])]""",
+        "if before is not None:\n            kept = [(k, found) for k, found in before.calls.items() if k != key]",
+        ("tests/runtime/test_network_memory.py::test_a_weight_that_changes_while_another_layout_is_packed",),
     ),
     Fault(
         "a network and what it keeps refer to each other",
@@ -288,8 +291,8 @@ FAULTS = (
     Fault(
         "saved for a gradient that nobody wants",
         ("fused_resnet/ops/autograd.py",),
-        "saved = (input, weight) if ctx.needs_input_grad[0] or ctx.needs_input_grad[1] else (None, None)",
-        "saved = (input, weight)",
+        "ctx.save_for_backward(input if need_weight else None, weight if need_input else None,",
+        "ctx.save_for_backward(input, weight,",
         ("tests/ops/test_gradients.py::test_only_the_shortcut_wants_a_gradient",),
     ),
     Fault(

@@ -22,17 +22,21 @@ int main(int arguments, char** argument) {
   const int direct = shared.all;
   memory::winograd();
   const int winograd = shared.of_several;
+  memory::gradients();
+  const int gradients = shared.of_several - winograd;
   memory::blocks();
-  const int blocks = shared.of_several - winograd;
+  const int blocks = shared.of_several - winograd - gradients;
   memory::programs();
   memory::passes();
   memory::pooling();
   memory::teams();
   memory::arithmetic();
-  memory::describe("all cases together: of %d phases of direct convolutions, %d of Winograd's two, %d of blocks", direct, winograd, blocks);
+  memory::describe("all cases together: of %d phases of direct convolutions, %d of Winograd's two, %d of gradients, %d of blocks", direct, winograd,
+                   gradients, blocks);
   const int tables = int(fused_resnet::available_tables().size());
   memory::expect(direct >= 10 * tables, "direct convolutions' tasks were run on several threads");
   memory::expect(winograd >= 4 * tables, "the tasks of Winograd's two phases were run on several threads");
+  memory::expect(gradients >= 4 * tables, "the tasks of the phases of gradients were run on several threads");
   memory::expect(blocks >= 20 * tables, "the tasks of the phases of blocks were run on several threads");
   return memory::finish();
 }

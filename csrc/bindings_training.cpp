@@ -1,0 +1,74 @@
+// What training alone needs of the compiled module: convolutions with a weight that is used once, and gradients.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <optional>
+
+#include "cpu/input_gradient.h"
+#include "python_shapes.h"
+#include "words.h"
+
+namespace py = pybind11;
+namespace fr = fused_resnet;
+using fr::Four;
+using fr::Pointer;
+using fr::Two;
+using fr::dtype;
+using fr::in;
+using fr::out;
+using fr::request;
+using fr::strides;
+
+void bind_training(py::module_& m) {
+  py::class_<fr::FreshConvolution>(m, "FreshConvolution")
+      .def(py::init([](const std::string& type, const Four& input, const Four& weight, const Four& output, const Two& stride,
+                       const Two& pad, const Two& dilation, const Four& input_strides, const Four& weight_strides,
+                       const Four& output_strides, const std::optional<Four>& shortcut_strides, bool has_bias, bool relu, int threads,
+                       const std::string& algorithm, bool strict) {
+             const fr::ConvShape s = fr::conv_shape(input, weight, output, stride, pad, dilation, input_strides, output_strides,
+                                                    shortcut_strides, has_bias, relu);
+             return std::make_unique<fr::FreshConvolution>(s, strides(weight_strides), dtype(type), threads, request(algorithm, strict),
+                                                           false);
+           }),
+           py::arg("dtype"), py::arg("input"), py::arg("weight"), py::arg("output"), py::arg("stride"), py::arg("pad"),
+           py::arg("dilation"), py::arg("input_strides"), py::arg("weight_strides"), py::arg("output_strides"),
+           py::arg("shortcut_strides"), py::arg("has_bias"), py::arg("relu"), py::arg("threads"), py::arg("algorithm") = "auto",
+           py::arg("strict") = false)
+      .def(
+          "run",
+          [](const fr::FreshConvolution& c, Pointer x, Pointer weight, Pointer bias, Pointer shortcut, Pointer y) {
+            return c.run({in(x), in(weight), in(bias), in(shortcut), out(y), nullptr, {}});
+          },
+          py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("shortcut"), py::arg("output"),
+          py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("workspace_bytes", &fr::FreshConvolution::workspace_bytes)
+      .def("describe", &fr::FreshConvolution::describe);
+
+  py::class_<fr::InputGradient>(m, "InputGradient")
+      .def(py::init([](const std::string& type, const Four& input, const Four& weight, const Four& output, const Two& stride,
+                       const Two& pad, const Two& dilation, const Four& input_strides, const Four& weight_strides,
+                       const Four& output_strides, int threads, const std::string& algorithm, bool strict) {
+             const fr::ConvShape s = fr::conv_shape(input, weight, output, stride, pad, dilation, input_strides, output_strides,
+                                                    std::nullopt, false, false);
+             return std::make_unique<fr::InputGradient>(s, strides(weight_strides), dtype(type), threads, request(algorithm, strict));
+           }),
+           py::arg("dtype"), py::arg("input"), py::arg("weight"), py::arg("output"), py::arg("stride"), py::arg("pad"),
+           py::arg("dilation"), py::arg("input_strides"), py::arg("weight_strides"), py::arg("output_strides"), py::arg("threads"),
+           py::arg("algorithm") = "auto", py::arg("strict") = false)
+      .def(
+          "run",
+          [](const fr::InputGradient& g, Pointer grad, Pointer weight, Pointer grad_input) {
+            fr::Operands o;
+            o.x = in(grad);
+            o.weight = in(weight);
+            o.y = out(grad_input);
+            return g.run(o);
+          },
+          py::arg("grad"), py::arg("weight"), py::arg("grad_input"), py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("workspace_bytes", &fr::InputGradient::workspace_bytes)
+      .def_property_readonly("isa", &fr::InputGradient::isa)
+      .def_property_readonly("algorithm", [](const fr::InputGradient& g) { return fr::word(g.algorithm()); })
+      .def("describe", &fr::InputGradient::describe)
+      .def_property_readonly("reason", &fr::InputGradient::reason);
+}
