@@ -54,6 +54,19 @@ def test_gradgradcheck_every_element(case: testing.GradientCase, kernels: object
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
+def test_gradients_that_are_differentiated_further(kernels: object) -> None:
+    """With create_graph they come by another way: the same values, on integers to the bit."""
+    generator = torch.Generator().manual_seed(6)
+    for case in AWKWARD[::3]:
+        operands = testing.integer_operands(case, torch.float64, generator)
+        grad = testing.unit_gradient(case.output_shape, torch.float64, generator)
+        leaves = [t.requires_grad_() for t in operands if t is not None]
+        y = fused_resnet.conv_bias_add_relu(*operands, **case.parameters)
+        once = torch.autograd.grad(y, leaves, grad, retain_graph=True)
+        further = torch.autograd.grad(y, leaves, grad, create_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(once, further, strict=True)), case.name
+
+
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "no relu"])
 def test_batches_of_gradients(kernels: object, relu: bool) -> None:
     """Autograd's own batching (is_grads_batched, vectorize), whose tensors hide their batch: as one after the other."""

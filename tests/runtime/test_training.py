@@ -207,6 +207,8 @@ LARGE = [
     ConvCase(64, 64, (28, 28), (3, 3), padding=(1, 1), shortcut=True),
     ConvCase(300, 70, (7, 7), (3, 3), padding=(1, 1), batch=3),
     ConvCase(130, 520, (9, 8), (1, 1), shortcut=True, batch=2),
+    # One panel, so that the weight is packed, and so many channels that the input is transformed first: both are in the workspace.
+    ConvCase(900, 16, (24, 24), (3, 3), padding=(1, 1)),
 ]
 
 
