@@ -34,47 +34,12 @@ class CpuBackend(Backend):
     def convolution(self, spec: ConvSpec, algorithm: str) -> Any:
         """The compiled convolution."""
         assert self.module is not None
-        geometry = spec.geometry
-        return self.module.Convolution(
-            spec.dtype_name,
-            spec.input.shape,
-            spec.weight.shape,
-            spec.output.shape,
-            geometry.stride,
-            (geometry.padding.top, geometry.padding.left),
-            geometry.dilation,
-            spec.input.strides,
-            spec.output.strides,
-            None if spec.shortcut is None else spec.shortcut.strides,
-            spec.bias is not None,
-            spec.relu,
-            torch.get_num_threads(),
-            algorithm,
-            _settings.current.numerics == "strict",
-        )
+        return self.module.Convolution(**_shape_of(spec, algorithm), **_end_of(spec))
 
     def fresh_convolution(self, spec: ConvSpec, algorithm: str) -> Any:
         """The same of a weight that is used once, as it is in memory."""
         assert self.module is not None
-        geometry = spec.geometry
-        return self.module.FreshConvolution(
-            spec.dtype_name,
-            spec.input.shape,
-            spec.weight.shape,
-            spec.output.shape,
-            geometry.stride,
-            (geometry.padding.top, geometry.padding.left),
-            geometry.dilation,
-            spec.input.strides,
-            spec.weight.strides,
-            spec.output.strides,
-            None if spec.shortcut is None else spec.shortcut.strides,
-            spec.bias is not None,
-            spec.relu,
-            torch.get_num_threads(),
-            algorithm,
-            _settings.current.numerics == "strict",
-        )
+        return self.module.FreshConvolution(**_shape_of(spec, algorithm), **_end_of(spec), weight_strides=spec.weight.strides)
 
     def why_general_input_gradient(self, spec: ConvSpec) -> list[str]:
         return [self.missing] if self.module is None else select.why_general_input_gradient_on_cpu(spec)
@@ -82,22 +47,7 @@ class CpuBackend(Backend):
     def input_gradient(self, spec: ConvSpec, algorithm: str) -> Any:
         """The compiled gradient of a convolution in its input."""
         assert self.module is not None
-        geometry = spec.geometry
-        return self.module.InputGradient(
-            spec.dtype_name,
-            spec.input.shape,
-            spec.weight.shape,
-            spec.output.shape,
-            geometry.stride,
-            (geometry.padding.top, geometry.padding.left),
-            geometry.dilation,
-            spec.input.strides,
-            spec.weight.strides,
-            spec.output.strides,
-            torch.get_num_threads(),
-            algorithm,
-            _settings.current.numerics == "strict",
-        )
+        return self.module.InputGradient(**_shape_of(spec, algorithm), weight_strides=spec.weight.strides)
 
     def input_gradient_plan(self, spec: ConvSpec) -> CpuInputGradientPlan:
         return CpuInputGradientPlan(spec, self)
@@ -154,6 +104,31 @@ class CpuBackend(Backend):
             0 if sums is None else sums.data_ptr(),
             torch.get_num_threads(),
         )
+
+
+def _shape_of(spec: ConvSpec, algorithm: str) -> dict[str, Any]:
+    """What every compiled convolution and gradient is made of."""
+    stride, padding, dilation, _ = spec.geometry
+    return {
+        "dtype": spec.dtype_name,
+        "input": spec.input.shape,
+        "weight": spec.weight.shape,
+        "output": spec.output.shape,
+        "stride": stride,
+        "pad": (padding.top, padding.left),
+        "dilation": dilation,
+        "input_strides": spec.input.strides,
+        "output_strides": spec.output.strides,
+        "threads": torch.get_num_threads(),
+        "algorithm": algorithm,
+        "strict": _settings.current.numerics == "strict",
+    }
+
+
+def _end_of(spec: ConvSpec) -> dict[str, Any]:
+    """What follows a convolution."""
+    shortcut = None if spec.shortcut is None else spec.shortcut.strides
+    return {"shortcut_strides": shortcut, "has_bias": spec.bias is not None, "relu": spec.relu}
 
 
 def _told(kernel: Any) -> dict[str, str]:

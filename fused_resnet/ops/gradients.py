@@ -46,6 +46,8 @@ def check_input_gradient(grad: Tensor, weight: Tensor, input_size: Sequence[int]
     if len(input_size) != 4:
         raise ValueError(f"input_size must have 4 numbers [N, C, H, W], got {len(input_size)}: {tuple(input_size)}")
     n, c, h, w = input_size
+    if any([type(size) is int and size < 0 for size in input_size]):  # of those that a compiler has not fixed the answer would be a guard
+        raise ValueError(f"input_size must not be negative, got {tuple(input_size)}")
     shape = check_convolution(grad.new_empty(()).expand(n, c, h, w), weight, None, None, geometry)
     if tuple(grad.shape) != shape:
         raise ValueError(f"grad must have the output's shape {list(shape)}, got {list(grad.shape)}")

@@ -164,8 +164,9 @@ def _before_live_norm(conv: nn.Conv2d, x: Tensor, compiling: bool) -> Tensor:
     """A convolution that nothing is fused to: by our kernels where training is faster so."""
     weight = conv.weight
     if not compiling and type(x) is Tensor and x.is_cpu and weight.is_cpu and cpu is not None and x.dim() == 4:
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        usual = torch.is_autocast_enabled("cpu") or x.dtype == weight.dtype
+        casts = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64  # which autocast leaves alone
+        dtype = torch.get_autocast_dtype("cpu") if casts else x.dtype
+        usual = casts or x.dtype == weight.dtype
         if usual and trains_faster(x.shape, weight.shape, conv.stride, conv.dilation, conv.groups, dtype) and x.shape[1] == weight.shape[1]:
             return conv_bias_add_relu(x, weight, conv.bias, None, conv.stride, conv.padding, conv.dilation, conv.groups, False)
     output: Tensor = conv(x)

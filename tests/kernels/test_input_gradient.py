@@ -313,6 +313,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "grad must have the output's shape": (torch.zeros(1, 4, 5, 6), torch.zeros(4, 3, 3, 3), (1, 3, 5, 5), False, *GEOMETRY),
     "input_size must have 4 numbers": (torch.zeros(1, 4, 5, 5), torch.zeros(4, 3, 3, 3), (3, 5, 5), False, *GEOMETRY),
     "weight must have input channels / groups = 4": (torch.zeros(1, 4, 5, 5), torch.zeros(4, 3, 3, 3), (1, 4, 5, 5), False, *GEOMETRY),
+    "input_size must not be negative": (torch.zeros(1, 4, 5, 5), torch.zeros(4, 3, 3, 3), (1, 3, -5, 5), False, *GEOMETRY),
     "stride must be at least 1": (torch.zeros(1, 4, 5, 5), torch.zeros(4, 3, 3, 3), (1, 3, 5, 5), False, (0, 1), *GEOMETRY[1:]),
     "groups must be at least 1": (torch.zeros(1, 4, 5, 5), torch.zeros(4, 3, 3, 3), (1, 3, 5, 5), False, *GEOMETRY[:3], 0),
 }

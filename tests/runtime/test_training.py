@@ -23,7 +23,7 @@ from fused_resnet.benchmark import contest as contests
 from fused_resnet.benchmark.torch_contenders import convert
 from fused_resnet.cases import AWKWARD, BLOCKS, BlockCase, ConvCase, Operands
 from fused_resnet.ops import derived
-from fused_resnet.ops.cpu import CpuBackend
+from fused_resnet.ops.cpu import CpuBackend, CpuPlan
 from fused_resnet.ops.spec import geometry_of_call, spec_of
 from fused_resnet.runtime import executor
 
@@ -181,6 +181,24 @@ def test_nothing_of_a_trained_weight_is_kept(kernels: object, no_garbage_collect
     with torch.no_grad():
         fused_resnet.conv_bias_add_relu(x, w, padding=1)
     assert len(derived._beside) == before + 1
+
+
+def test_a_weight_that_is_cast_for_autocast_is_used_once(kernels: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is another tensor at each call, whether the call is seen by somebody else or not."""
+    once, called = CpuPlan.once, []
+
+    def counted(self: CpuPlan, *operands: Any) -> Tensor:
+        called.append(operands[1].dtype)
+        return once(self, *operands)
+
+    monkeypatch.setattr(CpuPlan, "once", counted)
+    b, x = block(64), torch.randn(4, 64, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        b(x)
+        assert called == [torch.bfloat16] * 2
+        with torch.no_grad():
+            b(x)
+    assert called == [torch.bfloat16] * 2  # a call that trains nothing keeps what it packs
 
 
 def test_training_and_calls_in_turn(kernels: object) -> None:
