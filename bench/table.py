@@ -103,31 +103,30 @@ def figures() -> str:
         "parameters that a checkpoint needs. (`bench/memory.py`)"
     )
     parts.append(crowded())
-    parts += [times("training.json"), input_gradients()]
+    parts += [times("training.json"), times("blocks_train.json"), gradients("input"), gradients("weight")]
     return "\n\n".join(parts)
 
 
-def input_gradients() -> str:
+def gradients(operand: str) -> str:
     """Those of single convolutions beside the library's, in groups."""
-    data = load("input_gradients.json")
-    clean = [r for r in data["results"] if trusted(r)]
+    data = load(f"{operand}_gradients.json")
+    clean = [r for r in data["results"] if trusted(r) and " 7x7 " not in r["case"] and " 3->" not in r["case"]]
     kinds = {"with stride 2": lambda name: "/2" in name, "3x3": lambda name: " 3x3 " in name, "1x1": lambda name: " 1x1 " in name}
     groups: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     for r in clean:
-        kind = next((kind for kind, fits in kinds.items() if fits(r["case"])), None)
-        if kind is not None and " 7x7 " not in r["case"]:
-            groups[kind].append(r)
+        groups[next(kind for kind, fits in kinds.items() if fits(r["case"]))].append(r)
     threads = sorted({r["threads"] for r in clean})
     words = []
     for kind, found in groups.items():
         words.append(f"{kind} " + " / ".join(mean([r["ratio"] for r in found if r["threads"] == count]) for count in threads))
     lowest = min(clean, key=lambda r: r["ratio"])
+    worst = f"{lowest['case'].removeprefix(f'{operand} gradient of ')}, {lowest['threads']} threads"
     return (
-        f"Input gradients of the ResNets' convolutions by themselves, batch {clean[0]['batch']}, the library's in its better memory format "
-        f"over ours in the better one, every weight written between calls, geometric means on {' / '.join(map(str, threads))} threads: "
-        f"{', '.join(words)}; "
-        f"lowest {lowest['ratio']:.2f} ({lowest['case'].removeprefix('input gradient of ')}, {lowest['threads']} threads). ({machine(data)}, "
-        f"`python -m fused_resnet bench --what conv --mode train --case \"input gradient\"`, `bench/results/input_gradients.json`)"
+        f"Gradients of the ResNets' convolutions in their {operand} by themselves, but for the stems' (the library's), batch "
+        f"{clean[0]['batch']}, the library's in its better memory format over ours in the better one, every weight written between calls, "
+        f"geometric means on {' / '.join(map(str, threads))} threads: {', '.join(words)}; lowest {lowest['ratio']:.2f} ({worst}). "
+        f"({machine(data)}, `python -m fused_resnet bench --what conv --mode train --case \"{operand} gradient\"`, "
+        f"`bench/results/{operand}_gradients.json`)"
     )
 
 

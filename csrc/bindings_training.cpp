@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "cpu/input_gradient.h"
+#include "cpu/weight_gradient.h"
 #include "python_shapes.h"
 #include "words.h"
 
@@ -19,6 +20,41 @@ using fr::in;
 using fr::out;
 using fr::request;
 using fr::strides;
+
+namespace {
+
+// A gradient of a convolution, but for its way to run.
+template <class Gradient>
+py::class_<Gradient> gradient_class(py::module_& m, const char* name) {
+  py::class_<Gradient> type(m, name);
+  type.def(py::init([](const std::string& type, const Four& input, const Four& weight, const Four& output, const Two& stride,
+                       const Two& pad, const Two& dilation, const Four& input_strides, const Four& weight_strides,
+                       const Four& output_strides, int threads, const std::string& algorithm, bool strict) {
+             const fr::ConvShape s = fr::conv_shape(input, weight, output, stride, pad, dilation, input_strides, output_strides,
+                                                    std::nullopt, false, false);
+             return std::make_unique<Gradient>(s, strides(weight_strides), dtype(type), threads, request(algorithm, strict));
+           }),
+           py::arg("dtype"), py::arg("input"), py::arg("weight"), py::arg("output"), py::arg("stride"), py::arg("pad"),
+           py::arg("dilation"), py::arg("input_strides"), py::arg("weight_strides"), py::arg("output_strides"), py::arg("threads"),
+           py::arg("algorithm") = "auto", py::arg("strict") = false)
+      .def_property_readonly("workspace_bytes", &Gradient::workspace_bytes)
+      .def_property_readonly("isa", &Gradient::isa)
+      .def_property_readonly("algorithm", [](const Gradient& g) { return fr::word(g.algorithm()); })
+      .def("describe", &Gradient::describe)
+      .def_property_readonly("reason", &Gradient::reason);
+  return type;
+}
+
+template <class Gradient>
+bool run(const Gradient& gradient, const void* x, const void* weight, void* y) {
+  fr::Operands o;
+  o.x = x;
+  o.weight = weight;
+  o.y = y;
+  return gradient.run(o);
+}
+
+}  // namespace
 
 void bind_training(py::module_& m) {
   py::class_<fr::FreshConvolution>(m, "FreshConvolution")
@@ -45,30 +81,18 @@ void bind_training(py::module_& m) {
       .def_property_readonly("workspace_bytes", &fr::FreshConvolution::workspace_bytes)
       .def("describe", &fr::FreshConvolution::describe);
 
-  py::class_<fr::InputGradient>(m, "InputGradient")
-      .def(py::init([](const std::string& type, const Four& input, const Four& weight, const Four& output, const Two& stride,
-                       const Two& pad, const Two& dilation, const Four& input_strides, const Four& weight_strides,
-                       const Four& output_strides, int threads, const std::string& algorithm, bool strict) {
-             const fr::ConvShape s = fr::conv_shape(input, weight, output, stride, pad, dilation, input_strides, output_strides,
-                                                    std::nullopt, false, false);
-             return std::make_unique<fr::InputGradient>(s, strides(weight_strides), dtype(type), threads, request(algorithm, strict));
-           }),
-           py::arg("dtype"), py::arg("input"), py::arg("weight"), py::arg("output"), py::arg("stride"), py::arg("pad"),
-           py::arg("dilation"), py::arg("input_strides"), py::arg("weight_strides"), py::arg("output_strides"), py::arg("threads"),
-           py::arg("algorithm") = "auto", py::arg("strict") = false)
+  gradient_class<fr::InputGradient>(m, "InputGradient")
       .def(
           "run",
           [](const fr::InputGradient& g, Pointer grad, Pointer weight, Pointer grad_input) {
-            fr::Operands o;
-            o.x = in(grad);
-            o.weight = in(weight);
-            o.y = out(grad_input);
-            return g.run(o);
+            return run(g, in(grad), in(weight), out(grad_input));
           },
-          py::arg("grad"), py::arg("weight"), py::arg("grad_input"), py::call_guard<py::gil_scoped_release>())
-      .def_property_readonly("workspace_bytes", &fr::InputGradient::workspace_bytes)
-      .def_property_readonly("isa", &fr::InputGradient::isa)
-      .def_property_readonly("algorithm", [](const fr::InputGradient& g) { return fr::word(g.algorithm()); })
-      .def("describe", &fr::InputGradient::describe)
-      .def_property_readonly("reason", &fr::InputGradient::reason);
+          py::arg("grad"), py::arg("weight"), py::arg("grad_input"), py::call_guard<py::gil_scoped_release>());
+  gradient_class<fr::WeightGradient>(m, "WeightGradient")
+      .def(
+          "run",
+          [](const fr::WeightGradient& g, Pointer grad, Pointer input, Pointer grad_weight) {
+            return run(g, in(input), in(grad), out(grad_weight));
+          },
+          py::arg("grad"), py::arg("input"), py::arg("grad_weight"), py::call_guard<py::gil_scoped_release>());
 }

@@ -28,6 +28,7 @@ CONV = torch.ops.fused_resnet.conv_bias_add_relu.default
 PASS = torch.ops.fused_resnet.bias_add_relu.default
 MASK = torch.ops.fused_resnet.relu_backward.default
 INPUT_GRADIENT = torch.ops.fused_resnet.conv_input_gradient.default
+WEIGHT_GRADIENT = torch.ops.fused_resnet.conv_weight_gradient.default
 
 
 def name(value: object) -> str:

@@ -98,18 +98,23 @@ class Copy:
                 raise Broken(f"its text is no longer in {name}: {fault.old!r}")
         for name, text in texts.items():
             (self.folder / name).write_text(text.replace(fault.old, fault.new))
-        if any(not name.endswith(".py") for name in fault.files):
+        if _is_compiled(fault):
             self.build()
 
     def restore(self, fault: Fault) -> None:
         for name in fault.files:
             if (self.clean / name).exists():
                 shutil.copy2(self.clean / name, self.folder / name)
-        if any(not name.endswith(".py") for name in fault.files):
+        if _is_compiled(fault):
             shutil.rmtree(self.folder / "build")
             shutil.copytree(self.clean / "build", self.folder / "build")
             for module in (self.clean / "fused_resnet").glob("*.so"):
                 shutil.copy2(module, self.folder / "fused_resnet" / module.name)
+
+
+def _is_compiled(fault: Fault) -> bool:
+    """Whether it changes the compiled module."""
+    return any(not name.endswith(".py") or name == "setup.py" for name in fault.files)
 
 
 def _key(fault: Fault) -> str:

@@ -69,6 +69,15 @@ const WinogradKernels* winograd_kernels(const ConvShape& s, Algorithm algorithm,
   return s.stride_h == 2 && algorithm == Algorithm::winograd2 ? &kernels.winograd2_stride2 : nullptr;
 }
 
+Panels cut_panels(i64 k, const DTypeKernels& kernels, int most) {
+  Panels cut;
+  cut.k = k;
+  cut.vector = kernels.vector;
+  const i64 vectors = std::max<i64>(ceil_div(k, kernels.vector), 1), panels = ceil_div(vectors, most);
+  cut.channels = ceil_div(vectors, panels) * kernels.vector;
+  return cut;
+}
+
 namespace {
 
 // What limits a convolution, counted in FMA instructions that one thread could have issued meanwhile.
@@ -84,16 +93,6 @@ double tile_slots(double rows, double vectors) { return std::max({rows * vectors
 
 // Elements of A that hold so many channels.
 double elements(i64 channels, const DTypeKernels& kernels) { return std::ceil(double(channels) / kernels.group); }
-
-// Panels of nearly equal width, of at most so many registers.
-Panels cut_panels(i64 k, const DTypeKernels& kernels, int most) {
-  Panels cut;
-  cut.k = k;
-  cut.vector = kernels.vector;
-  const i64 vectors = std::max<i64>(ceil_div(k, kernels.vector), 1), panels = ceil_div(vectors, most);
-  cut.channels = ceil_div(vectors, panels) * kernels.vector;
-  return cut;
-}
 
 // Slots for `rows` rows (pixels or tiles) times all output channels times `steps` elements of the reduction.
 double product_slots(double rows, const Panels& cut, const DTypeKernels& kernels, double steps) {

@@ -36,6 +36,9 @@ double serial_macs(const DTypeKernels& kernels);
 // multiply-adds there are.
 bool streams_weights(const ConvShape& shape, const DTypeKernels& kernels);
 
+// Panels of nearly equal width, of at most so many registers.
+Panels cut_panels(i64 k, const DTypeKernels& kernels, int most);
+
 // Winograd: runs of tiles, times ranges of panels of output channels. Either one phase, whose tasks each transform the input of
 // their tiles for themselves; or two, the first of which transforms the whole input for the tasks of the second. A fresh weight is
 // transformed by each task as it goes where so few tasks want the same panel that this costs less than its way through memory.

@@ -63,6 +63,7 @@ struct PackRowArgs {
   i64 stride_c = 0, stride_w = 0, pixels = 0, channels = 0;
   void* out = nullptr;
   i64 pitch = 0;  // elements
+  bool others_between = false;  // between two pixels lies what is to stay
 };
 
 // Input channels [c_begin, c_end) of one panel of the weight [K, C, R, S] with any strides: out[(r * S + s) * elements + c][width], zeros
@@ -120,23 +121,23 @@ struct MeanRowArgs {
   void* y = nullptr;  // storage dtype
 };
 
-// The input transform of a strip, tiles side by side in one row of tiles, and `channels` channels (a vector at most).
-// Columns run from 0 to those of the last tile; those outside [left, right) are zeros.
-struct WinogradInputArgs {
-  const void* row[6] = {};  // column 0 of each of the alpha rows; only columns [left, right) are read
-  i64 step[6] = {};         // elements from column to column
-  i64 left = 0, right = 0;
-  i64 tiles = 0, channels = 0;
-  void* scratch = nullptr;  // [alpha][columns][vector]
-  void* out = nullptr;      // position 0 of the first tile, first of these channels: [position][tile][vector]
-  i64 position_stride = 0;  // elements
-};
-
 // Memory that will be wanted soon: `count` pieces of `lines` cache lines, `stride` bytes apart.
 struct AheadRun {
   const char* first;
   i64 stride, count, lines;
   bool write;
+};
+
+// The transform of a strip, tiles side by side in one row of tiles, and `channels` channels (a vector at most).
+// Columns run from 0 to those of the last tile; those outside [left, right) are zeros.
+struct WinogradStripArgs {
+  const void* row[6] = {};  // column 0 of each of a tile's rows; only columns [left, right) are read
+  i64 step[6] = {};         // elements from column to column
+  i64 left = 0, right = 0;
+  i64 tiles = 0, channels = 0;
+  void* scratch = nullptr;  // [alpha][columns][vector]
+  void* out = nullptr;      // position 0 of the first tile, first of these channels
+  i64 position_stride = 0, tile_stride = 0;  // elements of A
 };
 
 // The products at all positions, of one panel of output channels.
@@ -174,9 +175,56 @@ struct WinogradOutputArgs {
 struct WinogradKernels {
   int m, step, alpha;
   bool (*weight)(const PackWeightArgs&);  // to out[position][element][width]; false: a transformed weight is not finite
-  void (*input)(const WinogradInputArgs&);    // rows in the storage dtype, channels side by side
-  void (*input_packed)(const WinogradInputArgs&);  // rows in the accumulator's type
+  void (*input)(const WinogradStripArgs&);    // rows in the storage dtype, channels side by side
+  void (*input_packed)(const WinogradStripArgs&);  // rows in the accumulator's type
   bool (*output)(const WinogradOutputArgs&);  // false: a sum is not finite, on the way or in the end
+};
+
+// Products for the gradient of a weight, of some steps of its reduction (pixels or tiles): sums[row * pitch + column] is the sum over step of
+// grad[step * grad_pitch + row] * input[step * input_pitch + column], each from the first step to the last. All in the accumulator's type.
+struct WeightProductsArgs {
+  const void* grad = nullptr;
+  const void* input = nullptr;
+  i64 grad_pitch = 0, input_pitch = 0;
+  i64 width = 0;  // columns: whole registers, at most DTypeKernels::vectors
+  i64 steps = 0, rows = 0;
+  void* sums = nullptr;
+  i64 pitch = 0;
+  bool more = false;  // added to what is there
+  const void* next = nullptr;       // fetched into the L2 cache meanwhile
+  i64 next_bytes = 0;
+  AheadRun ahead = {};              // this too
+};
+
+// From the products at all positions to nine taps, each row and column for itself.
+struct WinogradTapsArgs {
+  const void* product = nullptr;  // [position][row][width]
+  i64 position_stride = 0;
+  i64 rows = 0, width = 0;
+  void* sums = nullptr;  // [row][tap][column]
+  i64 pitch = 0, tap_stride = 0;
+  bool more = false;  // added to what is there
+};
+
+// Some output channels of the gradient of a weight [K, C, R, S] with any strides: the sums of `parts` parts, one after the other, rounded to the
+// storage dtype.
+struct StoreWeightArgs {
+  const void* sums = nullptr;  // accumulator's type: [part][output channel][tap][c]
+  i64 parts = 1, part_stride = 0, pitch = 0, tap_stride = 0;
+  i64 rows = 0;  // output channels, at most a register of them
+  i64 c = 0, r = 0, s = 0;
+  void* out = nullptr;
+  Strides stride;  // n: of K, c: of C, h: of R, w: of S
+};
+
+// F(3x3, m x m), the gradient of a 3x3 weight: the transforms of F(m x m, 3x3), each the other way round.
+struct WinogradGradientKernels {
+  int m, alpha;
+  void (*input)(const WinogradStripArgs&);         // as WinogradKernels'; to the accumulator's type
+  void (*input_packed)(const WinogradStripArgs&);
+  void (*grad)(const WinogradStripArgs&);          // of tiles of m x m pixels, m apart
+  void (*grad_packed)(const WinogradStripArgs&);
+  void (*taps)(const WinogradTapsArgs&);
 };
 
 struct DTypeKernels {
@@ -197,6 +245,9 @@ struct DTypeKernels {
   void (*store)(void* out, const double* values, i64 count);  // to the storage dtype, rounded once
   WinogradKernels winograd2, winograd2_stride2, winograd4;
   void (*winograd_multiply)(const WinogradMultiplyArgs&);
+  WinogradGradientKernels winograd_gradient2, winograd_gradient4;
+  void (*weight_products)(const WeightProductsArgs&);
+  bool (*store_weight)(const StoreWeightArgs&);  // false: a sum is not finite
 };
 
 struct KernelTable {

@@ -51,7 +51,7 @@ void pack_row(const PackRowArgs& a) {
         FR_UNROLL
         for (int j = 0; j < W; ++j) V::store(turned[j], rows[j]);
         // Whole registers where what lies behind the pixel's channels is written next anyway: masked stores are slow.
-        const i64 whole = V::group == 1 && a.channels < W ? clamped(a.pixels - w - (W + a.pitch - 1) / a.pitch, pixels) : 0;
+        const i64 whole = V::group == 1 && a.channels < W && !a.others_between ? clamped(a.pixels - w - (W + a.pitch - 1) / a.pitch, pixels) : 0;
         for (i64 i = 0; i < whole; ++i) V::store(out + (w + i) * a.pitch, V::load(turned[i]));
         for (i64 i = whole; i < pixels; ++i) V::store_n(out + (w + i) * a.pitch + done, V::load(turned[i]), channels);
       }

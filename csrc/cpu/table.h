@@ -6,6 +6,7 @@
 #include "packing.h"
 #include "pointwise.h"
 #include "pooling.h"
+#include "weight_products.h"
 #include "winograd.h"
 
 namespace fused_resnet {
@@ -32,7 +33,11 @@ constexpr DTypeKernels dtype_kernels() {
                       winograd_kernels<V, S, D, Winograd2<V>>(),
                       winograd_kernels<V, S, D, Winograd2Stride2<V>>(),
                       winograd_kernels<V, S, D, Winograd4<V>>(),
-                      winograd_multiply<D>};
+                      winograd_multiply<D>,
+                      winograd_gradient_kernels<V, S, Winograd2<V>>(),
+                      winograd_gradient_kernels<V, S, Winograd4<V>>(),
+                      weight_products<V>,
+                      store_weight<V, S>};
 }
 
 }  // namespace

@@ -102,21 +102,35 @@ bool winograd_weight(const PackWeightArgs& a) {
   return all_finite<V>(odd);
 }
 
-// Step 1: V = B' d B of one strip (tiles side by side in one row of tiles) and up to W channels. X is what the rows hold:
-// the storage type, or the accumulator's where rows were packed.
-template <class V, class X, class D, class F>
-void winograd_input(const WinogradInputArgs& a) {
+// What a strip is transformed by: `size` pixels of a tile to `alpha` numbers, in each direction; tiles `step` pixels apart.
+template <class V, class F>
+struct InputTransform {
+  using reg = typename V::reg;
+  static constexpr int size = F::alpha, step = F::step, alpha = F::alpha;
+  static FR_INLINE void apply(const reg (&d)[size], reg (&t)[alpha]) { F::input(d, t); }
+};
+template <class V, class F>
+struct GradTransform {
+  using reg = typename V::reg;
+  static constexpr int size = F::m, step = F::m, alpha = F::alpha;
+  static FR_INLINE void apply(const reg (&d)[size], reg (&t)[alpha]) { F::output_transposed(d, t); }
+};
+
+// Step 1: V = B' d B of one strip (tiles side by side in one row of tiles) and up to W channels; or another transform P. X is what the rows
+// hold: the storage type, or the accumulator's where rows were packed.
+template <class V, class X, class D, class P>
+void winograd_strip(const WinogradStripArgs& a) {
   using T = typename V::type;
   using reg = typename V::reg;
-  constexpr int A = F::alpha, W = V::width;
-  const i64 columns = a.tiles * F::step + F::alpha - F::step;
+  constexpr int I = P::size, A = P::alpha, W = V::width;
+  const i64 columns = a.tiles * P::step + I - P::step;
   T* const lines = static_cast<T*>(a.scratch);  // [A][columns][W]: every column transformed once, though tiles share them
   const i64 pitch = columns * W;
   const auto vertical = [&](i64 column, auto load) {
-    reg d[A], t[A];
+    reg d[I], t[A];
     FR_UNROLL
-    for (int i = 0; i < A; ++i) d[i] = load(static_cast<const X*>(a.row[i]) + column * a.step[i]);
-    F::input(d, t);
+    for (int i = 0; i < I; ++i) d[i] = load(static_cast<const X*>(a.row[i]) + column * a.step[i]);
+    P::apply(d, t);
     FR_UNROLL
     for (int i = 0; i < A; ++i) V::store(lines + i * pitch + column * W, t[i]);
   };
@@ -134,14 +148,14 @@ void winograd_input(const WinogradInputArgs& a) {
   for (i64 column = a.right; column < columns; ++column) outside(column);
   using E = typename D::part;
   E* out = static_cast<E*>(a.out);
-  for (i64 tile = 0; tile < a.tiles; ++tile, out += W * D::group) {
-    const T* from = lines + tile * F::step * W;
+  for (i64 tile = 0; tile < a.tiles; ++tile, out += a.tile_stride * D::group) {
+    const T* from = lines + tile * P::step * W;
     FR_UNROLL
     for (int i = 0; i < A; ++i) {
-      reg d[A], t[A];
+      reg d[I], t[A];
       FR_UNROLL
-      for (int l = 0; l < A; ++l) d[l] = V::load(from + i * pitch + l * W);
-      F::input(d, t);
+      for (int l = 0; l < I; ++l) d[l] = V::load(from + i * pitch + l * W);
+      P::apply(d, t);
       FR_UNROLL
       for (int l = 0; l < A; ++l) V::store_all(out + (i * A + l) * a.position_stride * D::group, t[l]);
     }
@@ -294,8 +308,8 @@ constexpr WinogradKernels winograd_kernels() {
                          F::step,
                          F::alpha,
                          winograd_weight<V, S, D, F>,
-                         winograd_input<V, S, D, F>,
-                         winograd_input<V, typename V::type, D, F>,
+                         winograd_strip<V, S, D, InputTransform<V, F>>,
+                         winograd_strip<V, typename V::type, D, InputTransform<V, F>>,
                          winograd_output<V, S, F>};
 }
 

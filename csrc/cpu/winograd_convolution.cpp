@@ -10,11 +10,6 @@ namespace {
 
 i64 align64(i64 bytes) { return (bytes + 63) / 64 * 64; }
 
-// So many columns of a strip, transformed, stay in the L1 cache.
-constexpr i64 kStripPixels = 56;
-
-alignas(64) const char kZeros[64] = {};
-
 }  // namespace
 
 WinogradConvolution::WinogradConvolution(const ConvShape& shape, DType dtype, int threads, const Choice& choice)
@@ -23,6 +18,10 @@ WinogradConvolution::WinogradConvolution(const ConvShape& shape, DType dtype, in
   blocking_ = choose_winograd_blocking(shape_, choice.algorithm, *kernels_, cache_sizes(), threads_, choice.fresh);
   threads_ = int(std::min<i64>(threads_, blocking_.tasks()));
   if (!blocking_.chunk) packed_ = blocking_.cut;
+  WinogradTiles& t = tiles_;
+  t.rows = blocking_.rows, t.cols = blocking_.cols, t.size = t.alpha = blocking_.alpha, t.step = blocking_.step;
+  t.pad_top = shape.pad_top, t.pad_left = shape.pad_left, t.c = shape.c, t.h = shape.h, t.w = shape.w, t.stride = shape.x;
+  t.kernels = kernels_, t.transform = winograd_->input, t.transform_packed = winograd_->input_packed;
   checked_product(thread_bytes(), threads_);
 }
 
@@ -36,12 +35,6 @@ i64 WinogradConvolution::transformed_bytes(i64 tiles) const {
   return align64(checked_product(checked_product(position_stride(tiles), blocking_.positions()), kernels_->accumulator_bytes));
 }
 
-i64 WinogradConvolution::strip_columns() const {
-  // The first of two phases takes whole rows of tiles, whatever a task of the second takes.
-  const i64 most = blocking_.shared ? blocking_.cols : std::min(blocking_.tiles, blocking_.cols);
-  return std::min(kStripPixels / blocking_.step, most) * blocking_.step + blocking_.alpha;
-}
-
 i64 WinogradConvolution::ahead_bytes() const {
   // Every tile may be a strip of its own: rows of shortcut and output, and of the input of as many other tiles.
   const i64 rows = 2 * blocking_.m + blocking_.step;
@@ -53,9 +46,7 @@ i64 WinogradConvolution::fresh_bytes() const {
 }
 
 i64 WinogradConvolution::thread_bytes() const {
-  const i64 bytes = kernels_->accumulator_bytes, columns = strip_columns() + kernels_->vector;
-  // Lines of a strip, transformed in one direction or before they are turned; and as many packed rows.
-  const i64 strip = align64(2 * blocking_.alpha * columns * kernels_->vector * bytes);
+  const i64 bytes = kernels_->accumulator_bytes, strip = tiles_.scratch_bytes(strip_tiles());
   const i64 product = align64(checked_product(checked_product(blocking_.positions(), blocking_.tiles), blocking_.cut.channels * bytes));
   return strip + product + (blocking_.shared ? 0 : transformed_bytes(blocking_.tiles)) + fresh_bytes() + ahead_bytes();
 }
@@ -78,62 +69,13 @@ bool WinogradConvolution::write_packed(i64 panel, i64 begin, i64 end, const Weig
   return winograd_->weight(a);
 }
 
-WinogradConvolution::Strip WinogradConvolution::strip(i64 tile, i64 end) const {
-  const i64 per_image = blocking_.rows * blocking_.cols;
-  Strip s;
-  s.image = tile / per_image;
-  s.row = tile % per_image / blocking_.cols;
-  s.col = tile % blocking_.cols;
-  s.tiles = std::min({end - tile, blocking_.cols - s.col, std::max<i64>(kStripPixels / blocking_.step, 1)});
-  return s;
-}
-
 // The transformed input of tiles [begin, end) and one vector of channels. `out` holds `tiles` tiles, tile `first` the first.
 void WinogradConvolution::transform(i64 begin, i64 end, i64 index, const void* x, char* out, i64 first, i64 tiles,
                                     char* scratch) const {
-  const ConvShape& s = shape_;
-  const i64 step = blocking_.step, alpha = blocking_.alpha, bytes = kernels_->accumulator_bytes, vector = kernels_->vector;
-  const i64 channels = std::min(vector, s.c - index * vector);
-  const bool in_place = s.x.c == 1 || channels == 1;
+  const i64 bytes = kernels_->accumulator_bytes, vector = kernels_->vector;
   const i64 block = index / kernels_->group, part = index % kernels_->group * vector * bytes / kernels_->group;
-  char* const packed = scratch + alpha * (strip_columns() + vector) * vector * bytes;
-  for (i64 tile = begin; tile < end;) {
-    const Strip t = strip(tile, end);
-    const i64 h0 = t.row * step - s.pad_top, w0 = t.col * step - s.pad_left;
-    const i64 columns = t.tiles * step + alpha - step;
-    WinogradInputArgs a;
-    a.left = std::clamp<i64>(-w0, 0, columns);
-    a.right = std::clamp<i64>(s.w - w0, a.left, columns);
-    a.tiles = t.tiles;
-    a.channels = channels;
-    a.scratch = scratch;
-    a.position_stride = position_stride(tiles);
-    a.out = out + (block * tiles + tile - first) * vector * bytes + part;
-    for (i64 i = 0; i < alpha; ++i) {
-      const i64 h = h0 + i;
-      a.row[i] = kZeros;
-      if (h < 0 || h >= s.h || a.left >= a.right) continue;
-      const i64 offset = t.image * s.x.n + index * vector * s.x.c + h * s.x.h + w0 * s.x.w;
-      a.row[i] = element(x, offset);
-      a.step[i] = s.x.w;
-      if (!in_place) {
-        PackRowArgs p;
-        p.x = element(x, offset + a.left * s.x.w);
-        p.stride_c = s.x.c;
-        p.stride_w = s.x.w;
-        p.pixels = a.right - a.left;
-        p.channels = channels;
-        p.pitch = vector;
-        char* const row = packed + i * columns * vector * bytes;
-        p.out = row + a.left * vector * bytes;
-        kernels_->widen_row(p);
-        a.row[i] = row;
-        a.step[i] = vector;
-      }
-    }
-    (in_place ? winograd_->input : winograd_->input_packed)(a);
-    tile += t.tiles;
-  }
+  tiles_.run(begin, end, strip_tiles(), index, x, out + (block * tiles + begin - first) * vector * bytes + part, position_stride(tiles),
+             vector, scratch);
 }
 
 // From the products of tiles [begin, end) and one panel to the output. False: see Convolution::run.

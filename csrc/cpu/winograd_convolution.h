@@ -2,6 +2,7 @@
 #pragma once
 
 #include "convolution.h"
+#include "winograd_tiles.h"
 
 namespace fused_resnet {
 
@@ -22,11 +23,8 @@ class WinogradConvolution final : public Convolution {
  private:
   bool write_packed(i64 panel, i64 begin, i64 end, const WeightView& weight, const WeightView& joined, void* out) const noexcept override;
 
-  // Tiles side by side in one row of tiles.
-  struct Strip {
-    i64 image, row, col, tiles;
-  };
-  Strip strip(i64 tile, i64 end) const;  // the first tiles of [tile, end)
+  using Strip = WinogradTiles::Strip;
+  Strip strip(i64 tile, i64 end) const { return tiles_.strip(tile, end); }
   i64 all_tiles() const { return shape_.n * blocking_.rows * blocking_.cols; }
   i64 vectors() const { return (shape_.c + kernels_->vector - 1) / kernels_->vector; }  // of input channels
   i64 blocks() const { return (vectors() + kernels_->group - 1) / kernels_->group; }    // of elements, a vector each
@@ -36,7 +34,8 @@ class WinogradConvolution final : public Convolution {
   i64 transformed_bytes(i64 tiles) const;
   i64 fresh_bytes() const;               // of the weights that a task transforms at a time
   i64 ahead_bytes() const;               // of the runs of memory to fetch ahead
-  i64 strip_columns() const;             // the most that a strip reads
+  // Tiles of a strip, at most: the first of two phases takes whole rows of tiles, whatever a task of the second takes.
+  i64 strip_tiles() const { return blocking_.shared ? blocking_.cols : blocking_.tiles; }
 
   void transform(i64 begin, i64 end, i64 index, const void* x, char* out, i64 first, i64 tiles, char* scratch) const;
   bool run_fresh(i64 begin, i64 end, i64 panel, const Operands& operands, const char* input, char* product, char* scratch) const;
@@ -46,6 +45,7 @@ class WinogradConvolution final : public Convolution {
 
   WinogradBlocking blocking_;
   const WinogradKernels* winograd_;
+  WinogradTiles tiles_;  // of the input
 };
 
 }  // namespace fused_resnet

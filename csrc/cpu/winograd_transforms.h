@@ -25,6 +25,18 @@ struct Winograd2 {
     y[0] = V::add(V::add(p[0], p[1]), p[2]);
     y[1] = V::sub(V::sub(p[1], p[2]), p[3]);
   }
+  static FR_INLINE void output_transposed(const reg (&y)[m], reg (&p)[alpha]) {
+    p[0] = y[0];
+    p[1] = V::add(y[0], y[1]);
+    p[2] = V::sub(y[0], y[1]);
+    p[3] = V::sub(V::zero(), y[1]);
+  }
+  static FR_INLINE void weight_transposed(const reg (&u)[alpha], reg (&g)[3]) {
+    const reg half = V::set1(typename V::type(0.5)), even = V::mul(V::add(u[1], u[2]), half);
+    g[0] = V::add(u[0], even);
+    g[1] = V::mul(V::sub(u[1], u[2]), half);
+    g[2] = V::add(u[3], even);
+  }
   template <class T>
   static FR_INLINE void weight(const T& g0, const T& g1, const T& g2, T (&u)[alpha]) {
     const T even = (g0 + g2) * 0.5, odd = g1 * 0.5;
@@ -43,6 +55,7 @@ struct Winograd4 {
   using type = typename V::type;
   static constexpr int m = 4, step = 4, alpha = 6;
   static constexpr double a = 0.625, b = 1.5, a2 = a * a, b2 = b * b;
+  static constexpr double na = 1 / (2 * a2 * (a2 - b2)), nb = 1 / (2 * b2 * (b2 - a2));
 
   static FR_INLINE reg c(double value) { return V::set1(type(value)); }
 
@@ -66,10 +79,26 @@ struct Winograd4 {
     y[2] = V::fma(even_b, c(b2), V::mul(even_a, c(a2)));
     y[3] = V::fma(odd_b, c(b2 * b), V::fma(odd_a, c(a2 * a), p[5]));
   }
+  static FR_INLINE void output_transposed(const reg (&y)[m], reg (&p)[alpha]) {
+    p[0] = y[0];
+    const reg even_a = V::fma(y[2], c(a2), y[0]), odd_a = V::fma(y[3], c(a2), y[1]);
+    p[1] = V::fma(odd_a, c(a), even_a);
+    p[2] = V::fma(odd_a, c(-a), even_a);
+    const reg even_b = V::fma(y[2], c(b2), y[0]), odd_b = V::fma(y[3], c(b2), y[1]);
+    p[3] = V::fma(odd_b, c(b), even_b);
+    p[4] = V::fma(odd_b, c(-b), even_b);
+    p[5] = y[3];
+  }
+  static FR_INLINE void weight_transposed(const reg (&u)[alpha], reg (&g)[3]) {
+    const reg even_a = V::mul(V::add(u[1], u[2]), c(na)), odd_a = V::mul(V::sub(u[1], u[2]), c(a * na));
+    const reg even_b = V::mul(V::add(u[3], u[4]), c(nb)), odd_b = V::mul(V::sub(u[3], u[4]), c(b * nb));
+    g[0] = V::fma(u[0], c(1 / (a2 * b2)), V::add(even_a, even_b));
+    g[1] = V::add(odd_a, odd_b);
+    g[2] = V::fma(even_a, c(a2), V::fma(even_b, c(b2), u[5]));
+  }
   // Rows of G: the powers 0 to 2 of a point over the product of its differences from the other finite points.
   template <class T>
   static FR_INLINE void weight(const T& g0, const T& g1, const T& g2, T (&u)[alpha]) {
-    constexpr double na = 1 / (2 * a2 * (a2 - b2)), nb = 1 / (2 * b2 * (b2 - a2));
     const T even_a = (g0 + g2 * a2) * na, odd_a = g1 * (a * na);
     const T even_b = (g0 + g2 * b2) * nb, odd_b = g1 * (b * nb);
     u[0] = g0 * (1 / (a2 * b2));

@@ -1,6 +1,8 @@
 // Scratch memory, kept from call to call: a fresh allocation of this size would pay page faults each time.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <mutex>
@@ -24,7 +26,7 @@ class Workspace {
     if (bytes > 0 && !pool().take(memory_)) memory_.data = allocate(bytes);
   }
   ~Workspace() {
-    if (memory_.data != nullptr && !pool().give(memory_)) std::free(memory_.data);
+    if (memory_.data != nullptr && !pool().give(memory_)) free(memory_);
   }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
@@ -40,11 +42,27 @@ class Workspace {
     i64 bytes;
   };
 
+  // From here on pages of its own: between the tensors of the process's heap a large piece that is given back leaves a hole, into which nothing
+  // fits that is a little larger.
+  static constexpr i64 kOwnPages = i64(1) << 20;
+
   static char* allocate(i64 bytes) {
     void* data = nullptr;
-    if (posix_memalign(&data, 64, std::size_t(bytes)) != 0) throw std::bad_alloc();
+    if (bytes >= kOwnPages) {
+      data = mmap(nullptr, std::size_t(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (data == MAP_FAILED) throw std::bad_alloc();
+    } else if (posix_memalign(&data, 64, std::size_t(bytes)) != 0) {
+      throw std::bad_alloc();
+    }
     prefer_huge_pages(data, bytes);
     return static_cast<char*>(data);
+  }
+  static void free(const Memory& memory) {
+    if (memory.bytes >= kOwnPages) {
+      munmap(memory.data, std::size_t(memory.bytes));
+    } else {
+      std::free(memory.data);
+    }
   }
 
   // Nobody waits for the lock: in a child that was forked while another thread held it, that would be for ever. Without it, a call
@@ -61,7 +79,7 @@ class Workspace {
       if (enough) {
         wanted = *found;
       } else {
-        std::free((--found)->data);
+        free(*--found);
       }
       bytes_ -= found->bytes;
       kept_.erase(found);
@@ -78,7 +96,7 @@ class Workspace {
     void release() {
       const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
       if (!lock.owns_lock()) return;
-      for (const Memory& memory : kept_) std::free(memory.data);
+      for (const Memory& memory : kept_) free(memory);
       kept_.clear();
       bytes_ = 0;
     }

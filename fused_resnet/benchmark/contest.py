@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from .. import _plain, cases, testing
 from ..cases import BlockCase, ConvCase
-from ..ops.gradients import library_input_gradient
-from ..ops.spec import Geometry, geometry_of_call, is_channels_last
+from ..ops.gradients import library_gradient
+from ..ops.spec import Geometry, Operand, geometry_of_call, is_channels_last
 from ..testing.compare import accumulator, unit_roundoff
 from .output import finite
 
@@ -54,25 +54,27 @@ class NetworkCase:
 
 
 @dataclass(frozen=True)
-class InputGradientCase:
-    """The gradient of a convolution in its input, from its output's, by itself."""
+class GradientCase:
+    """The gradient of a convolution in its input or its weight, from its output's, by itself."""
 
+    operand: Operand
     conv: ConvCase
 
     @property
     def name(self) -> str:
-        return f"input gradient of {replace(self.conv, bias=True, shortcut=False, relu=True).name}"
+        return f"{self.operand} gradient of {replace(self.conv, bias=True, shortcut=False, relu=True).name}"
 
-    @property
-    def reduction(self) -> int:
+    def terms(self, batch: int) -> int:
         """Terms in the sum that makes one element, at most."""
-        return self.conv.outputs * math.prod(self.conv.kernel)
+        conv = self.conv.at(batch)
+        sizes = (conv.outputs, *conv.kernel) if self.operand == "input" else (batch, *conv.output_shape[2:])
+        return math.prod(sizes)
 
     def flops(self, batch: int = 1) -> int:
         return self.conv.flops(batch)
 
 
-Case = ConvCase | BlockCase | NetworkCase | InputGradientCase
+Case = ConvCase | BlockCase | NetworkCase | GradientCase
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
@@ -93,17 +95,24 @@ class Convolution(nn.Module):
         return F.relu_(y) if self.relu else y
 
 
-class InputGradient(nn.Module):
-    """The gradient of a convolution in its input of this size [N, C, H, W], by the library, in the memory format of its output's."""
+class Gradient(nn.Module):
+    """The gradient of a convolution in an operand of this size, by the library, in the memory format of its output's. The gradient in the input
+    is made with the weight, which a step of training changes; that in the weight with the input."""
 
-    def __init__(self, weight: Tensor, size: Sequence[int], geometry: Geometry) -> None:
+    def __init__(self, operand: Operand, weight: Tensor | None, size: Sequence[int], geometry: Geometry) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight)
+        self.operand: Operand = operand
+        self.weight = None if weight is None else nn.Parameter(weight)
         self.size, self.geometry = torch.Size(size), geometry
 
-    def forward(self, grad: Tensor) -> Tensor:
+    def forward(self, grad: Tensor, input: Tensor | None = None) -> Tensor:
+        other = self.weight if input is None else input
+        assert other is not None
+        return self.gradient(grad, other)
+
+    def gradient(self, grad: Tensor, other: Tensor) -> Tensor:
         memory_format = torch.channels_last if is_channels_last(grad) else torch.contiguous_format
-        return library_input_gradient(grad, self.weight, self.size, memory_format, self.geometry)
+        return library_gradient(self.operand, grad, other, self.size, memory_format, self.geometry)
 
 
 @dataclass(frozen=True)
@@ -154,12 +163,14 @@ def step(module: nn.Module, inputs: tuple[Tensor, ...], grad: Tensor, mode: str)
 
 def _task(case: Case, batch: int, dtype: torch.dtype, mode: str, seed: int) -> Task:
     generator = torch.Generator().manual_seed(seed)
-    if isinstance(case, InputGradientCase):
+    if isinstance(case, GradientCase):
         conv = case.conv.at(batch)
-        weight = conv.make(dtype=dtype, generator=generator).weight
+        x, weight, _, _ = conv.make(dtype=dtype, generator=generator)
         geometry = geometry_of_call(weight, conv.stride, conv.padding, conv.dilation, conv.groups)
         grad = torch.randn(conv.output_shape, generator=generator).to(dtype)
-        return Task(InputGradient(weight, conv.input_shape, geometry), (grad,), grad, "gradient")
+        if case.operand == "input":
+            return Task(Gradient("input", weight, conv.input_shape, geometry), (grad,), grad, "gradient")
+        return Task(Gradient("weight", None, conv.weight_shape, geometry), (grad, x), grad, "gradient")
     if isinstance(case, ConvCase):
         x, weight, bias, shortcut = case.at(batch).make(dtype=dtype, generator=generator)
         module: nn.Module = Convolution(weight, bias, **case.parameters)
@@ -260,7 +271,10 @@ def prepare(case: Case, batch: int, dtype: torch.dtype, mode: str, seed: int) ->
     """The contest of one case. Ours is compared with eager even if eager is not timed."""
     task = _task(case, batch, dtype, mode, seed)
     # Additions that an output's error passes through, one layer after the other.
-    reduction = case.reduction if isinstance(case, ConvCase | InputGradientCase) else sum(conv.reduction for conv in case.convs())
+    if isinstance(case, GradientCase):
+        reduction = case.terms(batch)
+    else:
+        reduction = case.reduction if isinstance(case, ConvCase) else sum(conv.reduction for conv in case.convs())
     if task.mode == "train":  # gradients and the statistics of batch norm sum over the map too
         reduction += (task.grad if isinstance(case, ConvCase) else task.inputs[0])[:, 0].numel()
     # Errors of random sign in a sum of this many terms, where the result's largest value is 1.

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import conv_bias_add_relu
-from ..ops.autograd import input_gradient
+from ..ops.autograd import gradient
 from ..ops.spec import is_channels_last
-from .contest import Convolution, InputGradient, Task, step
+from .contest import Convolution, Gradient, Task, step
 from .worker import Built
 
 
@@ -24,11 +24,11 @@ class _FusedConvolution(Convolution):
         return conv_bias_add_relu(x, self.weight, self.bias, shortcut, relu=self.relu, **self.geometry)
 
 
-class _FusedInputGradient(InputGradient):
+class _FusedGradient(Gradient):
     """The same with our operator."""
 
-    def forward(self, grad: Tensor) -> Tensor:
-        return input_gradient(grad, self.weight, self.size, is_channels_last(grad), self.geometry)
+    def gradient(self, grad: Tensor, other: Tensor) -> Tensor:
+        return gradient(self.operand, grad, other, self.size, is_channels_last(grad), self.geometry)
 
 
 def convert(module: nn.Module) -> nn.Module:
@@ -39,8 +39,9 @@ def convert(module: nn.Module) -> nn.Module:
         bias = None if module.bias is None else module.bias.detach()
         fused = _FusedConvolution(module.weight.detach(), bias, module.relu, **module.geometry)
         return fused.requires_grad_(module.weight.requires_grad)
-    if isinstance(module, InputGradient):
-        return _FusedInputGradient(module.weight.detach(), module.size, module.geometry)
+    if isinstance(module, Gradient):
+        weight = None if module.weight is None else module.weight.detach()
+        return _FusedGradient(module.operand, weight, module.size, module.geometry)
     # In a container, so that a module that is itself a block can be replaced.
     holder = nn.Sequential(module)
     fuse_(holder)
@@ -69,7 +70,8 @@ def _build(
         module = change(module)
 
         def call() -> tuple[Tensor, ...]:
-            torch._foreach_mul_(written, 1.0)
+            if written:
+                torch._foreach_mul_(written, 1.0)
             return step(module, inputs, grad, task.mode)
 
         return Built(call)

@@ -21,10 +21,11 @@ import torch
 
 from .. import _extension, _machine, cases
 from ..benchmark import contenders
-from ..benchmark.contest import Case, InputGradientCase, NetworkCase, prepare
+from ..benchmark.contest import Case, GradientCase, NetworkCase, prepare
 from ..benchmark.output import progress, write_json
 from ..benchmark.team import Team
 from ..benchmark.timing import geometric_mean
+from ..ops.spec import Operand
 from . import _bench_table
 from .arguments import CUDA_DTYPES, DTYPES, Usage, add_device, add_json, device, need, picture, positive, positive_seconds, seed, threads
 
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("forward", "train"),
         default="forward",
         help="forward: eval mode under inference_mode; train: forward and backward in train mode, every weight written between calls, "
-        "and with --what conv also each input gradient by itself (default: forward)",
+        "and with --what conv also each gradient by itself (default: forward)",
     )
     parser.add_argument(
         "--peers",
@@ -122,7 +123,8 @@ def _choose(arguments: argparse.Namespace) -> Sequence[Any]:
         available = blocks if what == "block" else convs
         if what == "conv" and arguments.mode == "train":
             bare = dict.fromkeys(replace(c, bias=False, shortcut=False, relu=False) for c in convs)
-            available = [*convs, *map(InputGradientCase, bare)]
+            operands: tuple[Operand, ...] = ("input", "weight")
+            available = [*convs, *(GradientCase(operand, conv) for operand in operands for conv in bare)]
     if arguments.case is None:
         return available
     found: Sequence[Any] = cases.find(arguments.case, available)

@@ -3,7 +3,7 @@ threads, the OpenMP runtimes loaded, environment variables in force, and where t
 
 --explain INPUT KERNEL says how one convolution would be computed here, and why: `--explain 1x64x56x56 128x3x3/2` is an input of
 1 image, 64 channels and 56x56 pixels, and 128 kernels of 3x3 with stride 2. The padding is half the kernel's size. With --gradient it says
-the same of the convolution's gradient in its input.
+the same of the convolution's gradient in its input or its weight.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .. import _extension, _machine
 from ..benchmark.output import megabytes, write_json
 from ..ops.cpu import CpuBackend
 from ..ops.gradients import gradient_of
-from ..ops.spec import geometry_of_call, layout, spec_of
+from ..ops.spec import Operand, geometry_of_call, layout, spec_of
 from .arguments import DTYPES, Usage, add_json
 
 HELP = "versions, instruction sets, CUDA, threads and environment variables in force"
@@ -28,12 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
     parser.add_argument("--explain", nargs=2, metavar=("INPUT", "KERNEL"), help="how a convolution is computed: NxCxHxW KxRxS[/STRIDE]")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of --explain (default: float32)")
-    parser.add_argument("--gradient", choices=("input",), help="--explain the gradient in the input rather than the convolution")
+    parser.add_argument("--gradient", choices=("input", "weight"), help="--explain the gradient in one of these, not the convolution")
     parser.add_argument("--contiguous", action="store_true", help="--explain for NCHW in memory rather than channels_last")
 
 
 def _explain(
-    input_words: str, kernel_words: str, dtype: torch.dtype, memory_format: torch.memory_format, gradient: str | None
+    input_words: str, kernel_words: str, dtype: torch.dtype, memory_format: torch.memory_format, gradient: Operand | None
 ) -> dict[str, Any]:
     """What ``env --explain`` prints: the path, the algorithm, the reason, the blocking and the memory it takes.
 
@@ -56,7 +56,7 @@ def _explain(
         backend = CpuBackend(_extension.cpu, _extension.missing)
         words = {"input": input_words, "kernel": kernel_words}
         if gradient is not None:
-            return {**words, "gradient": gradient, **backend.explain_input_gradient(gradient_of(spec))}
+            return {**words, "gradient": gradient, **backend.explain_gradient(gradient, gradient_of(gradient, spec))}
         return {**words, **backend.explain(spec._replace(bias=layout(bias), shortcut=spec.output))}
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: more elements than can be counted
         raise Usage(f"--explain: {error}") from None

@@ -15,7 +15,7 @@ from .._compat import nobody_listens
 from . import schema
 from .gradients import gradient_of
 from .plans import backends, find
-from .spec import check_convolution, check_pass, check_tensor, geometry_of_call, spec_of
+from .spec import Operand, check_convolution, check_pass, check_tensor, geometry_of_call, spec_of
 
 __all__ = ["bias_add_relu", "conv_bias_add_relu", "why_not"]
 
@@ -112,11 +112,11 @@ def why_not(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     relu: bool = True,
-    gradient: str | None = None,
+    gradient: Operand | None = None,
 ) -> list[str]:
     """Why this call of ``conv_bias_add_relu`` would not take the hot path: a list of sentences, empty when it will.
 
-    gradient: "input" asks the same of the gradient in ``input``.
+    gradient: "input" or "weight" asks the same of the gradient in that.
     """
     check_tensor(input, "input", 4)
     check_tensor(weight, "weight", 4)
@@ -124,6 +124,6 @@ def why_not(
     spec = spec_of(input, weight, bias, shortcut, geometry, relu)
     if gradient is None:
         return backends.of(input).why_general(spec)
-    if gradient != "input":
-        raise ValueError(f"gradient must be 'input' or None, got {gradient!r}")
-    return backends.of(input).why_general_input_gradient(gradient_of(spec))
+    if gradient not in ("input", "weight"):
+        raise ValueError(f"gradient must be 'input', 'weight' or None, got {gradient!r}")
+    return backends.of(input).why_general_gradient(gradient, gradient_of(gradient, spec))

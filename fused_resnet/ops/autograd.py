@@ -11,10 +11,10 @@ from torch import Tensor
 from .._compat import below_autograd, has_tangent, nobody_listens, without_autocast
 from .cpu import CpuPlan
 from .derived import derive, training_captured
-from .gradients import library_input_gradient, library_weight_gradient
-from .plans import find, find_input_gradient
-from .schema import bias_add_relu, conv_bias_add_relu, conv_input_gradient, relu_backward
-from .spec import Geometry, geometry_of_operator, is_channels_last, output_format
+from .gradients import library_gradient, library_input_gradient, library_weight_gradient
+from .plans import backends, find, find_gradient
+from .schema import bias_add_relu, conv_bias_add_relu, conv_input_gradient, conv_weight_gradient, relu_backward
+from .spec import Geometry, Operand, geometry_of_operator, is_channels_last, output_format
 
 
 def _below_autograd(op: Any, *args: Any) -> Any:
@@ -23,8 +23,8 @@ def _below_autograd(op: Any, *args: Any) -> Any:
 
 
 class ConvBiasAddReLU(torch.autograd.Function):
-    """One pass makes the masked gradient, which *is* the shortcut's gradient, and the bias gradient; the other two are made from it:
-    the input's by ``conv_input_gradient``, the weight's by the library."""
+    """One pass makes the masked gradient, which *is* the shortcut's gradient, and the bias gradient; the other two are made from it, by
+    ``conv_input_gradient`` and ``conv_weight_gradient``."""
 
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> Tensor:  # type: ignore[override]
@@ -47,14 +47,18 @@ class ConvBiasAddReLU(torch.autograd.Function):
         need_input, need_weight, need_bias, need_shortcut = ctx.needs_input_grad[:4]
         masked, grad_bias = _through_relu(grad, output, need_bias)
         grad_input = grad_weight = None
-        if need_input:
-            channels_last = ctx.input_format is torch.channels_last
-            if masked.is_cuda:  # the library's, which asks for the input
+        if masked.is_cuda:  # there are no kernels of ours
+            if need_input:  # the library asks for the input
                 grad_input = library_input_gradient(masked, weight, ctx.input_size, ctx.input_format, ctx.geometry, input)
-            else:
-                grad_input = input_gradient(masked, weight, ctx.input_size, channels_last, ctx.geometry)
-        if need_weight:
-            grad_weight = library_weight_gradient(masked, input, ctx.weight_size, ctx.weight_format, ctx.geometry)
+            if need_weight:
+                grad_weight = library_weight_gradient(masked, input, ctx.weight_size, ctx.weight_format, ctx.geometry)
+        else:
+            if need_input:
+                channels_last = ctx.input_format is torch.channels_last
+                grad_input = gradient("input", masked, weight, ctx.input_size, channels_last, ctx.geometry)
+            if need_weight:
+                channels_last = ctx.weight_format is torch.channels_last
+                grad_weight = gradient("weight", masked, input, ctx.weight_size, channels_last, ctx.geometry)
         return grad_input, grad_weight, grad_bias, masked if need_shortcut else None, None, None, None, None, None
 
 
@@ -75,6 +79,36 @@ class BiasAddReLU(torch.autograd.Function):
         need_input, need_bias, need_shortcut, _ = ctx.needs_input_grad
         masked, grad_bias = _through_relu(grad, ctx.saved_tensors[0], need_bias)
         return masked if need_input else None, grad_bias, masked if need_shortcut else None, None
+
+
+class AddReLUInPlace(torch.autograd.Function):
+    """``relu(input + shortcut)`` over ``input``, as a block's author has it with ``out += shortcut``: no other tensor is made."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, shortcut: Tensor, relu: bool) -> Tensor:  # type: ignore[override]
+        training_captured(input)
+        ctx.mark_dirty(input)
+        if nobody_listens(input, shortcut):  # gradient mode is off here
+            found = backends.of(input).bias_add_relu(input, None, shortcut, relu, input.dtype, owned=True)
+        else:
+            found = _below_autograd(bias_add_relu, input, None, shortcut, relu)
+        if found is not input:  # somebody listens, or it has gaps
+            input.copy_(found)
+        ctx.save_for_backward(input if relu else None)
+        return input
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        need_input, need_shortcut, _ = ctx.needs_input_grad
+        masked, _ = _through_relu(grad, ctx.saved_tensors[0], False)
+        return masked if need_input else None, masked if need_shortcut else None, None
+
+
+def add_relu_(input: Tensor, shortcut: Tensor, relu: bool) -> Tensor:
+    """``relu(input + shortcut)``, of one shape and dtype, over ``input``, which is no view."""
+    _refuse_forward_mode(input, shortcut)
+    output: Tensor = AddReLUInPlace.apply(input, shortcut, relu)
+    return output
 
 
 class ReLUBackward(torch.autograd.Function):
@@ -154,19 +188,27 @@ def _training_forward(
     return output
 
 
-def input_gradient(grad: Tensor, weight: Tensor, size: torch.Size, channels_last: bool, geometry: Geometry) -> Tensor:
-    """``conv_input_gradient`` by the shortest way: the dispatcher and the way back into Python take longer than a small gradient."""
-    if nobody_listens(grad, weight):
-        return find_input_gradient(grad, weight, size, channels_last, *geometry)(grad, weight)
-    found: Tensor = conv_input_gradient(grad, weight, size, channels_last, *geometry)
+_GRADIENTS: dict[Operand, Any] = {"input": conv_input_gradient, "weight": conv_weight_gradient}
+
+
+def gradient(operand: Operand, grad: Tensor, other: Tensor, size: torch.Size, channels_last: bool, geometry: Geometry) -> Tensor:
+    """``conv_input_gradient`` or ``conv_weight_gradient`` by the shortest way: the dispatcher and the way back into Python take longer than a
+    small gradient."""
+    if nobody_listens(grad, other):
+        return find_gradient(operand, grad, other, size, channels_last, *geometry)(grad, other)
+    found: Tensor = _GRADIENTS[operand](grad, other, size, channels_last, *geometry)
     return found
 
 
-def input_gradient_autograd(grad: Tensor, weight: Tensor, input_size: Sequence[int], channels_last: bool, *geometry: Any) -> Tensor:
-    if needs_grad(grad, weight) or has_tangent(grad, weight):  # differentiated further: by the library
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        return library_input_gradient(grad, weight, input_size, memory_format, geometry_of_operator(weight, *geometry))
-    return _below_autograd(conv_input_gradient, grad, weight, input_size, channels_last, *geometry)
+def gradient_autograd(operand: Operand) -> Callable[..., Tensor]:
+    def kernel(grad: Tensor, other: Tensor, size: Sequence[int], channels_last: bool, *geometry: Any) -> Tensor:
+        if needs_grad(grad, other) or has_tangent(grad, other):  # differentiated further: by the library
+            memory_format = torch.channels_last if channels_last else torch.contiguous_format
+            return library_gradient(operand, grad, other, size, memory_format, geometry_of_operator(grad, *geometry))
+        found: Tensor = _below_autograd(_GRADIENTS[operand], grad, other, size, channels_last, *geometry)
+        return found
+
+    return kernel
 
 
 def conv_autocast(device: str) -> Callable[..., Tensor]:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .spec import LOW_PRECISION, ConvSpec, check_allocated, check_operands, empty_as, is_channels_last
+from .spec import LOW_PRECISION, ConvSpec, Operand, check_allocated, check_operands, empty_as, is_channels_last
 
 
 class Plan(Protocol):
@@ -23,12 +23,11 @@ class Plan(Protocol):
 
 
 class GradientPlan(Protocol):
-    """The gradient of one convolution in its input by our kernels, ready to run. It does not change once made. None: these values are for the
-    library."""
+    """A gradient of one convolution by our kernels, ready to run. It does not change once made. None: these values are for the library."""
 
     kernel: Any
 
-    def __call__(self, grad: Tensor, weight: Tensor) -> Tensor | None: ...
+    def __call__(self, grad: Tensor, other: Tensor) -> Tensor | None: ...
 
 
 class Backend:
@@ -52,12 +51,12 @@ class Backend:
         """The plan of a convolution on the hot path."""
         raise NotImplementedError
 
-    def why_general_input_gradient(self, spec: ConvSpec) -> list[str]:
-        """Why the library makes a convolution's gradient in its input; none: ``input_gradient_plan`` has a kernel for it. spec: with
-        the layouts of that gradient (``input``) and of the output's (``output``)."""
+    def why_general_gradient(self, operand: Operand, spec: ConvSpec) -> list[str]:
+        """Why the library makes a convolution's gradient in its input or weight; none: ``gradient_plan`` has a kernel for it. spec: with the
+        layouts of that gradient (``input`` or ``weight``) and of the output's (``output``)."""
         return [self.why_no_kernels(spec.device) or f"there are no gradient kernels for {spec.device.type} tensors"]
 
-    def input_gradient_plan(self, spec: ConvSpec) -> GradientPlan:
+    def gradient_plan(self, operand: Operand, spec: ConvSpec) -> GradientPlan:
         """The plan of such a gradient by our kernels."""
         raise NotImplementedError
 

@@ -14,7 +14,7 @@ from .. import _settings
 from . import select
 from .backend import Backend
 from .derived import find, unchanged
-from .spec import SUSPICIOUS, ConvSpec, address, check_allocated, check_operands, dtype_name
+from .spec import OTHER, SUSPICIOUS, ConvSpec, Operand, address, check_allocated, check_operands, dtype_name
 
 Packer = Callable[[Tensor], "Tensor | None"]
 
@@ -41,16 +41,17 @@ class CpuBackend(Backend):
         assert self.module is not None
         return self.module.FreshConvolution(**_shape_of(spec, algorithm), **_end_of(spec), weight_strides=spec.weight.strides)
 
-    def why_general_input_gradient(self, spec: ConvSpec) -> list[str]:
-        return [self.missing] if self.module is None else select.why_general_input_gradient_on_cpu(spec)
+    def why_general_gradient(self, operand: Operand, spec: ConvSpec) -> list[str]:
+        return [self.missing] if self.module is None else select.why_general_gradient_on_cpu(operand, spec)
 
-    def input_gradient(self, spec: ConvSpec, algorithm: str) -> Any:
-        """The compiled gradient of a convolution in its input."""
+    def gradient(self, operand: Operand, spec: ConvSpec, algorithm: str) -> Any:
+        """The compiled gradient of a convolution."""
         assert self.module is not None
-        return self.module.InputGradient(**_shape_of(spec, algorithm), weight_strides=spec.weight.strides)
+        made = self.module.InputGradient if operand == "input" else self.module.WeightGradient
+        return made(**_shape_of(spec, algorithm), weight_strides=spec.weight.strides)
 
-    def input_gradient_plan(self, spec: ConvSpec) -> CpuInputGradientPlan:
-        return CpuInputGradientPlan(spec, self)
+    def gradient_plan(self, operand: Operand, spec: ConvSpec) -> CpuGradientPlan:
+        return CpuGradientPlan(operand, spec, self)
 
     def kernel_plan(self, spec: ConvSpec) -> CpuPlan:
         return CpuPlan(spec, self)
@@ -63,12 +64,12 @@ class CpuBackend(Backend):
         kernel = self.convolution(spec, _settings.current.algorithm)
         return {**_told(kernel), "weights": f"{kernel.packed_bytes / 1024:.0f} KiB packed"}
 
-    def explain_input_gradient(self, spec: ConvSpec) -> dict[str, str]:
-        """The same of the gradient in its input."""
-        why = self.why_general_input_gradient(spec)
+    def explain_gradient(self, operand: Operand, spec: ConvSpec) -> dict[str, str]:
+        """The same of its gradient."""
+        why = self.why_general_gradient(operand, spec)
         if why:
             return {"path": "general: the library's gradient", "reason": "; ".join(why)}
-        return _told(self.input_gradient(spec, _settings.current.algorithm))
+        return _told(self.gradient(operand, spec, _settings.current.algorithm))
 
     def has_passes(self, dtype: torch.dtype) -> bool:
         return dtype != torch.float16
@@ -199,22 +200,25 @@ class CpuPlan:
         return x, b, s, bias
 
 
-class CpuInputGradientPlan:
-    """An input gradient by our kernels, and directly where Winograd's transforms of a weight or a gradient are not finite; None where a weight
-    is not. The weight is packed in each call, into memory of the call's own: between two steps of training it changes."""
+class CpuGradientPlan:
+    """A gradient by our kernels. Where Winograd's transforms are not finite it is made directly. None, for the library, where a weight is not
+    finite, or a weight's gradient: times the zeros around a map, which belong to no sum, an infinity would be NaN. A weight is packed in each
+    call, into memory of the call's own: between two steps of training it changes."""
 
-    __slots__ = ("_directly", "_dtype", "_shape", "_strides", "kernel")
+    __slots__ = ("_directly", "_dtype", "_is_direct", "_other", "_shape", "_strides", "kernel")
 
-    def __init__(self, spec: ConvSpec, backend: CpuBackend) -> None:
-        self.kernel = backend.input_gradient(spec, _settings.current.algorithm)
-        self._shape, self._strides = spec.input
+    def __init__(self, operand: Operand, spec: ConvSpec, backend: CpuBackend) -> None:
+        self.kernel = backend.gradient(operand, spec, _settings.current.algorithm)
+        self._shape, self._strides = spec.input if operand == "input" else spec.weight
         self._dtype = spec.dtype
-        self._directly = functools.cache(lambda: backend.input_gradient(spec, "direct"))
+        self._other = OTHER[operand]
+        self._is_direct = operand == "weight" and self.kernel.algorithm == "direct"  # an input gradient tells of its first part
+        self._directly = functools.cache(lambda: backend.gradient(operand, spec, "direct"))
 
-    def __call__(self, grad: Tensor, weight: Tensor) -> Tensor | None:
-        g, w = address(grad, "grad"), address(weight, "weight")
+    def __call__(self, grad: Tensor, other: Tensor) -> Tensor | None:
+        g, o = address(grad, "grad"), address(other, self._other)
         result = torch.empty_strided(self._shape, self._strides, dtype=self._dtype)
-        if self.kernel.run(g, w, result.data_ptr()) or self._directly().run(g, w, result.data_ptr()):
+        if self.kernel.run(g, o, result.data_ptr()) or (not self._is_direct and self._directly().run(g, o, result.data_ptr())):
             return result
         return None
 

@@ -10,79 +10,92 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import Backend, GradientPlan
-from .spec import ConvSpec, Geometry, Layout, Pair, check_allocated, check_convolution, check_tensor, dtype_name, layout
+from .spec import OTHER, ConvSpec, Geometry, Layout, Operand, Pair, check_allocated, check_convolution, check_tensor, dtype_name, layout
 
 _BACKWARD = torch.ops.aten.convolution_backward.default
 
 
-def input_gradient_spec(
-    grad: Tensor, weight: Tensor, input_size: Sequence[int], memory_format: torch.memory_format, geometry: Geometry
+def gradient_spec(
+    operand: Operand, grad: Tensor, other: Tensor, size: Sequence[int], memory_format: torch.memory_format, geometry: Geometry
 ) -> ConvSpec:
-    """The spec of the convolution whose input gradient is wanted: ``input`` lies as that gradient will, ``output`` as ``grad`` does.
+    """The spec of the convolution whose gradient in ``operand`` is wanted: that operand lies as the gradient will, ``output`` as ``grad`` does.
 
     Raises:
         TypeError, ValueError: for arguments that are not legal.
     """
-    shape = check_input_gradient(grad, weight, input_size, geometry)
-    strides = torch.empty(shape, device="meta", memory_format=memory_format).stride()
-    return ConvSpec(
-        grad.dtype, grad.device, Layout(shape, strides), layout(weight), None, None, layout(grad), geometry, relu=False
-    )
+    shape = check_gradient(operand, grad, other, size, geometry)
+    wanted = Layout(shape, torch.empty(shape, device="meta", memory_format=memory_format).stride())
+    input, weight = (wanted, layout(other)) if operand == "input" else (layout(other), wanted)
+    return ConvSpec(grad.dtype, grad.device, input, weight, None, None, layout(grad), geometry, relu=False)
 
 
-def gradient_of(spec: ConvSpec) -> ConvSpec:
-    """The spec of the input gradient of a convolution, whose output's gradient lies as the output does."""
+def gradient_of(operand: Operand, spec: ConvSpec) -> ConvSpec:
+    """The spec of such a gradient of a convolution, whose output's gradient lies as the output does."""
+    spec = spec._replace(bias=None, shortcut=None, relu=False)
+    if operand == "weight":
+        return spec
     n, c, h, w = spec.input.shape
     dense = (c * h * w, 1, w * c, c) if spec.output.is_channels_last else (c * h * w, h * w, w, 1)
-    return spec._replace(input=Layout((n, c, h, w), dense), bias=None, shortcut=None, relu=False)
+    return spec._replace(input=Layout((n, c, h, w), dense))
 
 
-def check_input_gradient(grad: Tensor, weight: Tensor, input_size: Sequence[int], geometry: Geometry) -> tuple[int, int, int, int]:
-    """Check one call of the operator; returns the input's shape [N, C, H, W]."""
+def check_gradient(operand: Operand, grad: Tensor, other: Tensor, size: Sequence[int], geometry: Geometry) -> tuple[int, int, int, int]:
+    """Check one call of the operator; returns the operand's shape."""
     check_tensor(grad, "grad", 4)
-    if isinstance(weight, Tensor) and weight.dtype != grad.dtype:
-        raise TypeError(f"weight must have grad's dtype {dtype_name(grad.dtype)}, got {dtype_name(weight.dtype)}")
-    check_tensor(weight, "weight", 4, grad)
-    if len(input_size) != 4:
-        raise ValueError(f"input_size must have 4 numbers [N, C, H, W], got {len(input_size)}: {tuple(input_size)}")
-    n, c, h, w = input_size
-    if any([type(size) is int and size < 0 for size in input_size]):  # of those that a compiler has not fixed the answer would be a guard
-        raise ValueError(f"input_size must not be negative, got {tuple(input_size)}")
-    shape = check_convolution(grad.new_empty(()).expand(n, c, h, w), weight, None, None, geometry)
+    name, dimensions = OTHER[operand], "[N, C, H, W]" if operand == "input" else "[K, C, R, S]"
+    if isinstance(other, Tensor) and other.dtype != grad.dtype:
+        raise TypeError(f"{name} must have grad's dtype {dtype_name(grad.dtype)}, got {dtype_name(other.dtype)}")
+    check_tensor(other, name, 4, grad)
+    if len(size) != 4:
+        raise ValueError(f"{operand}_size must have 4 numbers {dimensions}, got {len(size)}: {tuple(size)}")
+    a, b, c, d = size
+    if any([type(length) is int and length < 0 for length in size]):  # of those that a compiler has not fixed the answer would be a guard
+        raise ValueError(f"{operand}_size must not be negative, got {tuple(size)}")
+    wanted = grad.new_empty(()).expand(a, b, c, d)
+    shape = check_convolution(*((wanted, other) if operand == "input" else (other, wanted)), None, None, geometry)
     if tuple(grad.shape) != shape:
         raise ValueError(f"grad must have the output's shape {list(shape)}, got {list(grad.shape)}")
-    return n, c, h, w
+    return a, b, c, d
 
 
-class InputGradient:
-    """The plan of an input gradient: ours, and the library's where there is none or it refuses the values."""
+class Gradient:
+    """The plan of a gradient of a convolution: ours, and the library's where there is none or it refuses the values."""
 
-    __slots__ = ("_geometry", "_memory_format", "_ours", "_size", "_strides")
+    __slots__ = ("_geometry", "_memory_format", "_operand", "_ours", "_size", "_strides")
 
-    def __init__(self, spec: ConvSpec, ours: GradientPlan | None) -> None:
-        self._ours, self._geometry = ours, spec.geometry
-        self._size, self._strides = spec.input
-        self._memory_format = torch.channels_last if spec.input.is_channels_last else torch.contiguous_format
+    def __init__(self, operand: Operand, spec: ConvSpec, ours: GradientPlan | None) -> None:
+        self._operand, self._ours, self._geometry = operand, ours, spec.geometry
+        wanted = spec.input if operand == "input" else spec.weight
+        self._size, self._strides = wanted
+        self._memory_format = torch.channels_last if wanted.is_channels_last else torch.contiguous_format
 
     @property
     def kernel(self) -> Any:
         """Of the compiled module; None: the library's."""
         return None if self._ours is None else self._ours.kernel
 
-    def __call__(self, grad: Tensor, weight: Tensor) -> Tensor:
-        found = None if self._ours is None else self._ours(grad, weight)
+    def __call__(self, grad: Tensor, other: Tensor) -> Tensor:
+        found = None if self._ours is None else self._ours(grad, other)
         if found is not None:
             return found
         check_allocated(grad, "grad")
-        check_allocated(weight, "weight")
-        found = library_input_gradient(grad, weight, self._size, self._memory_format, self._geometry)
+        check_allocated(other, OTHER[self._operand])
+        found = library_gradient(self._operand, grad, other, self._size, self._memory_format, self._geometry)
         if found.stride() != self._strides:  # where they say nothing of the memory format: of one channel, one pixel, no image
             found = torch.empty_strided(self._size, self._strides, dtype=found.dtype, device=found.device).copy_(found)
         return found
 
 
-def input_gradient_plan(spec: ConvSpec, backend: Backend) -> InputGradient:
-    return InputGradient(spec, None if backend.why_general_input_gradient(spec) else backend.input_gradient_plan(spec))
+def gradient_plan(operand: Operand, spec: ConvSpec, backend: Backend) -> Gradient:
+    return Gradient(operand, spec, None if backend.why_general_gradient(operand, spec) else backend.gradient_plan(operand, spec))
+
+
+def library_gradient(
+    operand: Operand, grad: Tensor, other: Tensor, size: Sequence[int], memory_format: torch.memory_format, geometry: Geometry
+) -> Tensor:
+    """The library's gradient of a convolution in an operand of this size, differentiable in ``grad`` and the other one."""
+    library = library_input_gradient if operand == "input" else library_weight_gradient
+    return library(grad, other, size, memory_format, geometry)
 
 
 def library_input_gradient(
@@ -123,7 +136,7 @@ def library_weight_gradient(
     weight = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=memory_format)  # for its shape alone
     rest = stride, (top, left), dilation, False, (0, 0), groups
     found: Tensor = _BACKWARD(grad, input, weight, None, *rest, (False, True, False))[1]
-    return found
+    return found.contiguous(memory_format=memory_format)
 
 
 def _writes_beyond_its_buffer(input: Tensor, size: Sequence[int], stride: Pair, padding: Pair) -> bool:

@@ -17,8 +17,8 @@ from .backend import Backend, Plan
 from .cpu import CpuBackend
 from .cuda import CudaBackend, JoinedPlan, Weights
 from .general import GeneralPlan
-from .gradients import InputGradient, input_gradient_plan, input_gradient_spec
-from .spec import ConvSpec, Geometry, geometry_of_call, geometry_of_operator, spec_of
+from .gradients import Gradient, gradient_plan, gradient_spec
+from .spec import ConvSpec, Geometry, Operand, geometry_of_call, geometry_of_operator, spec_of
 
 ToGeometry = Callable[..., Geometry]  # of the weight and the parameters of a call, without relu
 
@@ -49,7 +49,7 @@ _numbers = itertools.count(1)
 backends = Backends()
 _MOST = 4096  # calls that differ in what a plan depends on: beyond, start over, for a plan is cheap to make again
 convolution_plans = _settings.Plans(_MOST)
-input_gradient_plans = _settings.Plans(_MOST)
+gradient_plans = _settings.Plans(_MOST)
 joined_plans = _settings.Plans(_MOST)
 
 
@@ -104,8 +104,8 @@ def plan_of(spec: ConvSpec, backend: Backend) -> Plan:
     return GeneralPlan(spec, backend) if backend.why_general(spec) else backend.kernel_plan(spec)
 
 
-def find_input_gradient(grad: Tensor, weight: Tensor, input_size: tuple[int, ...], channels_last: bool, *geometry: Any) -> InputGradient:
-    """The plan of the gradient of a convolution in its input.
+def find_gradient(operand: Operand, grad: Tensor, other: Tensor, size: tuple[int, ...], channels_last: bool, *geometry: Any) -> Gradient:
+    """The plan of the gradient of a convolution in ``operand``, which has this size, from its output's and the other operand.
 
     geometry: stride, padding, dilation and groups as the operator has them, hashable.
 
@@ -114,19 +114,20 @@ def find_input_gradient(grad: Tensor, weight: Tensor, input_size: tuple[int, ...
     """
     backend = backends.of(grad)
     key = (
-        *(grad.shape, grad.stride(), grad.dtype, grad.is_cpu),
-        *(weight.shape, weight.stride(), weight.dtype, weight.is_cpu),
-        *(input_size, channels_last, geometry, backend.state(grad, weight), _settings.number),
+        *(operand, grad.shape, grad.stride(), grad.dtype, grad.is_cpu),
+        *(other.shape, other.stride(), other.dtype, other.is_cpu),
+        *(size, channels_last, geometry, backend.state(grad, other), _settings.number),
     )
-    plan: InputGradient | None = input_gradient_plans.kept.get(key)
+    plan: Gradient | None = gradient_plans.kept.get(key)
     if plan is None:
 
-        def make() -> InputGradient:
+        def make() -> Gradient:
             memory_format = torch.channels_last if channels_last else torch.contiguous_format
-            spec = input_gradient_spec(grad, weight, input_size, memory_format, geometry_of_operator(weight, *geometry))
-            return input_gradient_plan(spec, backend)
+            return gradient_plan(
+                operand, gradient_spec(operand, grad, other, size, memory_format, geometry_of_operator(grad, *geometry)), backend
+            )
 
-        plan = input_gradient_plans.make(key, make)
+        plan = gradient_plans.make(key, make)
     return plan
 
 

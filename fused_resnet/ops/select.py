@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .spec import ConvSpec, Layout, dtype_name
+from .spec import ConvSpec, Layout, Operand, dtype_name
 
 # A stem (7x7 on 3 channels): runs of 21 values keep the FMA units at 60 % of their rate, the library's kernel at 70 %.
 _FEW_CHANNELS, _LARGE_KERNEL = 4, 25
@@ -28,8 +28,13 @@ _LARGEST_STRIDE = 2
 _LARGE_STRIDED_MAP = 2048
 _FEW_PIXELS, _FEW_PIXELS_OF_WINOGRAD, _MANY_WEIGHTS = 256, 128, 1 << 17
 
+# A weight's gradient without Winograd's transforms: taps, output channels and pixels from which on, or up to which, the library's is faster.
+# Measured on a Zen 5, float32, random shapes, batch 1 to 32.
+_MOST_TAPS, _FEW_DILATED_OUTPUTS, _MANY_PIXELS = 9, 64, 4096
+
 # From here on a 3x3 convolution trains faster by our kernels. Measured on a Zen 5, batch 1, 8 and 32, one and two threads.
-_TRAINED_PIXELS, _TRAINED_MAP, _TRAINED_PRODUCTS, _TRAINED_CHANNELS_BF16 = 1024, 196, 1 << 25, 64
+_TRAINED_PRODUCTS = 1 << 13
+_TRAINED_PIXELS_BF16, _TRAINED_MAP_BF16, _TRAINED_PRODUCTS_BF16, _TRAINED_CHANNELS_BF16 = 1024, 196, 1 << 25, 64
 
 # Multiply-adds up to which a call on a GPU is taken to be all launches, so that one kernel without tensor cores beats the library's
 # several. Not measured yet, as little as what follows from it: bench/gpu_report.py will tell.
@@ -58,19 +63,25 @@ def why_general_on_cpu(spec: ConvSpec) -> list[str]:
     return why
 
 
-def why_general_input_gradient_on_cpu(spec: ConvSpec) -> list[str]:
-    """Why the library makes this convolution's gradient in its input."""
+def why_general_gradient_on_cpu(operand: Operand, spec: ConvSpec) -> list[str]:
+    """Why the library makes this convolution's gradient in its input or in its weight."""
+    why = why_groups(spec.geometry.groups)
+    channels = spec.input.shape[1]
+    if channels <= _FEW_CHANNELS:
+        why.append(f"{channels} input channels: too few to fill registers, the library's gradient is faster")
+    if operand == "weight":
+        return why or _why_general_weight_gradient(spec)
+    return why or _why_general_input_gradient(spec)
+
+
+def _why_general_input_gradient(spec: ConvSpec) -> list[str]:
     stride = max(spec.geometry.stride)
+    if stride > _LARGEST_STRIDE:
+        return [f"stride {stride}: a convolution for each of so many residues of row and column would be more work"]
     outputs, _, *kernel = spec.weight.shape
     channels, height, width = spec.input.shape[1:]
     area, pixels = math.prod(kernel), height * width
-    why = why_groups(spec.geometry.groups)
-    if stride > _LARGEST_STRIDE:
-        why.append(f"stride {stride}: a convolution for each of so many residues of row and column would be more work")
-    if channels <= _FEW_CHANNELS:
-        why.append(f"{channels} input channels: too few to fill registers, the library's gradient is faster")
-    if why:
-        return why
+    why = []
     contiguous = not spec.output.is_channels_last
     if contiguous and area == 1 and stride == 1 and spec.dtype == torch.float32:
         why.append("a contiguous 1x1 convolution: its gradient is a product of matrices as they lie, the library's is faster")
@@ -83,19 +94,41 @@ def why_general_input_gradient_on_cpu(spec: ConvSpec) -> list[str]:
     return why
 
 
+def _why_general_weight_gradient(spec: ConvSpec) -> list[str]:
+    outputs, channels, *kernel = spec.weight.shape
+    n, _, height, width = spec.input.shape
+    area, stride, dilation = math.prod(kernel), max(spec.geometry.stride), max(spec.geometry.dilation)
+    if kernel == [3, 3] and stride == dilation == 1:
+        return []  # by Winograd's transforms
+    if spec.dtype == torch.bfloat16:
+        return ["bfloat16 without Winograd's transforms: the library multiplies pairs, and its gradient is faster"]
+    if area > _MOST_TAPS:
+        return [f"a {kernel[0]}x{kernel[1]} kernel: for each tap the input would be copied, the library's gradient is faster"]
+    if area > 1 and stride > 1 and not spec.input.is_channels_last:
+        return [f"a contiguous map with stride {stride}: copied pixel by pixel, the library's gradient is faster"]
+    if area > 1 and dilation > 1 and not spec.input.is_channels_last:
+        return ["a contiguous map under a dilated kernel: turned for each tap, the library's gradient is faster"]
+    if area > 1 and dilation > 1 and outputs < _FEW_DILATED_OUTPUTS:
+        return [f"{outputs} output channels of a dilated kernel: too few for what copying the input costs, the library's gradient is faster"]
+    if area == stride == 1 and min(channels, outputs) < _REGISTER and n * height * width >= _MANY_PIXELS and spec.input.is_channels_last:
+        return [f"{min(channels, outputs)} channels of a 1x1 convolution: too few to fill a register, the library's gradient is faster"]
+    return []
+
+
 def trains_faster(
     input: Sequence[int], weight: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int, dtype: torch.dtype
 ) -> bool:
     """Whether a step of training on a CPU, forward and backward, is faster with our kernels for a convolution that nothing is fused to (a norm
-    that takes its statistics from the batch follows). Winograd is, unless packing the weight anew takes what it saves; direct convolution is
-    not, with a weight's gradient that is the library's either way."""
+    that takes its statistics from the batch follows). By Winograd it is. Direct convolution by itself is no faster than the library's."""
     n, channels, h, w = input
     outputs = weight[0]
     if tuple(weight[2:]) != (3, 3) or tuple(stride) != (1, 1) or tuple(dilation) != (1, 1) or groups != 1 or channels <= _FEW_CHANNELS:
         return False
-    if dtype != torch.float32 and (dtype != torch.bfloat16 or min(channels, outputs) < _TRAINED_CHANNELS_BF16):
-        return False
-    return n * h * w >= _TRAINED_PIXELS and (h * w >= _TRAINED_MAP or n * h * w * channels * outputs >= _TRAINED_PRODUCTS)
+    products = n * h * w * channels * outputs
+    if dtype == torch.float32:
+        return products >= _TRAINED_PRODUCTS
+    few = min(channels, outputs) < _TRAINED_CHANNELS_BF16 or n * h * w < _TRAINED_PIXELS_BF16
+    return dtype == torch.bfloat16 and not few and (h * w >= _TRAINED_MAP_BF16 or products >= _TRAINED_PRODUCTS_BF16)
 
 
 def why_not_in_program(spec: ConvSpec) -> list[str]:

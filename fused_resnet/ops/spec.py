@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 Pair = tuple[int, int]
+Operand = Literal["input", "weight"]  # of a convolution, in which it has a gradient
+OTHER: dict[Operand, Operand] = {"input": "weight", "weight": "input"}  # what that is made of, beside the output's gradient
 
 LEGAL_DTYPES = {
     "cpu": (torch.float64, torch.float32, torch.bfloat16),

@@ -16,6 +16,7 @@ from .._compat import GLOBAL_HOOKS, nobody_listens, profiler_enabled
 from .._extension import cpu
 from ..graph.ir import Addition
 from ..ops.api import bias_add_relu, conv_bias_add_relu
+from ..ops.autograd import add_relu_
 from ..ops.plans import backends, joined
 from ..ops.select import trains_faster
 from ..ops.spec import is_channels_last
@@ -184,6 +185,8 @@ def _residual(node: BoundConvolution, addition: Addition, h: Tensor, shortcut: T
             or not (left_is_main or _same_format(shortcut, is_channels_last(y)))
         ):
             return _add(node, addition, y, shortcut)
+        if addition.inplace and left_is_main and not compiling and type(y) is Tensor and not y._is_view():
+            return add_relu_(y, shortcut, node.relu)
         return bias_add_relu(y, None, shortcut, node.relu)
 
     dtype, device = h.dtype, h.device.type

@@ -132,6 +132,7 @@ def test_bench_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ("--what", "conv", "--case", "3x3 64->64 @ 8x8"),
         ("--what", "conv", "--case", "3x3 64->64 @ 8x8 + shortcut", "--mode", "train"),
         ("--what", "conv", "--case", "input gradient of 3x3 64->64 @ 8x8", "--mode", "train"),
+        ("--what", "conv", "--case", "weight gradient of 3x3 64->64 @ 8x8", "--mode", "train"),
         ("--what", "conv", "--case", "3x3 64->64 @ 8x8", "--dtype", "bfloat16"),
         ("--what", "conv", "--case", "3x3 64->64 @ 8x8", "--dtype", "float64"),
         ("--what", "block", "--case", "basic 32->64 /2 @ 16x16", "--mode", "train", "--batch", "2"),
@@ -145,7 +146,7 @@ def test_bench_kinds(options: tuple[str, ...], tmp_path: Path) -> None:
     assert len(found["results"]) == 1
     assert set(found["results"][0]["contenders"]) == {"fused_channels_last"}
     assert found["results"][0]["ok"]
-    if "train" in options and "input gradient" not in found["results"][0]["case"]:
+    if "train" in options and " gradient of " not in found["results"][0]["case"]:
         assert all("gradient_error" in timing for timing in found["results"][0]["contenders"].values())
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fused_resnet.benchmark import contest as contests
 from fused_resnet.benchmark import torch_contenders
 from fused_resnet.cases import ConvCase
+from fused_resnet.ops.spec import Operand
 
 
 @pytest.fixture(scope="module")
@@ -124,13 +125,17 @@ def test_weights_change_between_the_calls_of_training(build: Any, mode: str, tmp
     assert all(torch.equal(r[0], 6 * x) for r in results)
 
 
-def test_an_input_gradient(one_thread: None) -> None:
-    """The case by itself: PyTorch's autograd is right, another weight is not."""
-    case = contests.InputGradientCase(ConvCase(3, 4, (6, 5), (3, 3), (2, 2), (1, 1)))
+@pytest.mark.parametrize("operand", ["input", "weight"])
+def test_a_gradient(one_thread: None, operand: Operand) -> None:
+    """The case by itself: PyTorch's autograd is right, another weight or input is not."""
+    case = contests.GradientCase(operand, ConvCase(3, 4, (6, 5), (3, 3), (2, 2), (1, 1)))
     contest = contests.prepare(case, 2, torch.float32, "train", seed=1)
-    x = torch.zeros(2, 3, 6, 5, requires_grad=True)
-    y = torch.nn.functional.conv2d(x, contest.task.module.weight, stride=2, padding=1)  # type: ignore[arg-type]
-    (expected,) = torch.autograd.grad(y, x, contest.task.grad)
+    w, x = contest.task.module.weight, torch.zeros(2, 3, 6, 5, requires_grad=True)
+    if operand == "weight":
+        assert w is None
+        w, x = torch.zeros(4, 3, 3, 3, requires_grad=True), contest.task.inputs[1]
+    y = torch.nn.functional.conv2d(x, w, stride=2, padding=1)  # type: ignore[arg-type]
+    (expected,) = torch.autograd.grad(y, x if operand == "input" else w, contest.task.grad)  # type: ignore[arg-type]
     assert contest.ok(contest.errors((expected,)))
     assert not contest.ok(contest.errors((expected * 1.001,)))
     for format in contests.FORMATS:

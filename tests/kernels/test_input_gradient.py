@@ -19,7 +19,7 @@ from torch import Tensor
 from fused_resnet import _extension, _settings, reference, testing, why_not
 from fused_resnet.cases import AWKWARD, CONVS, ConvCase, Operands
 from fused_resnet.ops.cpu import CpuBackend
-from fused_resnet.ops.gradients import InputGradient, input_gradient_spec
+from fused_resnet.ops.gradients import Gradient, gradient_spec
 from fused_resnet.ops.spec import ConvSpec, geometry_of_call
 
 EXACT = ("direct", "winograd2")
@@ -47,13 +47,13 @@ STRIDED = (
 
 def spec_of(case: ConvCase, grad: Tensor, weight: Tensor, memory_format: torch.memory_format) -> ConvSpec:
     geometry = geometry_of_call(weight, case.stride, case.padding, case.dilation, case.groups)
-    return input_gradient_spec(grad, weight, case.input_shape, memory_format, geometry)
+    return gradient_spec("input", grad, weight, case.input_shape, memory_format, geometry)
 
 
-def plan_of(case: ConvCase, grad: Tensor, weight: Tensor, memory_format: torch.memory_format = FORMATS[0]) -> InputGradient:
+def plan_of(case: ConvCase, grad: Tensor, weight: Tensor, memory_format: torch.memory_format = FORMATS[0]) -> Gradient:
     """Our kernel, also where the library's is chosen."""
     spec = spec_of(case, grad, weight, memory_format)
-    return InputGradient(spec, CpuBackend(_extension.cpu, _extension.missing).input_gradient_plan(spec))
+    return Gradient("input", spec, CpuBackend(_extension.cpu, _extension.missing).gradient_plan("input", spec))
 
 
 def ours(case: ConvCase, grad: Tensor, weight: Tensor, memory_format: torch.memory_format = FORMATS[0]) -> Tensor:

@@ -79,16 +79,19 @@ def test_pass(which: str) -> None:
 
 
 GRADIENT = """
-grad, weight = torch.randn(1, 16, 9, 9), torch.randn(16, CHANNELS, 3, 3)
-op = lambda: torch.ops.fused_resnet.conv_input_gradient(grad, weight, (1, CHANNELS, 9, 9), False, (1, 1), (1, 1, 1, 1), (1, 1), 1)
-freed({"grad": grad, "weight": weight}[WHICH], op, WHICH)
+tensors = {"grad": torch.randn(1, 16, 9, 9), "weight": torch.randn(16, CHANNELS, 3, 3), "input": torch.randn(1, CHANNELS, 9, 9)}
+other = "weight" if OPERAND == "input" else "input"
+call = getattr(torch.ops.fused_resnet, f"conv_{OPERAND}_gradient")
+size = tuple(tensors[OPERAND].shape)
+op = lambda: call(tensors["grad"], tensors[other], size, False, (1, 1), (1, 1, 1, 1), (1, 1), 1)
+freed(tensors[WHICH], op, WHICH)
 """
 
 
-@pytest.mark.parametrize("which", ["grad", "weight"])
+@pytest.mark.parametrize(("operand", "which"), [("input", "grad"), ("input", "weight"), ("weight", "grad"), ("weight", "input")])
 @pytest.mark.parametrize("channels", [16, 3], ids=["ours", "the library's"])
-def test_input_gradient(channels: int, which: str) -> None:
-    run(GRADIENT, WHICH=which, CHANNELS=channels)
+def test_gradient(channels: int, operand: str, which: str) -> None:
+    run(GRADIENT, OPERAND=operand, WHICH=which, CHANNELS=channels)
 
 
 BLOCK = """

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from _calls import CONV, DTYPES, FORMATS, INPUT_GRADIENT, MASK, PASS, laid_out, name
+from _calls import CONV, DTYPES, FORMATS, INPUT_GRADIENT, MASK, PASS, WEIGHT_GRADIENT, laid_out, name
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
@@ -79,17 +79,20 @@ def test_opcheck_the_other_operators(needs: str, memory_format: torch.memory_for
         torch.library.opcheck(MASK, (grad, s.detach(), bias_grad))
 
 
-@pytest.mark.parametrize("needs", ["", "grad", "weight", "grad+weight"])
+@pytest.mark.parametrize("operand", ["input", "weight"])
+@pytest.mark.parametrize("needs", ["", "grad", "other", "grad+other"])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_opcheck_conv_input_gradient(needs: str, channels_last: bool) -> None:
+def test_opcheck_gradients(operand: str, needs: str, channels_last: bool) -> None:
+    call = INPUT_GRADIENT if operand == "input" else WEIGHT_GRADIENT
     for stride, groups in ((1, 1), (2, 1), (3, 1), (1, 2)):
-        case = ConvCase(4, 6, (7, 6), (3, 3), (stride, stride), (1, 1), groups=groups, batch=2)
-        grad, weight = torch.randn(case.output_shape), torch.randn(case.weight_shape)
-        grad.requires_grad_("grad" in needs), weight.requires_grad_("weight" in needs)
-        arguments = (grad, weight, case.input_shape, channels_last, case.stride, (1, 1, 1, 1), (1, 1), groups)
-        torch.library.opcheck(INPUT_GRADIENT, arguments)
-    one = (torch.randn(2, 1, 5, 5), torch.randn(1, 1, 3, 3), (2, 1, 5, 5), channels_last, (1, 1), (1, 1, 1, 1), (1, 1), 1)
-    torch.library.opcheck(INPUT_GRADIENT, one)  # whose strides say nothing about the memory format
+        case = ConvCase(8, 6, (7, 6), (3, 3), (stride, stride), (1, 1), groups=groups, batch=2)
+        size, made = (case.input_shape, case.weight_shape) if operand == "input" else (case.weight_shape, case.input_shape)
+        grad, other = torch.randn(case.output_shape), torch.randn(made)
+        grad.requires_grad_("grad" in needs), other.requires_grad_("other" in needs)
+        torch.library.opcheck(call, (grad, other, size, channels_last, case.stride, (1, 1, 1, 1), (1, 1), groups))
+    # Shapes whose strides say nothing about the memory format.
+    size, made = ((2, 1, 5, 5), (1, 1, 3, 3)) if operand == "input" else ((1, 1, 3, 3), (2, 1, 5, 5))
+    torch.library.opcheck(call, (torch.randn(2, 1, 5, 5), torch.randn(made), size, channels_last, (1, 1), (1, 1, 1, 1), (1, 1), 1))
 
 
 class Counting:

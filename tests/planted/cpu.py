@@ -28,9 +28,9 @@ FAULTS = (
     ),
     Fault(
         "Winograd: padding shifted by one, rows",
-        ("csrc/cpu/winograd_convolution.cpp",),
-        "const i64 h0 = t.row * step - s.pad_top,",
-        "const i64 h0 = t.row * step - s.pad_top + 1,",
+        ("csrc/cpu/winograd_tiles.cpp",),
+        "const i64 h0 = t.row * step - pad_top,",
+        "const i64 h0 = t.row * step - pad_top + 1,",
         (EXACT,),
     ),
     Fault(

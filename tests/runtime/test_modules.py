@@ -56,7 +56,9 @@ def test_blocks_are_torchvisions(name: str, mode: str) -> None:
     truth, magnitude = truth_of(theirs, x)
     assert_close(ours(x).detach(), theirs(x).detach(), truth, layers(theirs), magnitude)
     for key, t in theirs.state_dict().items():
-        assert torch.equal(ours.state_dict()[key], t), key
+        # Statistics are of a convolution's outputs, of which Winograd's transforms round each by 8.2 u sqrt(144) < 1e-5 of its size, 1.
+        tolerance = 1e-5 if key.endswith(("running_mean", "running_var")) else 0
+        torch.testing.assert_close(ours.state_dict()[key], t, rtol=tolerance, atol=tolerance, msg=key)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.checkpoint
-from _calls import FORMATS, name, plan_of
+from _calls import FORMATS, PASS, Calls, name, plan_of
 from torch import Tensor, nn
 
 import fused_resnet
@@ -23,6 +23,7 @@ from fused_resnet.benchmark import contest as contests
 from fused_resnet.benchmark.torch_contenders import convert
 from fused_resnet.cases import AWKWARD, BLOCKS, BlockCase, ConvCase, Operands
 from fused_resnet.ops import derived
+from fused_resnet.ops.autograd import add_relu_
 from fused_resnet.ops.cpu import CpuBackend, CpuPlan
 from fused_resnet.ops.spec import geometry_of_call, spec_of
 from fused_resnet.runtime import executor
@@ -50,7 +51,8 @@ def block(channels: int, dtype: torch.dtype = torch.float32) -> nn.Module:
     ("channels", "size", "dtype", "ours"),
     [
         (16, 16, torch.float32, 2),
-        (16, 8, torch.float32, 0),  # a small map
+        (16, 4, torch.float32, 2),
+        (8, 2, torch.float32, 0),  # few products
         (16, 16, torch.float64, 0),
         (16, 16, torch.bfloat16, 0),
         (64, 16, torch.bfloat16, 2),
@@ -62,6 +64,69 @@ def test_whose_convolutions(kernels: object, channels: int, size: int, dtype: to
     found = nodes(block(channels, dtype)(x))
     assert found.count(NODE) == ours
     assert found.count("ConvolutionBackward0") == 2 - ours
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_the_end_of_a_block(kernels: object, in_place: bool) -> None:
+    """The sum is written where the author writes it: over the norm's output, where ``out += identity`` does."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+            self.relu = nn.ReLU(inplace=in_place)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.norm(self.conv(x))
+            if in_place:
+                out += x
+            else:
+                out = out + x
+            return self.relu(out)  # type: ignore[no-any-return]
+
+    fused = nn.Sequential(Block())
+    eager = copy.deepcopy(fused)
+    assert "Block" in str(fused_resnet.fuse_(fused))
+    x = torch.randn(2, 16, 9, 8)
+    grad = torch.randn(2, 16, 9, 8)
+    found = []
+    for module in (fused, eager):
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        if module is fused:
+            assert ("AddReLUInPlaceBackward" in nodes(y), "BiasAddReLUBackward" in nodes(y)) == (in_place, not in_place)
+        found.append([y.detach(), *torch.autograd.grad(y, [leaf, *module.parameters()], grad)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_add_relu_in_place(kernels: object, relu: bool) -> None:
+    """As eager's, differentiated once and twice; who writes over the result is told, and a mode that listens gets the same."""
+    x, s = (torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    mine = [t.detach().requires_grad_() for t in (x, s)]
+
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        return add_relu_(a * 1, b, relu)
+
+    assert torch.autograd.gradcheck(function, mine)
+    assert torch.autograd.gradgradcheck(function, mine)
+    before = x * 1
+    y = add_relu_(before, s, relu)
+    assert y is before
+    assert torch.equal(y, torch.relu(x + s) if relu else x + s)
+    with Calls() as calls:
+        z = add_relu_(x * 1, s, relu)
+    assert torch.equal(y, z)
+    assert len(calls.of(PASS)) == 1
+    for turned in (x.detach().transpose(2, 3), x.detach()[:, :, ::2]):  # gaps, another order
+        again = turned * 1
+        add_relu_(again, again.clone(), relu)
+        assert torch.equal(again, torch.relu(2 * turned) if relu else 2 * turned)
+    if relu:
+        y.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
 
 
 def test_under_autocast(kernels: object) -> None:

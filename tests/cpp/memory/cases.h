@@ -5,7 +5,7 @@ namespace memory {
 
 void convolutions();  // direct ones, also with a joined convolution
 void winograd();
-void gradients();     // in the input
+void gradients();     // in the input and in the weight
 void blocks();
 void programs();  // of several sections
 void passes();
