@@ -78,7 +78,7 @@ def measure(case: ConvCase, operand: Operand, most: float) -> dict[str, Any]:
     with torch.no_grad():
         found = {name: call() for name, call in calls.items()}
         for name, result in found.items():
-            if norm_error(result, found["library contiguous"].double()) > 1e-5:
+            if not norm_error(result, found["library contiguous"].double()) <= 1e-5:
                 raise SystemExit(f"wrong result: {operand} gradient of {case.name}, {name}")
         timings = interleave(calls, repeat=9, seconds=most, least=1e-3)
     times = {name: timing.as_dict()["median_ms"] for name, timing in timings.items()}

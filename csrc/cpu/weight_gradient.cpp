@@ -95,8 +95,8 @@ WeightGradient::WeightGradient(const ConvShape& shape, const Strides& weight, DT
   gradient_ = gradient_kernels(shape, algorithm_, *kernels_);
   cut();
   layout_ = layout();
+  checked_product(thread_bytes(), threads_);  // throws here rather than in run, as the next
   shared_bytes();
-  checked_product(thread_bytes(), threads_);
 }
 
 void WeightGradient::cut() {

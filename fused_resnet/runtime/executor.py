@@ -185,7 +185,8 @@ def _residual(node: BoundConvolution, addition: Addition, h: Tensor, shortcut: T
             or not (left_is_main or _same_format(shortcut, is_channels_last(y)))
         ):
             return _add(node, addition, y, shortcut)
-        if addition.inplace and left_is_main and not compiling and type(y) is Tensor and not y._is_view():
+        ours = not compiling and cpu is not None and type(y) is Tensor and y.is_cpu  # elsewhere it would be a copy more
+        if addition.inplace and left_is_main and ours and not y._is_view():
             return add_relu_(y, shortcut, node.relu)
         return bias_add_relu(y, None, shortcut, node.relu)
 

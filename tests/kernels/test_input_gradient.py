@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from _calls import DTYPES, FORMATS, INPUT_GRADIENT, name, run_python
+from _calls import DTYPES, FORMATS, INPUT_GRADIENT, name
 from _exact import winograd_fits
+from _gradients import Of, check_without_memory
 from _special import plant
 from torch import Tensor
 
-from fused_resnet import _extension, _settings, reference, testing, why_not
+from fused_resnet import _extension, _settings, testing, why_not
 from fused_resnet.cases import AWKWARD, CONVS, ConvCase, Operands
-from fused_resnet.ops.cpu import CpuBackend
-from fused_resnet.ops.gradients import Gradient, gradient_spec
-from fused_resnet.ops.spec import ConvSpec, geometry_of_call
 
+OF = Of("input")
+plan_of, ours, truth = OF.plan, OF.ours, OF.truth
 EXACT = ("direct", "winograd2")
 UNGROUPED = tuple(case for case in AWKWARD if case.groups == 1)
 # Each way that an axis can go: every residue with taps, residues without, dy read from its second pixel on, pixels that no window touches.
@@ -45,53 +45,12 @@ STRIDED = (
 )
 
 
-def spec_of(case: ConvCase, grad: Tensor, weight: Tensor, memory_format: torch.memory_format) -> ConvSpec:
-    geometry = geometry_of_call(weight, case.stride, case.padding, case.dilation, case.groups)
-    return gradient_spec("input", grad, weight, case.input_shape, memory_format, geometry)
-
-
-def plan_of(case: ConvCase, grad: Tensor, weight: Tensor, memory_format: torch.memory_format = FORMATS[0]) -> Gradient:
-    """Our kernel, also where the library's is chosen."""
-    spec = spec_of(case, grad, weight, memory_format)
-    return Gradient("input", spec, CpuBackend(_extension.cpu, _extension.missing).gradient_plan("input", spec))
-
-
-def ours(case: ConvCase, grad: Tensor, weight: Tensor, memory_format: torch.memory_format = FORMATS[0]) -> Tensor:
-    return plan_of(case, grad, weight, memory_format)(grad, weight)
-
-
-def truth(case: ConvCase, grad: Tensor, weight: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """PyTorch's, in float64; in another dtype what the library loses."""
-    x = torch.zeros(case.input_shape, dtype=dtype, requires_grad=True)
-    parameters = {**case.parameters, "relu": False}
-    y = reference.conv_bias_add_relu(x, weight.detach().to(dtype), None, None, **parameters)
-    return torch.autograd.grad(y, x, grad.to(dtype))[0]
-
-
 def integers(case: ConvCase, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """dy and a weight whose sums are exact: what ``integer_operands`` draws for the convolution of dy."""
     turned = ConvCase(case.outputs, case.channels, (9, 9), case.kernel)
     weight = testing.integer_operands(turned, dtype, generator).weight.transpose(0, 1).contiguous()
     m = testing.MAGNITUDE[dtype]
     return torch.randint(-m, m + 1, case.output_shape, generator=generator).to(dtype), weight
-
-
-def check(cases: Any, dtype: torch.dtype, memory_format: torch.memory_format) -> list[str]:
-    failures, different = [], 0
-    generator = torch.Generator().manual_seed(3)
-    for case in cases:
-        grad, weight = integers(case, dtype, generator)
-        expected = truth(case, grad, weight).to(dtype)
-        different += int(expected.count_nonzero())
-        grad, weight = (t.contiguous(memory_format=memory_format) for t in (grad, weight))
-        found = ours(case, grad, weight, memory_format)
-        result = testing.compare_exact(found, expected)
-        if not result:
-            failures.append(f"{case.name}: {result.reason}")
-        elif found.stride() != torch.empty(found.shape, memory_format=memory_format).stride():
-            failures.append(f"{case.name}: strides {found.stride()}")
-    assert different > 0
-    return failures
 
 
 @pytest.mark.smoke
@@ -101,7 +60,7 @@ def check(cases: Any, dtype: torch.dtype, memory_format: torch.memory_format) ->
 def test_awkward(one_thread: None, isa: str, algorithm: str, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
     cases = (*UNGROUPED, *STRIDED) if algorithm == "direct" else tuple(c for c in UNGROUPED if c.stride == (1, 1) and winograd_fits(c))
     assert len(cases) > 20
-    failures = check(cases, dtype, memory_format)
+    failures = OF.failures(cases, integers, dtype, memory_format)
     assert not failures, "\n".join(failures)
 
 
@@ -109,7 +68,7 @@ def test_awkward(one_thread: None, isa: str, algorithm: str, dtype: torch.dtype,
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_many_channels(isa: str, algorithm: str, dtype: torch.dtype) -> None:
     for memory_format in FORMATS:
-        failures = check([FLOATS[-1]], dtype, memory_format)
+        failures = OF.failures([FLOATS[-1]], integers, dtype, memory_format)
         assert not failures, failures
 
 
@@ -118,7 +77,7 @@ def test_resnet_shapes(isa: str, dtype: torch.dtype) -> None:
     """As chosen, with strict numerics, which keep integers exact."""
     _settings.set_numerics("strict")
     for number, case in enumerate(CONVS):
-        failures = check([case], dtype, FORMATS[number % 2])
+        failures = OF.failures([case], integers, dtype, FORMATS[number % 2])
         assert not failures, failures
 
 
@@ -184,28 +143,7 @@ def test_layouts(one_thread: None, integers_stay_exact: None, isa: str, dtype: t
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("case", FLOATS, ids=name)
 def test_the_same_bits(isa: str, case: ConvCase, dtype: torch.dtype) -> None:
-    """Whatever the number of threads, again and again, and beside other callers; in either memory format the values are the same."""
-    grad, weight = floats(case, dtype)
-    torch.set_num_threads(1)
-    first = ours(case, grad, weight)
-    for threads in (1, 2, 3, 7):
-        torch.set_num_threads(threads)
-        assert torch.equal(ours(case, grad, weight), first), threads
-    last = [t.contiguous(memory_format=torch.channels_last) for t in (grad, weight)]
-    assert torch.equal(ours(case, *last, torch.channels_last), first)
-    torch.set_num_threads(2)
-    plan = plan_of(case, grad, weight)
-    same: list[bool] = []
-
-    def call() -> None:
-        same.extend(torch.equal(plan(grad, weight), first) for _ in range(5))
-
-    others = [threading.Thread(target=call) for _ in range(3)]
-    for thread in others:
-        thread.start()
-    for thread in others:
-        thread.join()
-    assert same == [True] * 15
+    OF.check_bits(case, *floats(case, dtype))
 
 
 def test_a_weight_that_changes_between_calls(kernels: object) -> None:
@@ -325,30 +263,10 @@ def test_bad_input(kernels: object, sentence: str) -> None:
         INPUT_GRADIENT(*BAD[sentence])
 
 
-NO_MEMORY = """
-import resource, torch, fused_resnet
-torch.set_num_threads(1)
-op = torch.ops.fused_resnet.conv_input_gradient
-grad, weight = torch.randn(1, 20, 20, 2048).permute(0, 3, 1, 2), torch.randn(2048, 2048, 1, 1)
-arguments = (1, 2048, 20, 20), True, (1, 1), (0, 0, 0, 0), (1, 1), 1
-before = op(grad, weight, *arguments)
-fused_resnet.clear_derived()
-limit = resource.getrlimit(resource.RLIMIT_AS)
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 20), limit[1]))
-try:
-    op(grad, weight, *arguments)
-except MemoryError:
-    print("MemoryError")
-resource.setrlimit(resource.RLIMIT_AS, limit)
-assert torch.equal(op(grad, weight, *arguments), before)
-"""
-
-
 def test_a_workspace_that_cannot_be_had(kernels: object) -> None:
-    """MemoryError before any work, and the next call works."""
-    done = run_python(NO_MEMORY, MALLOC_ARENA_MAX="1")
-    assert done.stdout.strip() == "MemoryError", done.stderr[-2000:]
+    grad, weight = "torch.randn(1, 20, 20, 2048).permute(0, 3, 1, 2)", "torch.randn(2048, 2048, 1, 1)"
+    arguments = "((1, 2048, 20, 20), True, (1, 1), (0, 0, 0, 0), (1, 1), 1)"
+    check_without_memory(f"torch.ops.fused_resnet.conv_input_gradient, ({grad}, {weight}), {arguments}", 8 << 20)
 
 
 @pytest.fixture

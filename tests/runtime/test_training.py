@@ -68,12 +68,13 @@ def test_whose_convolutions(kernels: object, channels: int, size: int, dtype: to
 
 @pytest.mark.parametrize("in_place", [True, False])
 def test_the_end_of_a_block(kernels: object, in_place: bool) -> None:
-    """The sum is written where the author writes it: over the norm's output, where ``out += identity`` does."""
+    """The sum is written where the author writes it: over the norm's output, where ``out += identity`` does. Of four channels the convolution
+    is the library's, so that everything is the same to the bit."""
 
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.norm = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+            self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
             self.relu = nn.ReLU(inplace=in_place)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -87,8 +88,7 @@ def test_the_end_of_a_block(kernels: object, in_place: bool) -> None:
     fused = nn.Sequential(Block())
     eager = copy.deepcopy(fused)
     assert "Block" in str(fused_resnet.fuse_(fused))
-    x = torch.randn(2, 16, 9, 8)
-    grad = torch.randn(2, 16, 9, 8)
+    x, grad = torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9, 8)
     found = []
     for module in (fused, eager):
         leaf = x.clone().requires_grad_()
@@ -96,8 +96,7 @@ def test_the_end_of_a_block(kernels: object, in_place: bool) -> None:
         if module is fused:
             assert ("AddReLUInPlaceBackward" in nodes(y), "BiasAddReLUBackward" in nodes(y)) == (in_place, not in_place)
         found.append([y.detach(), *torch.autograd.grad(y, [leaf, *module.parameters()], grad)])
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("relu", [True, False])
