@@ -36,7 +36,7 @@ void bind_training(py::module_& m);  // bindings_training.cpp
 
 namespace {
 
-constexpr int kInterface = 10;  // fused_resnet/_extension.py holds the same number
+constexpr int kInterface = 11;  // fused_resnet/_extension.py holds the same number
 
 std::unique_ptr<fr::Convolution> convolution(const std::string& type, const Four& input, const Four& weight, const Four& output,
                             const Two& stride, const Two& pad, const Two& dilation, const Four& input_strides,

@@ -23,35 +23,29 @@ using fr::strides;
 
 namespace {
 
-// A gradient of a convolution, but for its way to run.
+// A gradient of a convolution, but for its way to run. end_strides: of what is added to it or, masked, of the ReLU's output it goes through.
 template <class Gradient>
 py::class_<Gradient> gradient_class(py::module_& m, const char* name) {
   py::class_<Gradient> type(m, name);
   type.def(py::init([](const std::string& type, const Four& input, const Four& weight, const Four& output, const Two& stride,
                        const Two& pad, const Two& dilation, const Four& input_strides, const Four& weight_strides,
-                       const Four& output_strides, int threads, const std::string& algorithm, bool strict) {
-             const fr::ConvShape s = fr::conv_shape(input, weight, output, stride, pad, dilation, input_strides, output_strides,
-                                                    std::nullopt, false, false);
+                       const Four& output_strides, const std::optional<Four>& end_strides, bool masked, int threads,
+                       const std::string& algorithm, bool strict) {
+             fr::ConvShape s = fr::conv_shape(input, weight, output, stride, pad, dilation, input_strides, output_strides,
+                                              end_strides, false, false);
+             s.masked = masked;
              return std::make_unique<Gradient>(s, strides(weight_strides), dtype(type), threads, request(algorithm, strict));
            }),
            py::arg("dtype"), py::arg("input"), py::arg("weight"), py::arg("output"), py::arg("stride"), py::arg("pad"),
-           py::arg("dilation"), py::arg("input_strides"), py::arg("weight_strides"), py::arg("output_strides"), py::arg("threads"),
-           py::arg("algorithm") = "auto", py::arg("strict") = false)
+           py::arg("dilation"), py::arg("input_strides"), py::arg("weight_strides"), py::arg("output_strides"),
+           py::arg("end_strides") = std::nullopt, py::arg("masked") = false, py::arg("threads"), py::arg("algorithm") = "auto",
+           py::arg("strict") = false)
       .def_property_readonly("workspace_bytes", &Gradient::workspace_bytes)
       .def_property_readonly("isa", &Gradient::isa)
       .def_property_readonly("algorithm", [](const Gradient& g) { return fr::word(g.algorithm()); })
       .def("describe", &Gradient::describe)
       .def_property_readonly("reason", &Gradient::reason);
   return type;
-}
-
-template <class Gradient>
-bool run(const Gradient& gradient, const void* x, const void* weight, void* y) {
-  fr::Operands o;
-  o.x = x;
-  o.weight = weight;
-  o.y = y;
-  return gradient.run(o);
 }
 
 }  // namespace
@@ -84,15 +78,15 @@ void bind_training(py::module_& m) {
   gradient_class<fr::InputGradient>(m, "InputGradient")
       .def(
           "run",
-          [](const fr::InputGradient& g, Pointer grad, Pointer weight, Pointer grad_input) {
-            return run(g, in(grad), in(weight), out(grad_input));
+          [](const fr::InputGradient& g, Pointer grad, Pointer weight, Pointer end, Pointer grad_input) {
+            return g.run({in(grad), in(weight), nullptr, in(end), out(grad_input), nullptr, {}});
           },
-          py::arg("grad"), py::arg("weight"), py::arg("grad_input"), py::call_guard<py::gil_scoped_release>());
+          py::arg("grad"), py::arg("weight"), py::arg("end"), py::arg("grad_input"), py::call_guard<py::gil_scoped_release>());
   gradient_class<fr::WeightGradient>(m, "WeightGradient")
       .def(
           "run",
           [](const fr::WeightGradient& g, Pointer grad, Pointer input, Pointer grad_weight) {
-            return run(g, in(input), in(grad), out(grad_weight));
+            return g.run({in(input), in(grad), nullptr, nullptr, out(grad_weight), nullptr, {}});
           },
           py::arg("grad"), py::arg("input"), py::arg("grad_weight"), py::call_guard<py::gil_scoped_release>());
 }

@@ -30,6 +30,7 @@ struct ConvShape {
   i64 stride_h = 1, stride_w = 1, pad_top = 0, pad_left = 0, dilation_h = 1, dilation_w = 1;
   Strides x, y, shortcut;
   bool has_bias = false, has_shortcut = false, relu = true;
+  bool masked = false;  // the shortcut is not added: it is the output of a ReLU, and the result goes through that ReLU's gradient
   i64 groups = 1;  // more than one: the general CUDA kernel alone
   Joined joined;  // joined.c == 0: nothing
 

@@ -96,14 +96,13 @@ def has_function_mode() -> bool:
     return bool(function_modes()) and any([not isinstance(mode, _DeviceContext) for mode in _function_mode_stack()])
 
 
-def is_quiet(but_for_profiler: bool = False) -> bool:
+def is_quiet(but_for_profiler: bool = False, but_for_autocast: bool = False) -> bool:
     """Whether nothing outside of its tensors keeps a call from going straight to the kernel: no autocast, no tracing, no mode, no
-    profiler (that may be there with ``but_for_profiler``). torch.compile traces this function's caller: that is to be asked before."""
+    profiler (``but_for_...``: that may be there). torch.compile traces this function's caller: that is to be asked before."""
     return not (
         dispatch_modes()
         or function_modes()
-        or torch.is_autocast_enabled("cpu")
-        or torch.is_autocast_enabled("cuda")
+        or (not but_for_autocast and (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")))
         or (not but_for_profiler and profiler_enabled())
         or tracing_state() is not None
         or functorch_level() is not None  # this and the next: ``transformed``, without a call

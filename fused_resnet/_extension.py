@@ -20,7 +20,7 @@ from types import ModuleType
 import torch  # noqa: F401  first: the extension shares the OpenMP runtime that torch brings
 
 # The interface between the Python files and the compiled module; csrc/bindings.cpp holds the same number.
-INTERFACE = 10
+INTERFACE = 11
 CUDA_INTERFACE = 1  # csrc/cuda/bindings.cpp
 
 

@@ -239,7 +239,7 @@ class Sequences(RuleBasedStateMachine):
                 return block(x), None
         x = x.clone().requires_grad_()
         y = block(x)
-        # Not the weights' gradients: the library's own of a projection of few channels is wrong (``ops.autograd._writes_beyond_its_buffer``).
+        # Not the weights' gradients: the library's own of a projection of few channels is wrong (``ops.gradients._writes_beyond_its_buffer``).
         return y, torch.autograd.grad(y.sum(), x)[0]
 
     def compare_block(self, pair: tuple[Any, Any]) -> None:

@@ -31,11 +31,11 @@ FR_INLINE void finish_channels(const BlockArgs& a, const typename V::reg (&acc)[
     if (!Full && count <= 0) break;
     typename V::reg bias = V::zero();
     if (a.bias) bias = Full ? V::load_all(static_cast<const S*>(a.bias) + k) : V::load_n(static_cast<const S*>(a.bias) + k, count);
-    const auto put = [&](int m, auto with_shortcut) FR_INLINE_LAMBDA {
+    const auto put = [&](int m, auto has_shortcut) FR_INLINE_LAMBDA {
       typename V::reg value = V::add(acc[m][v], bias);
-      if (with_shortcut.value) {
+      if (has_shortcut.value) {
         const S* shortcut = static_cast<const S*>(a.shortcut) + a.shortcut_offset[pixel + m] + k;
-        value = V::add(value, Full ? V::load_all(shortcut) : V::load_n(shortcut, count));
+        value = with_shortcut<V>(value, Full ? V::load_all(shortcut) : V::load_n(shortcut, count), a.masked);
       }
       if (a.relu) value = V::relu(value);
       S* y = static_cast<S*>(a.y) + a.y_offset[pixel + m] + k;
@@ -89,7 +89,7 @@ __attribute__((noinline)) void finish_pixels(const BlockArgs& a, const typename 
             for (i64 i = 0; i < pixels; ++i) gathered[i] = shortcut[shortcut_offset[i]];
             shortcut = gathered;
           }
-          value = V::add(value, V::load_n(shortcut, pixels));
+          value = with_shortcut<V>(value, V::load_n(shortcut, pixels), a.masked);
         }
         if (a.relu) value = V::relu(value);
         S* y = static_cast<S*>(a.y) + (k + j) * a.y_stride_k;

@@ -232,6 +232,7 @@ bool DirectConvolution::run_task(int, i64 index, const Operands& operands, char*
   args.y = operands.y;
   args.y_offset = y_offset;
   args.y_stride_k = s.y.c;
+  args.masked = s.masked;
   args.relu = s.relu;
   args.tiles_outside = b.tiles_outside;
   args.input_run = !b.packed && s.r == 1 && s.s == 1 && a_col == b.channels;

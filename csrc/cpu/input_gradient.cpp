@@ -9,7 +9,7 @@
 namespace fused_resnet {
 namespace {
 
-constexpr i64 kZeroBytes = 64 << 10;  // of a task that writes zeros
+constexpr i64 kRestBytes = 64 << 10;  // of a task that writes what no window touches
 
 i64 align64(i64 bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -43,7 +43,7 @@ InputGradient::InputGradient(const ConvShape& shape, const Strides& weight, DTyp
     for (i64 column = 0; column < std::min(shape.stride_w, shape.w); ++column) {
       const Axis w = axis(column, shape.w, shape.q, shape.s, shape.stride_w, shape.pad_left, shape.dilation_w);
       if (h.empty() || w.empty()) {
-        zero_rows_ = std::max<i64>(kZeroBytes / checked_product(checked_product(shape.w, shape.c), bytes_), 1);
+        rest_rows_ = std::max<i64>(kRestBytes / checked_product(checked_product(shape.w, shape.c), bytes_), 1);
         continue;
       }
       ConvShape s;
@@ -55,6 +55,8 @@ InputGradient::InputGradient(const ConvShape& shape, const Strides& weight, DTyp
       s.x = shape.y;
       s.y = {shape.x.n, shape.x.c, shape.x.h * shape.stride_h, shape.x.w * shape.stride_w};
       s.relu = false;
+      s.has_shortcut = shape.has_shortcut, s.masked = shape.masked;
+      s.shortcut = {shape.shortcut.n, shape.shortcut.c, shape.shortcut.h * shape.stride_h, shape.shortcut.w * shape.stride_w};
       Part part;
       const i64 step_h = shape.stride_h / std::gcd(shape.stride_h, shape.dilation_h);
       const i64 step_w = shape.stride_w / std::gcd(shape.stride_w, shape.dilation_w);
@@ -62,6 +64,7 @@ InputGradient::InputGradient(const ConvShape& shape, const Strides& weight, DTyp
       part.step = std::make_unique<FreshConvolution>(s, turned, dtype, threads_, request, true);
       part.x = h.skip * shape.y.h + w.skip * shape.y.w;
       part.weight = h.first_tap * weight.h + w.first_tap * weight.w;
+      part.shortcut = row * shape.shortcut.h + column * shape.shortcut.w;
       part.y = row * shape.x.h + column * shape.x.w;
       part.shared_at = shared_bytes_;
       shared_bytes_ += align64(part.step->shared_bytes());
@@ -75,7 +78,7 @@ InputGradient::InputGradient(const ConvShape& shape, const Strides& weight, DTyp
 
 i64 InputGradient::tasks(int phase) const {
   if (shape_.n == 0) return 0;
-  i64 count = phase == 0 && zero_rows_ ? shape_.n * ((shape_.h + zero_rows_ - 1) / zero_rows_) : 0;
+  i64 count = phase == 0 && rest_rows_ ? shape_.n * ((shape_.h + rest_rows_ - 1) / rest_rows_) : 0;
   for (const Part& part : parts_) count += tasks_of(part, phase);
   return count;
 }
@@ -90,20 +93,32 @@ bool InputGradient::run_task(int phase, i64 index, const Operands& operands, cha
     Operands own;
     own.x = element(operands.x, part.x);
     own.weight = element(operands.weight, part.weight);
+    if (shape_.has_shortcut) own.shortcut = element(operands.shortcut, part.shortcut);
     own.y = const_cast<void*>(element(operands.y, part.y));
     return part.step->run_task(phase, index, own, shared + part.shared_at, mine);
   }
-  zero(index, operands.y);
+  rest(index, operands);
   return true;
 }
 
-// Some rows of an image.
-void InputGradient::zero(i64 index, void* dx) const {
+// Some rows of an image, as they are where no window touches them.
+void InputGradient::rest(i64 index, const Operands& operands) const {
   const ConvShape& s = shape_;
-  const i64 per_image = (s.h + zero_rows_ - 1) / zero_rows_, begin = index % per_image * zero_rows_;
-  const auto at = [&](i64 offset) { return const_cast<void*>(element(dx, offset)); };
-  for (i64 h = begin; h < std::min(begin + zero_rows_, s.h); ++h) {
-    const i64 row = index / per_image * s.x.n + h * s.x.h;
+  const i64 per_image = (s.h + rest_rows_ - 1) / rest_rows_, image = index / per_image, begin = index % per_image * rest_rows_;
+  const auto at = [&](i64 offset) { return const_cast<void*>(element(operands.y, offset)); };
+  const bool adds = s.has_shortcut && !s.masked, runs = s.x.c == 1 && s.shortcut.c == 1;
+  for (i64 h = begin; h < std::min(begin + rest_rows_, s.h); ++h) {
+    const i64 row = image * s.x.n + h * s.x.h;
+    if (adds) {
+      const i64 from = image * s.shortcut.n + h * s.shortcut.h, count = runs ? s.c : 1;
+      for (i64 w = 0; w < s.w; ++w) {
+        for (i64 c = 0; c < s.c; c += count) {
+          std::memcpy(at(row + w * s.x.w + c * s.x.c), element(operands.shortcut, from + w * s.shortcut.w + c * s.shortcut.c),
+                      std::size_t(count * bytes_));
+        }
+      }
+      continue;
+    }
     if (s.x.c == 1 && s.x.w == s.c) {
       std::memset(at(row), 0, std::size_t(s.w * s.c * bytes_));
       continue;
@@ -126,7 +141,7 @@ std::string InputGradient::describe() const {
   std::string text;
   const auto add = [&text](const std::string& words) { text += (text.empty() ? "" : "; ") + words; };
   for (const Part& part : parts_) add(part.step->describe());
-  if (zero_rows_) add("zeros for the pixels that no window touches");
+  if (rest_rows_) add(shape_.has_shortcut && !shape_.masked ? "what is added, for the pixels that no window touches" : "zeros for the pixels that no window touches");
   return text;
 }
 

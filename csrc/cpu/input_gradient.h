@@ -16,11 +16,11 @@ namespace fused_resnet {
 
 class InputGradient final : public Step {
  public:
-  // `shape`: of the convolution itself, without bias, shortcut, ReLU and joined convolution; x: how dx lies, y: how dy does. Throws as
-  // Convolution::make.
+  // `shape`: of the convolution itself, without bias, ReLU and joined convolution; x: how dx lies, y: how dy does. shortcut: what is added to
+  // dx or, `masked`, the output of the ReLU that gave the input: dx is then the gradient in front of it. Throws as Convolution::make.
   InputGradient(const ConvShape& shape, const Strides& weight, DType dtype, int threads, const Request& request);
 
-  // Operands: x: dy; weight: as it is in memory; y: dx. Throws std::bad_alloc, before any work, where there is no memory for the workspace.
+  // Operands: x: dy; weight: as it is in memory; shortcut; y: dx. Throws std::bad_alloc, before any work, where there is no memory for the workspace.
   // False: as of Step::run_task; or a weight is not finite, which would make NaN of the zeros around dy, where it belongs to no sum.
   bool run(const Operands& operands) const;
 
@@ -42,7 +42,7 @@ class InputGradient final : public Step {
   // The pixels of one residue of row and column.
   struct Part {
     std::unique_ptr<FreshConvolution> step;
-    i64 x = 0, weight = 0, y = 0;  // its first element of each operand
+    i64 x = 0, weight = 0, shortcut = 0, y = 0;  // its first element of each operand
     i64 shared_at = 0;             // bytes of the shared workspace before its own
   };
 
@@ -56,15 +56,15 @@ class InputGradient final : public Step {
   static Axis axis(i64 first, i64 size, i64 outputs, i64 kernel, i64 stride, i64 pad, i64 dilation);
 
   static i64 tasks_of(const Part& part, int phase) { return phase < part.step->phases() ? part.step->tasks(phase) : 0; }
-  void zero(i64 index, void* dx) const;
+  void rest(i64 index, const Operands& operands) const;
   const void* element(const void* data, i64 offset) const { return static_cast<const char*>(data) + offset * bytes_; }
 
   ConvShape shape_;
   const char* isa_;
   i64 bytes_;  // of an element
   int threads_, phases_ = 1;
-  std::vector<Part> parts_;  // none: all of dx is zeros
-  i64 zero_rows_ = 0;  // of dx in a task that writes zeros; 0: all of its pixels are somebody's
+  std::vector<Part> parts_;  // none: no window touches a pixel
+  i64 rest_rows_ = 0;  // of dx in a task that writes what no window touches; 0: all of its pixels are somebody's
   i64 shared_bytes_ = 0, thread_bytes_ = 0;
 };
 

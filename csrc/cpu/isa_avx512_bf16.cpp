@@ -8,7 +8,7 @@ constexpr DTypeKernels bf16_kernels() {
   DTypeKernels k = dtype_kernels<Avx512Bf16Float, bf16, Avx512Bf16Pair>();
   // Without a product of pairs there is no reason to lose a denormal.
   k.pass_row = pass_row<Avx512Float, bf16>;
-  k.mask_row = mask_row<Avx512Float, bf16>;
+  k.mask_rows = mask_rows<Avx512Float, bf16>;
   k.largest_row = largest_row<Avx512Float, bf16>;
   k.largest_windows = largest_windows<Avx512Float, bf16>;
   k.store_weight = store_weight<Avx512Float, bf16>;

@@ -51,6 +51,7 @@ struct BlockArgs {
   void* y = nullptr;
   const i64* y_offset = nullptr;  // [pixels]
   i64 y_stride_k = 0;
+  bool masked = false;  // by the shortcut, which is not added: as ConvShape says
   bool relu = true;
   bool tiles_outside = false;  // the order of the loops; needs one chunk
   bool input_run = false;      // A's pixels follow each other in memory, without gaps
@@ -88,14 +89,15 @@ struct PassRowArgs {
   bool relu = true, wide_input = false;
 };
 
-// One row of the way back: out[i] = output[i] <= 0 ? 0 : grad[i], operands `step` apart. `sum` (accumulator type, may be null) gains out[i] at
-// [i * sum_step].
-struct MaskRowArgs {
+// Rows of the way back: out[i] = output[i] <= 0 ? 0 : grad[i], operands `step` apart, and `pitch` from row to row. `sum` (accumulator type, may
+// be null) gains out[i] at [i * sum_step], of each row.
+struct MaskRowsArgs {
   const void* grad = nullptr;
   const void* output = nullptr;
   void* out = nullptr;
   void* sum = nullptr;
   i64 grad_step = 1, output_step = 1, sum_step = 1, length = 0;
+  i64 rows = 1, grad_pitch = 0, output_pitch = 0, out_pitch = 0;
 };
 
 // The largest of several rows, element by element: y[i] = max over row of rows[row][i]. NaN where one is NaN; of equal ones the first.
@@ -167,6 +169,7 @@ struct WinogradOutputArgs {
   Strides shortcut_stride;
   void* y = nullptr;
   Strides y_stride;
+  bool masked = false;  // as BlockArgs'
   bool relu = true;
   void* scratch = nullptr;  // [m][tiles * m rounded up to a vector][vector]; only where channels are not side by side
 };
@@ -238,7 +241,7 @@ struct DTypeKernels {
   void (*widen_row)(const PackRowArgs&);  // to the accumulator's type
   bool (*pack_weight)(const PackWeightArgs&);  // false: a weight is not finite
   void (*pass_row)(const PassRowArgs&);
-  void (*mask_row)(const MaskRowArgs&);
+  void (*mask_rows)(const MaskRowsArgs&);
   void (*largest_row)(const LargestRowArgs&);
   void (*largest_windows)(const LargestWindowsArgs&);
   void (*mean_row)(const MeanRowArgs&);

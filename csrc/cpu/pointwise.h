@@ -14,15 +14,24 @@ void pass_row_from(const PassRowArgs& a) {
   const S* bias = static_cast<const S*>(a.bias);
   const S* shortcut = static_cast<const S*>(a.shortcut);
   S* y = static_cast<S*>(a.y);
-  for (i64 i = 0; i < a.length; i += W) {
-    const i64 count = smaller(a.length - i, W);
-    typename V::reg value = load_steps<V>(x + i * a.x_step, a.x_step, count);
-    if (bias) {
-      value = V::add(value, a.bias_step ? V::load_n(bias + i, count) : V::set1(widen(*bias)));
-    }
-    if (shortcut) value = V::add(value, load_steps<V>(shortcut + i * a.shortcut_step, a.shortcut_step, count));
+  const typename V::reg of_row = bias && !a.bias_step ? V::set1(widen(*bias)) : V::zero();
+  const auto put = [&](i64 i, auto load_x, auto load, auto store) FR_INLINE_LAMBDA {
+    typename V::reg value = load_x(x + i * a.x_step);
+    if (bias) value = V::add(value, a.bias_step ? load(bias + i, 1) : of_row);
+    if (shortcut) value = V::add(value, load(shortcut + i * a.shortcut_step, a.shortcut_step));
     if (a.relu) value = V::relu(value);
-    V::store_n(y + i, value, count);
+    store(y + i, value);
+  };
+  i64 i = 0;
+  if (a.x_step == 1 && (!shortcut || a.shortcut_step == 1)) {  // without masks
+    for (; i + W <= a.length; i += W) {
+      put(i, [](const X* p) { return V::load_all(p); }, [](const S* p, i64) { return V::load_all(p); }, [](S* p, typename V::reg r) { V::store_all(p, r); });
+    }
+  }
+  for (; i < a.length; i += W) {
+    const i64 count = smaller(a.length - i, W);
+    put(i, [&](const X* p) { return load_steps<V>(p, a.x_step, count); }, [count](const S* p, i64 step) { return load_steps<V>(p, step, count); },
+        [count](S* p, typename V::reg r) { V::store_n(p, r, count); });
   }
 }
 
@@ -36,27 +45,38 @@ void pass_row(const PassRowArgs& a) {
 }
 
 template <class V, class S>
-void mask_row(const MaskRowArgs& a) {
+void mask_rows(const MaskRowsArgs& a) {
   using T = typename V::type;
+  using reg = typename V::reg;
   constexpr int W = V::width;
   const S* grad = static_cast<const S*>(a.grad);
   const S* output = static_cast<const S*>(a.output);
   S* out = static_cast<S*>(a.out);
   T* sum = static_cast<T*>(a.sum);
-  typename V::reg total = V::zero();
-  for (i64 i = 0; i < a.length; i += W) {
-    const i64 count = smaller(a.length - i, W);
-    const typename V::reg value =
-        V::relu_gradient(load_steps<V>(grad + i * a.grad_step, a.grad_step, count),
-                         load_steps<V>(output + i * a.output_step, a.output_step, count));
-    V::store_n(out + i, value, count);
-    if (sum && a.sum_step) V::store_n(sum + i, V::add(V::load_n(sum + i, count), value), count);
-    total = V::add(total, value);
-  }
-  if (sum && !a.sum_step) {  // all of the row belongs to one channel
-    T lanes[V::width];
-    V::store(lanes, total);
-    for (int i = 0; i < W; ++i) *sum += lanes[i];
+  for (i64 row = 0; row < a.rows; ++row, grad += a.grad_pitch, output += a.output_pitch, out += a.out_pitch) {
+    reg total = V::zero();
+    i64 i = 0;
+    if (a.grad_step == 1 && a.output_step == 1) {  // without masks
+      for (; i + W <= a.length; i += W) {
+        const reg value = V::relu_gradient(V::load_all(grad + i), V::load_all(output + i));
+        V::store_all(out + i, value);
+        if (sum && a.sum_step) V::store(sum + i, V::add(V::load(sum + i), value));
+        total = V::add(total, value);
+      }
+    }
+    for (; i < a.length; i += W) {
+      const i64 count = smaller(a.length - i, W);
+      const reg value = V::relu_gradient(load_steps<V>(grad + i * a.grad_step, a.grad_step, count),
+                                         load_steps<V>(output + i * a.output_step, a.output_step, count));
+      V::store_n(out + i, value, count);
+      if (sum && a.sum_step) V::store_n(sum + i, V::add(V::load_n(sum + i, count), value), count);
+      total = V::add(total, value);
+    }
+    if (sum && !a.sum_step) {  // all of the row belongs to one channel
+      T lanes[V::width];
+      V::store(lanes, total);
+      for (int l = 0; l < W; ++l) *sum += lanes[l];
+    }
   }
 }
 

@@ -70,6 +70,12 @@ inline void transpose(typename V::reg (&rows)[V::width]) {
   }
 }
 
+// A sum and its shortcut: added, or the gradient through the ReLU that gave it.
+template <class V>
+FR_INLINE typename V::reg with_shortcut(typename V::reg value, typename V::reg shortcut, bool masked) {
+  return masked ? V::relu_gradient(value, shortcut) : V::add(value, shortcut);
+}
+
 // `count` elements, `step` apart, as a register.
 template <class V, class S>
 inline typename V::reg load_steps(const S* p, i64 step, i64 count) {

@@ -25,7 +25,7 @@ constexpr DTypeKernels dtype_kernels() {
                       pack_row<V, S>,
                       pack_weight<V, S, D>,
                       pass_row<V, S>,
-                      mask_row<V, S>,
+                      mask_rows<V, S>,
                       largest_row<V, S>,
                       largest_windows<V, S>,
                       mean_row<V, S>,

@@ -209,7 +209,7 @@ bool winograd_output_channels(const WinogradOutputArgs& a) {
       const S* shortcut = a.shortcut ? static_cast<const S*>(a.shortcut) + tile * m * a.shortcut_stride.w + channel : nullptr;
       const auto put = [&](int i, int l, auto load, auto store) FR_INLINE_LAMBDA {
         reg value = V::add(y[i][l], bias);
-        if (shortcut) value = V::add(value, load(shortcut + i * a.shortcut_stride.h + l * a.shortcut_stride.w));
+        if (shortcut) value = with_shortcut<V>(value, load(shortcut + i * a.shortcut_stride.h + l * a.shortcut_stride.w), a.masked);
         if (a.relu) value = V::relu(value);
         store(out + i * a.y_stride.h + l * a.y_stride.w, value);
       };
@@ -276,7 +276,7 @@ bool winograd_output_pixels(const WinogradOutputArgs& a) {
           if (a.shortcut) {
             const S* shortcut = static_cast<const S*>(a.shortcut) + (channel + c) * a.shortcut_stride.c +
                                 i * a.shortcut_stride.h + first * a.shortcut_stride.w;
-            value = V::add(value, load_steps<V>(shortcut, a.shortcut_stride.w, pixels));
+            value = with_shortcut<V>(value, load_steps<V>(shortcut, a.shortcut_stride.w, pixels), a.masked);
           }
           if (a.relu) value = V::relu(value);
           S* y = static_cast<S*>(a.y) + (channel + c) * a.y_stride.c + i * a.y_stride.h + first * a.y_stride.w;

@@ -91,6 +91,7 @@ bool WinogradConvolution::finish(i64 begin, i64 end, i64 panel, const Operands& 
   a.bias = s.has_bias ? operands.bias : nullptr;
   a.shortcut_stride = s.shortcut;
   a.y_stride = s.y;
+  a.masked = s.masked;
   a.relu = s.relu;
   a.scratch = scratch;
   bool finite = true;

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import conv_bias_add_relu
-from ..ops.autograd import gradient
+from ..ops.functions import gradient
 from ..ops.spec import is_channels_last
 from .contest import Convolution, Gradient, Task, step
 from .worker import Built

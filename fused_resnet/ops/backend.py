@@ -27,7 +27,7 @@ class GradientPlan(Protocol):
 
     kernel: Any
 
-    def __call__(self, grad: Tensor, other: Tensor) -> Tensor | None: ...
+    def __call__(self, grad: Tensor, other: Tensor, end: Tensor | None) -> Tensor | None: ...
 
 
 class Backend:
@@ -56,8 +56,9 @@ class Backend:
         layouts of that gradient (``input`` or ``weight``) and of the output's (``output``)."""
         return [self.why_no_kernels(spec.device) or f"there are no gradient kernels for {spec.device.type} tensors"]
 
-    def gradient_plan(self, operand: Operand, spec: ConvSpec) -> GradientPlan:
-        """The plan of such a gradient by our kernels."""
+    def gradient_plan(self, operand: Operand, spec: ConvSpec, masked: bool) -> GradientPlan:
+        """The plan of such a gradient by our kernels. spec: with the layout of what an input's gradient ends with (``shortcut``), if there is
+        something: an addend or, ``masked``, the output of the ReLU that it goes through."""
         raise NotImplementedError
 
     def bias_add_relu(

@@ -44,14 +44,15 @@ class CpuBackend(Backend):
     def why_general_gradient(self, operand: Operand, spec: ConvSpec) -> list[str]:
         return [self.missing] if self.module is None else select.why_general_gradient_on_cpu(operand, spec)
 
-    def gradient(self, operand: Operand, spec: ConvSpec, algorithm: str) -> Any:
+    def gradient(self, operand: Operand, spec: ConvSpec, algorithm: str, masked: bool = False) -> Any:
         """The compiled gradient of a convolution."""
         assert self.module is not None
         made = self.module.InputGradient if operand == "input" else self.module.WeightGradient
-        return made(**_shape_of(spec, algorithm), weight_strides=spec.weight.strides)
+        end = None if spec.shortcut is None else spec.shortcut.strides
+        return made(**_shape_of(spec, algorithm), weight_strides=spec.weight.strides, end_strides=end, masked=masked)
 
-    def gradient_plan(self, operand: Operand, spec: ConvSpec) -> CpuGradientPlan:
-        return CpuGradientPlan(operand, spec, self)
+    def gradient_plan(self, operand: Operand, spec: ConvSpec, masked: bool) -> CpuGradientPlan:
+        return CpuGradientPlan(operand, spec, self, masked)
 
     def kernel_plan(self, spec: ConvSpec) -> CpuPlan:
         return CpuPlan(spec, self)
@@ -207,18 +208,21 @@ class CpuGradientPlan:
 
     __slots__ = ("_directly", "_dtype", "_is_direct", "_other", "_shape", "_strides", "kernel")
 
-    def __init__(self, operand: Operand, spec: ConvSpec, backend: CpuBackend) -> None:
-        self.kernel = backend.gradient(operand, spec, _settings.current.algorithm)
+    def __init__(self, operand: Operand, spec: ConvSpec, backend: CpuBackend, masked: bool = False) -> None:
+        self.kernel = backend.gradient(operand, spec, _settings.current.algorithm, masked)
         self._shape, self._strides = spec.input if operand == "input" else spec.weight
         self._dtype = spec.dtype
         self._other = OTHER[operand]
         self._is_direct = operand == "weight" and self.kernel.algorithm == "direct"  # an input gradient tells of its first part
-        self._directly = functools.cache(lambda: backend.gradient(operand, spec, "direct"))
+        self._directly = functools.cache(lambda: backend.gradient(operand, spec, "direct", masked))
 
-    def __call__(self, grad: Tensor, other: Tensor) -> Tensor | None:
-        g, o = address(grad, "grad"), address(other, self._other)
+    def __call__(self, grad: Tensor, other: Tensor, end: Tensor | None = None) -> Tensor | None:
+        addresses = [address(grad, "grad"), address(other, self._other)]
+        if self._other == "weight":
+            addresses.append(0 if end is None else address(end, "end"))
         result = torch.empty_strided(self._shape, self._strides, dtype=self._dtype)
-        if self.kernel.run(g, o, result.data_ptr()) or (not self._is_direct and self._directly().run(g, o, result.data_ptr())):
+        addresses.append(result.data_ptr())
+        if self.kernel.run(*addresses) or (not self._is_direct and self._directly().run(*addresses)):
             return result
         return None
 

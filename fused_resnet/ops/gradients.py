@@ -16,9 +16,16 @@ _BACKWARD = torch.ops.aten.convolution_backward.default
 
 
 def gradient_spec(
-    operand: Operand, grad: Tensor, other: Tensor, size: Sequence[int], memory_format: torch.memory_format, geometry: Geometry
+    operand: Operand,
+    grad: Tensor,
+    other: Tensor,
+    size: Sequence[int],
+    memory_format: torch.memory_format,
+    geometry: Geometry,
+    end: Tensor | None = None,
 ) -> ConvSpec:
-    """The spec of the convolution whose gradient in ``operand`` is wanted: that operand lies as the gradient will, ``output`` as ``grad`` does.
+    """The spec of the convolution whose gradient in ``operand`` is wanted: that operand lies as the gradient will, ``output`` as ``grad`` does,
+    ``shortcut`` as what an input's gradient ends with.
 
     Raises:
         TypeError, ValueError: for arguments that are not legal.
@@ -26,7 +33,11 @@ def gradient_spec(
     shape = check_gradient(operand, grad, other, size, geometry)
     wanted = Layout(shape, torch.empty(shape, device="meta", memory_format=memory_format).stride())
     input, weight = (wanted, layout(other)) if operand == "input" else (layout(other), wanted)
-    return ConvSpec(grad.dtype, grad.device, input, weight, None, None, layout(grad), geometry, relu=False)
+    if end is not None:
+        check_tensor(end, "end", 4, grad)
+        if operand != "input" or end.shape != shape or end.dtype != grad.dtype:
+            raise ValueError(f"end must be as the input's gradient, {list(shape)}, got {list(end.shape)}")
+    return ConvSpec(grad.dtype, grad.device, input, weight, None, None if end is None else layout(end), layout(grad), geometry, relu=False)
 
 
 def gradient_of(operand: Operand, spec: ConvSpec) -> ConvSpec:
@@ -59,12 +70,14 @@ def check_gradient(operand: Operand, grad: Tensor, other: Tensor, size: Sequence
 
 
 class Gradient:
-    """The plan of a gradient of a convolution: ours, and the library's where there is none or it refuses the values."""
+    """The plan of a gradient of a convolution: ours, and the library's where there is none or it refuses the values. An input's may end
+    with an addition or, ``masked``, with the gradient through the ReLU that gave the input."""
 
-    __slots__ = ("_geometry", "_memory_format", "_operand", "_ours", "_size", "_strides")
+    __slots__ = ("_backend", "_geometry", "_masked", "_memory_format", "_operand", "_ours", "_size", "_strides")
 
-    def __init__(self, operand: Operand, spec: ConvSpec, ours: GradientPlan | None) -> None:
-        self._operand, self._ours, self._geometry = operand, ours, spec.geometry
+    def __init__(self, operand: Operand, spec: ConvSpec, backend: Backend, ours: GradientPlan | None, masked: bool = False) -> None:
+        self._operand, self._backend, self._ours, self._masked = operand, backend, ours, masked
+        self._geometry = spec.geometry
         wanted = spec.input if operand == "input" else spec.weight
         self._size, self._strides = wanted
         self._memory_format = torch.channels_last if wanted.is_channels_last else torch.contiguous_format
@@ -74,20 +87,24 @@ class Gradient:
         """Of the compiled module; None: the library's."""
         return None if self._ours is None else self._ours.kernel
 
-    def __call__(self, grad: Tensor, other: Tensor) -> Tensor:
-        found = None if self._ours is None else self._ours(grad, other)
+    def __call__(self, grad: Tensor, other: Tensor, end: Tensor | None = None) -> Tensor:
+        """end: what is added, or the ReLU's output."""
+        found = None if self._ours is None else self._ours(grad, other, end)
         if found is not None:
             return found
         check_allocated(grad, "grad")
         check_allocated(other, OTHER[self._operand])
         found = library_gradient(self._operand, grad, other, self._size, self._memory_format, self._geometry)
+        if end is not None:
+            found = self._backend.relu_backward(found, end, False)[0] if self._masked else found.add_(end)
         if found.stride() != self._strides:  # where they say nothing of the memory format: of one channel, one pixel, no image
             found = torch.empty_strided(self._size, self._strides, dtype=found.dtype, device=found.device).copy_(found)
         return found
 
 
-def gradient_plan(operand: Operand, spec: ConvSpec, backend: Backend) -> Gradient:
-    return Gradient(operand, spec, None if backend.why_general_gradient(operand, spec) else backend.gradient_plan(operand, spec))
+def gradient_plan(operand: Operand, spec: ConvSpec, backend: Backend, masked: bool) -> Gradient:
+    ours = None if backend.why_general_gradient(operand, spec) else backend.gradient_plan(operand, spec, masked)
+    return Gradient(operand, spec, backend, ours, masked)
 
 
 def library_gradient(

@@ -104,10 +104,20 @@ def plan_of(spec: ConvSpec, backend: Backend) -> Plan:
     return GeneralPlan(spec, backend) if backend.why_general(spec) else backend.kernel_plan(spec)
 
 
-def find_gradient(operand: Operand, grad: Tensor, other: Tensor, size: tuple[int, ...], channels_last: bool, *geometry: Any) -> Gradient:
+def find_gradient(
+    operand: Operand,
+    grad: Tensor,
+    other: Tensor,
+    size: tuple[int, ...],
+    channels_last: bool,
+    *geometry: Any,
+    end: Tensor | None = None,
+    masked: bool = False,
+) -> Gradient:
     """The plan of the gradient of a convolution in ``operand``, which has this size, from its output's and the other operand.
 
-    geometry: stride, padding, dilation and groups as the operator has them, hashable.
+    geometry: stride, padding, dilation and groups as the operator has them, hashable. end: what is added to an input's or, ``masked``, the
+    output of the ReLU that it goes through.
 
     Raises:
         TypeError, ValueError: for arguments that are not legal.
@@ -116,6 +126,7 @@ def find_gradient(operand: Operand, grad: Tensor, other: Tensor, size: tuple[int
     key = (
         *(operand, grad.shape, grad.stride(), grad.dtype, grad.is_cpu),
         *(other.shape, other.stride(), other.dtype, other.is_cpu),
+        None if end is None else (end.shape, end.stride(), end.dtype, end.is_cpu, masked),
         *(size, channels_last, geometry, backend.state(grad, other), _settings.number),
     )
     plan: Gradient | None = gradient_plans.kept.get(key)
@@ -123,9 +134,8 @@ def find_gradient(operand: Operand, grad: Tensor, other: Tensor, size: tuple[int
 
         def make() -> Gradient:
             memory_format = torch.channels_last if channels_last else torch.contiguous_format
-            return gradient_plan(
-                operand, gradient_spec(operand, grad, other, size, memory_format, geometry_of_operator(grad, *geometry)), backend
-            )
+            spec = gradient_spec(operand, grad, other, size, memory_format, geometry_of_operator(grad, *geometry), end)
+            return gradient_plan(operand, spec, backend, masked)
 
         plan = gradient_plans.make(key, make)
     return plan

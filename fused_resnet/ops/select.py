@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
 from .spec import ConvSpec, Layout, Operand, dtype_name
+
+TrainedBy = Literal["ours", "our gradients", "library"]  # "our gradients": forward by the library
 
 # A stem (7x7 on 3 channels): runs of 21 values keep the FMA units at 60 % of their rate, the library's kernel at 70 %.
 _FEW_CHANNELS, _LARGE_KERNEL = 4, 25
@@ -34,6 +37,7 @@ _MOST_TAPS, _FEW_DILATED_OUTPUTS, _MANY_PIXELS = 9, 64, 4096
 
 # From here on a 3x3 convolution trains faster by our kernels. Measured on a Zen 5, batch 1, 8 and 32, one and two threads.
 _TRAINED_PRODUCTS = 1 << 13
+_TRAINED_DIRECTLY = 1 << 22
 _TRAINED_PIXELS_BF16, _TRAINED_MAP_BF16, _TRAINED_PRODUCTS_BF16, _TRAINED_CHANNELS_BF16 = 1024, 196, 1 << 25, 64
 
 # Multiply-adds up to which a call on a GPU is taken to be all launches, so that one kernel without tensor cores beats the library's
@@ -115,20 +119,27 @@ def _why_general_weight_gradient(spec: ConvSpec) -> list[str]:
     return []
 
 
-def trains_faster(
-    input: Sequence[int], weight: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int, dtype: torch.dtype
-) -> bool:
-    """Whether a step of training on a CPU, forward and backward, is faster with our kernels for a convolution that nothing is fused to (a norm
-    that takes its statistics from the batch follows). By Winograd it is. Direct convolution by itself is no faster than the library's."""
-    n, channels, h, w = input
-    outputs = weight[0]
-    if tuple(weight[2:]) != (3, 3) or tuple(stride) != (1, 1) or tuple(dilation) != (1, 1) or groups != 1 or channels <= _FEW_CHANNELS:
-        return False
+def how_to_train(
+    input: Layout, weight: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int, dtype: torch.dtype
+) -> TrainedBy:
+    """By whose kernels a convolution that nothing follows but a norm that takes its statistics from the batch trains faster on a CPU. By ours
+    where they are Winograd's. Direct convolution by itself is no faster than the library's; its gradients are, in channels_last, and
+    spare the passes at their ends."""
+    n, channels, h, w = input.shape
+    outputs, _, *kernel = weight
+    if tuple(dilation) != (1, 1) or groups != 1 or channels <= _FEW_CHANNELS:
+        return "library"
     products = n * h * w * channels * outputs
+    if kernel != [3, 3] or tuple(stride) != (1, 1):
+        known = kernel == [1, 1] or kernel == [3, 3]
+        large = products >= _TRAINED_DIRECTLY and min(channels, outputs) >= _REGISTER
+        return "our gradients" if known and large and dtype == torch.float32 and input.is_channels_last else "library"
     if dtype == torch.float32:
-        return products >= _TRAINED_PRODUCTS
+        return "ours" if products >= _TRAINED_PRODUCTS else "library"
     few = min(channels, outputs) < _TRAINED_CHANNELS_BF16 or n * h * w < _TRAINED_PIXELS_BF16
-    return dtype == torch.bfloat16 and not few and (h * w >= _TRAINED_MAP_BF16 or products >= _TRAINED_PRODUCTS_BF16)
+    if dtype != torch.bfloat16 or few or (h * w < _TRAINED_MAP_BF16 and products < _TRAINED_PRODUCTS_BF16):
+        return "library"
+    return "ours"
 
 
 def why_not_in_program(spec: ConvSpec) -> list[str]:

@@ -6,6 +6,7 @@ Parameters and settings are not here: they are read from the modules at every ca
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -124,7 +125,8 @@ class Part(NamedTuple):
 
     inputs: the number of the value that each node reads; value 0 is the part's input, value i + 1 is what node i makes. dead_after: for
     each node, the values that nothing reads any more. segment: the same as one native call, if there may be one. projection: the number of
-    the node whose result the last one adds, where that is a convolution of the input alone.
+    the node whose result the last one adds, where that is a convolution of the input alone. sole, forks: the numbers of the nodes that
+    alone read their input; and of those whose input is read again behind them, by convolutions and additions that do not write over it.
     """
 
     nodes: tuple[BoundNode, ...]
@@ -132,6 +134,8 @@ class Part(NamedTuple):
     dead_after: tuple[tuple[int, ...], ...]
     segment: Segment | None = None
     projection: int | None = None
+    sole: frozenset[int] = frozenset()
+    forks: frozenset[int] = frozenset()
 
 
 class Bound(NamedTuple):
@@ -166,7 +170,7 @@ def bind(module: nn.Module, graph: Graph, store: Store | None) -> Bound:
     first = None if store is None else _block_of(graph, nodes)
     if first is None:
         reads = [(node.input, *_added(node)) for node in graph.nodes]
-        all_of_it = Part(nodes, tuple([node.input for node in graph.nodes]), _last_reads(reads))
+        all_of_it = _part(nodes, tuple([node.input for node in graph.nodes]), reads)
         return Bound((all_of_it,), plans, store, {} if store is None else store.cached)
     assert store is not None
     end = len(first.nodes)
@@ -175,7 +179,30 @@ def bind(module: nn.Module, graph: Graph, store: Store | None) -> Bound:
 
 def chain(nodes: Sequence[BoundNode], native: Segment | None = None) -> Part:
     """A part whose nodes each read the value before."""
-    return Part(tuple(nodes), tuple(range(len(nodes))), tuple([(i,) for i in range(len(nodes))]), native)
+    return _part(tuple(nodes), tuple(range(len(nodes))), [(i,) for i in range(len(nodes))], native)
+
+
+def _part(
+    nodes: tuple[BoundNode, ...],
+    inputs: tuple[int, ...],
+    reads: Sequence[tuple[int, ...]],
+    native: Segment | None = None,
+    projection: int | None = None,
+) -> Part:
+    """reads: all values that each node reads."""
+    readers = Counter([value for values in reads for value in set(values)])
+    sole = frozenset([i for i, value in enumerate(inputs) if readers[value] == 1 and reads[i].count(value) == 1])
+    forks = []
+    for i, value in enumerate(inputs):
+        later = [node for node, values in zip(nodes[i + 1 :], reads[i + 1 :], strict=True) if value in values]
+        if later and all([isinstance(node, BoundConvolution) and _keeps(node) for node in later]) and reads[i].count(value) == 1:
+            forks.append(i)
+    return Part(nodes, inputs, _last_reads(reads), native, projection, sole, frozenset(forks))
+
+
+def _keeps(node: BoundConvolution) -> bool:
+    """Whether a convolution's addition leaves its shortcut as it is."""
+    return node.addition is None or node.main_is_left or not node.addition.inplace
 
 
 def _find(module: nn.Module, path: str) -> Any:
@@ -237,4 +264,4 @@ def _block_of(graph: Graph, bound: tuple[BoundNode, ...]) -> Part | None:
     nodes = graph.nodes[:end]
     reads = [(node.input, *_added(node)) for node in nodes]
     inputs = tuple([node.input for node in nodes])
-    return Part(bound[:end], inputs, _last_reads(reads), segment(steps, external), projection)
+    return _part(bound[:end], inputs, reads, segment(steps, external), projection)

@@ -12,20 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._compat import GLOBAL_HOOKS, nobody_listens, profiler_enabled
+from .._compat import GLOBAL_HOOKS, PLAIN, is_quiet, nobody_listens, profiler_enabled
 from .._extension import cpu
 from ..graph.ir import Addition
 from ..ops.api import bias_add_relu, conv_bias_add_relu
-from ..ops.autograd import add_relu_
+from ..ops.functions import add_relu_, convolution_in_block, needs_grad, relu_
 from ..ops.plans import backends, joined
-from ..ops.select import trains_faster
-from ..ops.spec import is_channels_last
+from ..ops.select import how_to_train
+from ..ops.spec import geometry_of_call, is_channels_last, layout
 from . import program
 from .bound import Bound, BoundCall, BoundConvolution, BoundMaxPool, BoundNode, Part, Segment
 from .cached import CachedCalls, external_layout, key_of
 from .fold import folded
 from .pooling import max_pool
 from .stages import paths
+from .training import Training
 
 
 def repeat(module: Any, graph: Bound, x: Tensor) -> Tensor | None:
@@ -64,20 +65,28 @@ def _run_parts(module: Any, graph: Bound, begin: int, held: list[Tensor], compil
 def _run_nodes(part: Part, values: list[Any], compiling: bool) -> Tensor:
     """Node by node. values: the part's input."""
     joins = part.projection is not None and backends.of(values[0]).on_gpu
+    trained = Training(part, values) if _may_train(values[0], compiling) else None
     for i, node in enumerate(part.nodes):
         if joins and i == part.projection:
             assert isinstance(node, BoundConvolution)
             found = _joined(part.nodes[-1], node, values[part.inputs[-1]], values[0])
             if found is not None:
                 return found
-        values.append(_run(node, values[part.inputs[i]], values, compiling))
+        values.append(_run(node, values[part.inputs[i]], values, compiling, trained and trained.at(i)))
         for number in part.dead_after[i]:
             values[number] = None
     output: Tensor = values[-1]
     return output
 
 
-def _run(node: BoundNode, x: Tensor, values: list[Any], compiling: bool) -> Tensor:
+def _may_train(x: Any, compiling: bool) -> bool:
+    """Whether gradients of CPU tensors may be wanted, and nobody listens."""
+    if compiling or cpu is None or not torch.is_grad_enabled() or type(x) not in PLAIN or not x.is_cpu or x.dim() != 4:
+        return False
+    return is_quiet(but_for_profiler=True, but_for_autocast=True)
+
+
+def _run(node: BoundNode, x: Tensor, values: list[Any], compiling: bool, trained: Training | None = None) -> Tensor:
     if isinstance(node, BoundCall):
         output: Tensor = node.function(x, *node.args, **node.kwargs)
         return output
@@ -85,8 +94,8 @@ def _run(node: BoundNode, x: Tensor, values: list[Any], compiling: bool) -> Tens
         pooled = None if node.plans is None else max_pool(node.plans, node.module, x)
         return node.module(x) if pooled is None else pooled
     if node.addition is None:
-        return _convolution(node, x, None, node.relu, compiling)
-    return _residual(node, node.addition, x, values[node.addition.shortcut], compiling)
+        return _convolution(node, x, None, node.relu, compiling, trained)
+    return _residual(node, node.addition, x, values[node.addition.shortcut], compiling, trained)
 
 
 def _repeat(graph: Bound, segment: Segment, x: Tensor) -> Tensor | None:
@@ -148,37 +157,73 @@ def _is_projection(conv: nn.Conv2d) -> bool:
     return tuple(conv.kernel_size) == (1, 1) and conv.groups == 1 and conv.padding in (0, (0, 0), "valid") and conv.padding_mode == "zeros"
 
 
-def _convolution(node: BoundConvolution, x: Tensor, shortcut: Tensor | None, relu: bool, compiling: bool) -> Tensor:
+def _convolution(
+    node: BoundConvolution, x: Tensor, shortcut: Tensor | None, relu: bool, compiling: bool, trained: Training | None
+) -> Tensor:
     """One convolution; ``shortcut`` only where the normalisation is not live and the operator can add it."""
     conv, norm = node.conv, node.norm
     if norm is None:
         weight, bias = conv.weight, conv.bias
     elif node.is_live:
-        y: Tensor = norm(_before_live_norm(conv, x, compiling))
-        return F.relu(y, inplace=True) if relu else y
+        y: Tensor = norm(_before_live_norm(conv, x, compiling, trained))
+        if not relu:
+            return y
+        if trained is None or type(y) is not Tensor or not y.requires_grad or y._is_view():
+            return F.relu(y, inplace=True)
+        return relu_(y, trained.rectified())
     else:
         weight, bias = folded(conv, norm, compiling, node.place)
+    if trained is not None and not torch.is_autocast_enabled("cpu") and needs_grad(x, weight, bias, shortcut):
+        return _in_training(trained, conv, x, weight, bias, shortcut, relu)
     return conv_bias_add_relu(x, weight, bias, shortcut, conv.stride, conv.padding, conv.dilation, conv.groups, relu)
 
 
-def _before_live_norm(conv: nn.Conv2d, x: Tensor, compiling: bool) -> Tensor:
+def _before_live_norm(conv: nn.Conv2d, x: Tensor, compiling: bool, trained: Training | None) -> Tensor:
     """A convolution that nothing is fused to: by our kernels where training is faster so."""
     weight = conv.weight
-    if not compiling and type(x) is Tensor and x.is_cpu and weight.is_cpu and cpu is not None and x.dim() == 4:
+    is_ours = not compiling and cpu is not None and type(x) is Tensor and x.is_cpu and weight.is_cpu
+    if is_ours and x.dim() == 4 and x.shape[1] == weight.shape[1]:
         casts = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64  # which autocast leaves alone
         dtype = torch.get_autocast_dtype("cpu") if casts else x.dtype
-        usual = casts or x.dtype == weight.dtype
-        if usual and trains_faster(x.shape, weight.shape, conv.stride, conv.dilation, conv.groups, dtype) and x.shape[1] == weight.shape[1]:
-            return conv_bias_add_relu(x, weight, conv.bias, None, conv.stride, conv.padding, conv.dilation, conv.groups, False)
-    output: Tensor = conv(x)
+        by = how_to_train(layout(x), weight.shape, conv.stride, conv.dilation, conv.groups, dtype)
+        if by != "library" and (casts or x.dtype == weight.dtype):
+            if trained is not None and needs_grad(x, weight, conv.bias):
+                bias = None if conv.bias is None else conv.bias.to(dtype)
+                return _in_training(trained, conv, x.to(dtype), weight.to(dtype), bias, None, False, by == "our gradients")
+            if by == "ours":
+                return conv_bias_add_relu(x, weight, conv.bias, None, conv.stride, conv.padding, conv.dilation, conv.groups, False)
+    plain: Tensor = conv(x)
+    return plain
+
+
+def _in_training(
+    trained: Training,
+    conv: nn.Conv2d,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shortcut: Tensor | None,
+    relu: bool,
+    by_library: bool = False,
+) -> Tensor:
+    """A convolution one of whose operands wants a gradient. by_library: its forward."""
+    geometry = geometry_of_call(weight, conv.stride, conv.padding, conv.dilation, conv.groups)
+    role = trained.role(x, relu, by_library and geometry.padding.is_symmetric)
+    found = convolution_in_block(role, x, weight, bias, shortcut, *geometry, relu)
+    if role.forks:
+        found, again = found
+        trained.fork(again)
+    output: Tensor = found
     return output
 
 
-def _residual(node: BoundConvolution, addition: Addition, h: Tensor, shortcut: Tensor, compiling: bool) -> Tensor:
+def _residual(
+    node: BoundConvolution, addition: Addition, h: Tensor, shortcut: Tensor, compiling: bool, trained: Training | None
+) -> Tensor:
     """A convolution, the addition behind it and the ReLU."""
     left_is_main = addition.left == "main"
     if node.is_live:
-        y = _convolution(node, h, None, False, compiling)
+        y = _convolution(node, h, None, False, compiling, trained)
         if (
             y.dtype != shortcut.dtype
             or y.shape != shortcut.shape
@@ -196,14 +241,14 @@ def _residual(node: BoundConvolution, addition: Addition, h: Tensor, shortcut: T
     if shortcut.dtype != dtype or not (
         left_is_main or _same_format(shortcut, is_channels_last(h) or is_channels_last(node.conv.weight))
     ):
-        return _add(node, addition, _convolution(node, h, None, False, compiling), shortcut)
+        return _add(node, addition, _convolution(node, h, None, False, compiling, trained), shortcut)
     if compiling:
-        return _convolution(node, h, shortcut, node.relu, compiling)
+        return _convolution(node, h, shortcut, node.relu, compiling, trained)
     try:
-        return _convolution(node, h, shortcut, node.relu, compiling)
+        return _convolution(node, h, shortcut, node.relu, compiling, trained)
     except ValueError:
         # The operator does not broadcast; the block's own addition may.
-        y = _convolution(node, h, None, False, compiling)
+        y = _convolution(node, h, None, False, compiling, trained)
         if y.shape == shortcut.shape:
             raise
     return _add(node, addition, y, shortcut)

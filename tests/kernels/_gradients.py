@@ -32,7 +32,8 @@ class Of:
         weight = torch.empty(case.weight_shape, device="meta")
         geometry = geometry_of_call(weight, case.stride, case.padding, case.dilation, case.groups)
         spec = gradient_spec(self.operand, grad, other, self.size(case), memory_format, geometry)
-        return Gradient(self.operand, spec, CpuBackend(_extension.cpu, _extension.missing).gradient_plan(self.operand, spec))
+        backend = CpuBackend(_extension.cpu, _extension.missing)
+        return Gradient(self.operand, spec, backend, backend.gradient_plan(self.operand, spec, False))
 
     def ours(self, case: ConvCase, grad: Tensor, other: Tensor, memory_format: torch.memory_format = FORMATS[0]) -> Tensor:
         return self.plan(case, grad, other, memory_format)(grad, other)

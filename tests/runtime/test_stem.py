@@ -43,7 +43,7 @@ def randomise(model: nn.Module) -> nn.Module:
 
 class Network(nn.Module):
     """A stem, blocks with every kind of shortcut, pooling in between, and a head. 16 channels in front of the projection: with fewer the
-    library's own gradient is wrong (``ops.autograd._writes_beyond_its_buffer``)."""
+    library's own gradient is wrong (``ops.gradients._writes_beyond_its_buffer``)."""
 
     def __init__(self) -> None:
         super().__init__()

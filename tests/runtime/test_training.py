@@ -23,8 +23,8 @@ from fused_resnet.benchmark import contest as contests
 from fused_resnet.benchmark.torch_contenders import convert
 from fused_resnet.cases import AWKWARD, BLOCKS, BlockCase, ConvCase, Operands
 from fused_resnet.ops import derived
-from fused_resnet.ops.autograd import add_relu_
 from fused_resnet.ops.cpu import CpuBackend, CpuPlan
+from fused_resnet.ops.functions import add_relu_
 from fused_resnet.ops.spec import geometry_of_call, spec_of
 from fused_resnet.runtime import executor
 
