@@ -29,12 +29,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from _kept import RESULTS, ROOT, Report, digest, machine
-from planted import cpu, cuda, gradients, graph, python, runtime
+from planted import cpu, cuda, gradients, graph, neighbours, python, runtime
 from planted.fault import Fault
 
 PARTS = ("csrc", "fused_resnet", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 FAULTS: tuple[Fault, ...] = tuple(
-    fault for file in (cpu, gradients, python, graph, runtime, cuda) for fault in file.FAULTS
+    fault for file in (cpu, gradients, neighbours, python, graph, runtime, cuda) for fault in file.FAULTS
 )
 BUILT = "build/faults"
 LONGEST = 1200  # seconds for one build or test: a fault may make it wait for ever

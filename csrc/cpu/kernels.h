@@ -90,7 +90,7 @@ struct PassRowArgs {
 };
 
 // Rows of the way back: out[i] = output[i] <= 0 ? 0 : grad[i], operands `step` apart, and `pitch` from row to row. `sum` (accumulator type, may
-// be null) gains out[i] at [i * sum_step], of each row.
+// be null) gains out[i] at [i * sum_step], of each row. Without output and out it gains grad[i].
 struct MaskRowsArgs {
   const void* grad = nullptr;
   const void* output = nullptr;

@@ -116,7 +116,7 @@ void bias_add_relu(const PassShape& s, const void* input, const void* bias, cons
 void relu_backward(const PassShape& s, const void* grad, const void* output, void* result, void* bias_grad, int threads) {
   const DTypeKernels& kernels = current_table().dtype[int(s.dtype)];
   const i64 bytes = kernels.storage_bytes, wide = kernels.accumulator_bytes;
-  const Rows rows = rows_of(s, true, bias_grad != nullptr);
+  const Rows rows = rows_of(s, output != nullptr, bias_grad != nullptr);
   // Pieces: runs of rows whose sums are kept apart, [pieces][K] in channels_last, [N][K] otherwise.
   const bool empty = rows.count == 0 || rows.length == 0;
   const i64 per_plane = rows.plane ? 1 : s.p;
@@ -132,9 +132,11 @@ void relu_backward(const PassShape& s, const void* grad, const void* output, voi
       MaskRowsArgs a;
       a.grad = at(grad, offset(s, rows, s.first, i), bytes);
       a.grad_step = step(rows, s.first);
-      a.output = at(output, offset(s, rows, s.second, i), bytes);
-      a.output_step = step(rows, s.second);
-      a.out = const_cast<char*>(at(result, offset(s, rows, s.result, i), bytes));
+      if (output) {
+        a.output = at(output, offset(s, rows, s.second, i), bytes);
+        a.output_step = step(rows, s.second);
+        a.out = const_cast<char*>(at(result, offset(s, rows, s.result, i), bytes));
+      }
       a.length = length(s, rows, i);
       if (rows.channels && !rows.whole) {  // the pixels of a line are as far from one another
         a.rows = std::min(end - i, s.q - i % s.q);

@@ -12,7 +12,8 @@ void bias_add_relu(const PassShape& shape, const void* input, const void* bias, 
                    int threads);
 
 // result = output <= 0 ? 0 : grad; bias_grad [K] (may be null) = its sum over N, P, Q: float32 or float64 inside fixed pieces
-// of the tensor, float64 over the pieces, in an order that depends on the shape alone.
+// of the tensor, float64 over the pieces, in an order that depends on the shape alone. Where there was no ReLU, output and result are null, and
+// bias_grad is the gradient's sum.
 void relu_backward(const PassShape& shape, const void* grad, const void* output, void* result, void* bias_grad, int threads);
 
 }  // namespace fused_resnet

@@ -53,22 +53,28 @@ void mask_rows(const MaskRowsArgs& a) {
   const S* output = static_cast<const S*>(a.output);
   S* out = static_cast<S*>(a.out);
   T* sum = static_cast<T*>(a.sum);
-  for (i64 row = 0; row < a.rows; ++row, grad += a.grad_pitch, output += a.output_pitch, out += a.out_pitch) {
+  const bool masks = output != nullptr;
+  for (i64 row = 0; row < a.rows; ++row) {
     reg total = V::zero();
     i64 i = 0;
     if (a.grad_step == 1 && a.output_step == 1) {  // without masks
       for (; i + W <= a.length; i += W) {
-        const reg value = V::relu_gradient(V::load_all(grad + i), V::load_all(output + i));
-        V::store_all(out + i, value);
+        reg value = V::load_all(grad + i);
+        if (masks) {
+          value = V::relu_gradient(value, V::load_all(output + i));
+          V::store_all(out + i, value);
+        }
         if (sum && a.sum_step) V::store(sum + i, V::add(V::load(sum + i), value));
         total = V::add(total, value);
       }
     }
     for (; i < a.length; i += W) {
       const i64 count = smaller(a.length - i, W);
-      const reg value = V::relu_gradient(load_steps<V>(grad + i * a.grad_step, a.grad_step, count),
-                                         load_steps<V>(output + i * a.output_step, a.output_step, count));
-      V::store_n(out + i, value, count);
+      reg value = load_steps<V>(grad + i * a.grad_step, a.grad_step, count);
+      if (masks) {
+        value = V::relu_gradient(value, load_steps<V>(output + i * a.output_step, a.output_step, count));
+        V::store_n(out + i, value, count);
+      }
       if (sum && a.sum_step) V::store_n(sum + i, V::add(V::load_n(sum + i, count), value), count);
       total = V::add(total, value);
     }
@@ -77,6 +83,10 @@ void mask_rows(const MaskRowsArgs& a) {
       V::store(lanes, total);
       for (int l = 0; l < W; ++l) *sum += lanes[l];
     }
+    grad += a.grad_pitch;
+    if (!masks) continue;
+    output += a.output_pitch;
+    out += a.out_pitch;
   }
 }
 

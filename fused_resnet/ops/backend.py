@@ -98,6 +98,19 @@ class Backend:
         self.run_relu_backward(grad, output, result, sums if bias_grad else None)
         return result, sums
 
+    def bias_gradient(self, grad: Tensor) -> Tensor:
+        """The sum of a gradient over N, P, Q [K], in an order that does not depend on the number of threads.
+
+        Raises:
+            RuntimeError: where its storage was freed.
+        """
+        check_allocated(grad, "grad")
+        if self.why_no_kernels(grad.device) or self.on_gpu:
+            return grad.sum((0, 2, 3))
+        sums = grad.new_empty(grad.shape[1])
+        self.run_bias_gradient(grad, sums)
+        return sums
+
     def has_passes(self, dtype: torch.dtype) -> bool:
         """Whether ``run_bias_add_relu`` gives this dtype."""
         return True
@@ -108,6 +121,10 @@ class Backend:
 
     def run_relu_backward(self, grad: Tensor, output: Tensor, result: Tensor, sums: Tensor | None) -> None:
         """result = grad where not (output <= 0), else 0; sums [K], if there is one, its sum over N, P, Q."""
+        raise NotImplementedError
+
+    def run_bias_gradient(self, grad: Tensor, sums: Tensor) -> None:
+        """sums [K] = the gradient's sum over N, P, Q."""
         raise NotImplementedError
 
 

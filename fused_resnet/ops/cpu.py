@@ -93,18 +93,17 @@ class CpuBackend(Backend):
         )
 
     def run_relu_backward(self, grad: Tensor, output: Tensor, result: Tensor, sums: Tensor | None) -> None:
+        self._relu_backward(grad, output, result, sums)
+
+    def run_bias_gradient(self, grad: Tensor, sums: Tensor) -> None:
+        self._relu_backward(grad, None, None, sums)
+
+    def _relu_backward(self, grad: Tensor, output: Tensor | None, result: Tensor | None, sums: Tensor | None) -> None:
         assert self.module is not None
+        strides = [grad.stride() if t is None else t.stride() for t in (result, grad, output)]
+        grad_at, output_at, result_at, sums_at = [0 if t is None else t.data_ptr() for t in (grad, output, result, sums)]
         self.module.relu_backward(
-            dtype_name(output.dtype),
-            tuple(output.shape),
-            result.stride(),
-            grad.stride(),
-            output.stride(),
-            grad.data_ptr(),
-            output.data_ptr(),
-            result.data_ptr(),
-            0 if sums is None else sums.data_ptr(),
-            torch.get_num_threads(),
+            dtype_name(grad.dtype), tuple(grad.shape), *strides, grad_at, output_at, result_at, sums_at, torch.get_num_threads()
         )
 
 

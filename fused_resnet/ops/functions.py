@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from .._compat import below_autograd, has_tangent, nobody_listens, profiler_enabled
+from .._compat import below_autograd, has_tangent, nobody_listens, profiler_enabled, without_autocast
 from .cpu import CpuPlan
 from .derived import training_captured
 from .gradients import library_input_gradient, library_weight_gradient
@@ -19,6 +19,7 @@ from .schema import bias_add_relu, conv_bias_add_relu, conv_input_gradient, conv
 from .spec import Geometry, Operand, geometry_of_operator, is_channels_last, output_format
 
 _NO_RANGE = contextlib.nullcontext()
+_without_autocast = without_autocast("cpu")
 
 
 def call_below_autograd(op: Any, *args: Any) -> Any:
@@ -183,7 +184,8 @@ def convolution_in_block(role: Role, input: Tensor, weight: Tensor, bias: Tensor
     Raises:
         TypeError, ValueError: as ``conv_bias_add_relu``; or what the library raises, where it is ``by_library``.
     """
-    found = ConvBiasAddReLU.apply(role, input, weight, bias, shortcut, *parameters)
+    with _without_autocast():  # which has cast them
+        found = ConvBiasAddReLU.apply(role, input, weight, bias, shortcut, *parameters)
     if role.reads is not None:
         role.reads.reader_masks = True
     return found
@@ -205,7 +207,8 @@ def add_relu_(input: Tensor, shortcut: Tensor, relu: bool) -> Tensor:
 def _through_relu(grad: Tensor, output: Tensor | None, need_bias: bool) -> tuple[Tensor, Tensor | None]:
     """The gradient in front of the ReLU (if there was one: ``output`` is not None) and the bias gradient [K]."""
     if output is None:
-        return grad, grad.sum((0, 2, 3)) if need_bias else None
+        quiet = need_bias and nobody_listens(grad, but_for_profiler=True)
+        return grad, (backends.of(grad).bias_gradient(grad) if quiet else grad.sum((0, 2, 3))) if need_bias else None
     if nobody_listens(grad, output, but_for_profiler=True):
         with _named("relu_backward"):
             masked, grad_bias = backends.of(output).relu_backward(grad, output, need_bias)

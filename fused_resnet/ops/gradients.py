@@ -35,7 +35,7 @@ def gradient_spec(
     input, weight = (wanted, layout(other)) if operand == "input" else (layout(other), wanted)
     if end is not None:
         check_tensor(end, "end", 4, grad)
-        if operand != "input" or end.shape != shape or end.dtype != grad.dtype:
+        if operand != "input" or end.shape != shape:
             raise ValueError(f"end must be as the input's gradient, {list(shape)}, got {list(end.shape)}")
     return ConvSpec(grad.dtype, grad.device, input, weight, None, None if end is None else layout(end), layout(grad), geometry, relu=False)
 

@@ -27,13 +27,22 @@ class Of:
     def size(self, case: ConvCase) -> tuple[int, ...]:
         return case.input_shape if self.operand == "input" else case.weight_shape
 
-    def plan(self, case: ConvCase, grad: Tensor, other: Tensor, memory_format: torch.memory_format = FORMATS[0]) -> Gradient:
-        """Our kernel, also where the library's is chosen."""
+    def plan(
+        self,
+        case: ConvCase,
+        grad: Tensor,
+        other: Tensor,
+        memory_format: torch.memory_format = FORMATS[0],
+        end: Tensor | None = None,
+        masked: bool = False,
+        ours: bool = True,
+    ) -> Gradient:
+        """Our kernel, also where the library's is chosen, or the library's."""
         weight = torch.empty(case.weight_shape, device="meta")
         geometry = geometry_of_call(weight, case.stride, case.padding, case.dilation, case.groups)
-        spec = gradient_spec(self.operand, grad, other, self.size(case), memory_format, geometry)
+        spec = gradient_spec(self.operand, grad, other, self.size(case), memory_format, geometry, end)
         backend = CpuBackend(_extension.cpu, _extension.missing)
-        return Gradient(self.operand, spec, backend, backend.gradient_plan(self.operand, spec, False))
+        return Gradient(self.operand, spec, backend, backend.gradient_plan(self.operand, spec, masked) if ours else None, masked)
 
     def ours(self, case: ConvCase, grad: Tensor, other: Tensor, memory_format: torch.memory_format = FORMATS[0]) -> Tensor:
         return self.plan(case, grad, other, memory_format)(grad, other)

@@ -146,6 +146,103 @@ def test_the_same_bits(isa: str, case: ConvCase, dtype: torch.dtype) -> None:
     OF.check_bits(case, *floats(case, dtype))
 
 
+def ended(
+    case: ConvCase, grad: Tensor, weight: Tensor, end: Tensor, masked: bool, memory_format: torch.memory_format, ours: bool = True
+) -> Tensor:
+    return plan_of(case, grad, weight, memory_format, end, masked, ours)(grad, weight, end)
+
+
+def with_end(gradient: Tensor, end: Tensor, masked: bool) -> Tensor:
+    return torch.where(end <= 0, 0, gradient) if masked else gradient + end
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("algorithm", EXACT, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_ends(one_thread: None, isa: str, algorithm: str, dtype: torch.dtype, masked: bool) -> None:
+    """What is added is added before the one rounding, also where no window touches a pixel; or the gradient passes where not (end <= 0). The
+    end may lie anyhow."""
+    generator = torch.Generator().manual_seed(6)
+    cases = (*UNGROUPED, *STRIDED) if algorithm == "direct" else tuple(c for c in UNGROUPED if c.stride == (1, 1) and winograd_fits(c))
+    layouts = list(testing.LAYOUTS.values())
+    different = 0
+    for number, case in enumerate(cases):
+        grad, weight = integers(case, dtype, generator)
+        end = torch.randint(-3, 4, case.input_shape, generator=generator).to(dtype)
+        for memory_format in FORMATS:
+            end = (layouts[number // 2 % len(layouts)] if number % 2 else lambda t: t.contiguous(memory_format=FORMATS[number // 2 % 2]))(end)  # noqa: B023
+            laid = [t.contiguous(memory_format=memory_format) for t in (grad, weight)]
+            found = ended(case, *laid, end, masked, memory_format)
+            expected = with_end(truth(case, grad, weight), end.double(), masked).to(dtype)
+            result = testing.compare_exact(found, expected)
+            assert result, f"{case.name}: {result.reason}"
+            assert found.stride() == torch.empty(found.shape, memory_format=memory_format).stride()
+            different += int((expected != truth(case, grad, weight).to(dtype)).sum())
+    assert different > 0
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
+@pytest.mark.parametrize("case", FLOATS, ids=name)
+def test_ends_to_the_bit(isa: str, case: ConvCase, dtype: torch.dtype, masked: bool) -> None:
+    """The end changes nothing of the sums: the same bits as another pass over the gradient gives, whatever the threads."""
+    grad, weight = floats(case, dtype)
+    end = torch.randn(case.input_shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for number, memory_format in enumerate(FORMATS):
+        laid = [t.contiguous(memory_format=memory_format) for t in (grad, weight, end)]
+        expected = with_end(ours(case, *laid[:2], memory_format), end, masked)
+        for threads in (1, 2 + number, 5):
+            torch.set_num_threads(threads)
+            assert torch.equal(ended(case, *laid, masked, memory_format), expected), threads
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_ends_of_special_values(integers_stay_exact: None, isa: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """The gradient passes where the ReLU gave NaN, and none where it gave a zero of either sign; a NaN of dy passes nowhere else; what is added
+    may be anything."""
+    nan, inf = float("nan"), float("inf")
+    values = torch.tensor([nan, inf, -inf, 0.0, -0.0, 1.0, -1.0, torch.finfo(dtype).tiny, -torch.finfo(dtype).tiny], dtype=dtype)
+    for case in (ConvCase(33, 40, (28, 28), (3, 3), padding=(1, 1)), ConvCase(9, 17, (5, 6), (1, 1)), STRIDED[0], STRIDED[1]):
+        end = values[torch.randint(0, len(values), case.input_shape, generator=generator)]
+        for special in ("nan", "inf", None):
+            grad, weight = integers(case, dtype, generator)
+            if special:
+                grad = plant(grad, 1, special)
+            for masked in (True, False):
+                expected = with_end(truth(case, grad, weight), end.double(), masked).to(dtype)
+                for memory_format in FORMATS:
+                    result = testing.compare_exact(ended(case, grad, weight, end, masked, memory_format), expected)
+                    assert result, f"{case.name}, {special}, masked {masked}: {result.reason}"
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_ends_by_the_library(kernels: object, masked: bool) -> None:
+    """Where the gradient is the library's, and where our kernels refuse a weight: the same end."""
+    generator = torch.Generator().manual_seed(0)
+    grouped = ConvCase(4, 6, (7, 8), (3, 3), (2, 1), (1, 0), groups=2)
+    for case, by_ours in ((grouped, False), (ConvCase(5, 7, (6, 7), (3, 3), padding=(1, 1)), True)):
+        grad, weight, end = (
+            torch.randint(-2, 3, size, generator=generator).float() for size in (case.output_shape, case.weight_shape, case.input_shape)
+        )
+        if by_ours:
+            weight = plant(weight, 1, "inf")
+        expected = with_end(truth(case, grad, weight), end.double(), masked).float()
+        for memory_format in FORMATS:
+            found = ended(case, grad, weight, end.contiguous(memory_format=torch.channels_last), masked, memory_format, by_ours)
+            result = testing.compare_exact(found, expected)
+            assert result, result.reason
+            assert found.is_contiguous(memory_format=memory_format)
+
+
+def test_an_end_that_does_not_fit(kernels: object) -> None:
+    case = FLOATS[0]
+    grad, weight = floats(case, torch.float32)
+    for end in (torch.zeros(1, 64, 28, 27), torch.zeros(case.input_shape).double(), torch.zeros(3)):
+        with pytest.raises((TypeError, ValueError), match="end must"):
+            plan_of(case, grad, weight, end=end)
+
+
 def test_a_weight_that_changes_between_calls(kernels: object) -> None:
     """Nothing of it is kept: in place, through ``.data``, and unseen, through memory that is shared."""
     case = FLOATS[0]

@@ -57,7 +57,7 @@ FAULTS = (
     Fault(
         "shortcut dropped",
         ("csrc/cpu/direct.h",),
-        "value = V::add(value, Full ? V::load_all(shortcut) : V::load_n(shortcut, count));",
+        "value = with_shortcut<V>(value, Full ? V::load_all(shortcut) : V::load_n(shortcut, count), a.masked);",
         "(void)shortcut;",
         (EXACT,),
     ),
@@ -197,7 +197,7 @@ FAULTS = (
     Fault(
         "relu_backward reads the output with the gradient's step",
         ("csrc/cpu/passes.cpp",),
-        "a.output_step = rows.channels ? s.second.c : s.second.w;",
+        "a.output_step = step(rows, s.second);",
         "a.output_step = a.grad_step;",
         ("tests/kernels/test_layouts.py::test_each_operand_of_relu_backward",),
     ),

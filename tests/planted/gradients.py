@@ -53,15 +53,15 @@ FAULTS = (
     Fault(
         "input gradient: no zeros where no window touches",
         CPP,
-        "zero(index, operands.y);",
+        "rest(index, operands);",
         "",
         (GUARD_BYTES,),
     ),
     Fault(
         "input gradient: the last rows of zeros are left out",
         CPP,
-        "const i64 per_image = (s.h + zero_rows_ - 1) / zero_rows_, begin",
-        "const i64 per_image = (s.h + zero_rows_ - 1) / zero_rows_; s.h > 1 ? --const_cast<i64&>(s.h) : 0; const i64 begin",
+        "const i64 per_image = (s.h + rest_rows_ - 1) / rest_rows_, image",
+        "const i64 per_image = (s.h + rest_rows_ - 1) / rest_rows_; s.h > 1 ? --const_cast<i64&>(s.h) : 0; const i64 image",
         (GUARD_BYTES,),
     ),
     Fault(
@@ -74,8 +74,8 @@ FAULTS = (
     Fault(
         "gradients: a Winograd that is not finite is kept",
         ("fused_resnet/ops/cpu.py",),
-        "if self.kernel.run(g, o, result.data_ptr()) or ",
-        "if self.kernel.run(g, o, result.data_ptr()) is not None or ",
+        "if self.kernel.run(*addresses) or ",
+        "if self.kernel.run(*addresses) is not None or ",
         (f"{GRADIENT}::test_special_values", f"{WEIGHT}::test_where_winograd_overflows"),
     ),
     Fault(
@@ -122,7 +122,7 @@ FAULTS = (
     ),
     Fault(
         "input gradient: of the memory format of dy, whatever the input's",
-        ("fused_resnet/ops/autograd.py",),
+        ("fused_resnet/ops/functions.py",),
         "channels_last = ctx.input_format is torch.channels_last",
         "channels_last = is_channels_last(masked)",
         (f"{OPERATOR}::test_memory_formats",),
@@ -150,7 +150,7 @@ FAULTS = (
     ),
     Fault(
         "training: a weight that is trained is packed and kept",
-        ("fused_resnet/ops/autograd.py",),
+        ("fused_resnet/ops/functions.py",),
         "if trains_weight and isinstance(plan, CpuPlan)",
         "if False",
         (f"{TRAINING}::test_nothing_of_a_trained_weight_is_kept",),
@@ -177,18 +177,39 @@ FAULTS = (
         (f"{TRAINING}::test_once",),
     ),
     Fault(
-        "training: a convolution in front of a live norm loses its bias",
+        "training: a convolution in front of a live norm loses its bias where no gradient is wanted",
         ("fused_resnet/runtime/executor.py",),
         "conv_bias_add_relu(x, weight, conv.bias, None, conv.stride, conv.padding, conv.dilation, conv.groups, False)",
         "conv_bias_add_relu(x, weight, None, None, conv.stride, conv.padding, conv.dilation, conv.groups, False)",
         (f"{TRAINING}::test_a_bias_before_a_live_norm",),
     ),
     Fault(
-        "training: every 3x3 convolution is ours, however small",
+        "training: a convolution in front of a live norm loses its bias",
+        ("fused_resnet/runtime/executor.py",),
+        "bias = None if conv.bias is None else conv.bias.to(dtype)",
+        "bias = None",
+        (f"{TRAINING}::test_a_bias_before_a_live_norm",),
+    ),
+    Fault(
+        "training: every 1x1 convolution's gradients are ours, in either format",
         ("fused_resnet/ops/select.py",),
-        "return products >= _TRAINED_PRODUCTS\n",
-        "return True\n",
-        (f"{TRAINING}::test_whose_convolutions",),
+        "dtype == torch.float32 and input.is_channels_last else",
+        "dtype == torch.float32 else",
+        (f"{TRAINING}::test_whose_gradients",),
+    ),
+    Fault(
+        "training: a forward that is the library's is ours",
+        ("fused_resnet/runtime/executor.py",),
+        "by == \"our gradients\")",
+        "False)",
+        (f"{TRAINING}::test_whose_gradients",),
+    ),
+    Fault(
+        "training: under autocast the operators are called by the long way",
+        ("fused_resnet/ops/functions.py",),
+        "with _without_autocast():",
+        "with _NO_RANGE:",
+        (f"{TRAINING}::test_a_weight_that_is_cast_for_autocast_is_used_once",),
     ),
     Fault(
         "weight gradient: the sums of a load replace those before it",
@@ -339,7 +360,7 @@ FAULTS = (
     ),
     Fault(
         "weight gradient: of the memory format of dy, whatever the weight's",
-        ("fused_resnet/ops/autograd.py",),
+        ("fused_resnet/ops/functions.py",),
         "channels_last = ctx.weight_format is torch.channels_last",
         "channels_last = is_channels_last(masked)",
         (f"{OPERATOR}::test_memory_formats",),
@@ -360,14 +381,14 @@ FAULTS = (
     ),
     Fault(
         "add_relu_: the shortcut has no gradient",
-        ("fused_resnet/ops/autograd.py",),
+        ("fused_resnet/ops/functions.py",),
         "return masked if need_input else None, masked if need_shortcut else None, None",
         "return masked if need_input else None, None, None",
         (f"{TRAINING}::test_add_relu_in_place",),
     ),
     Fault(
         "add_relu_: what somebody who listens computes is lost",
-        ("fused_resnet/ops/autograd.py",),
+        ("fused_resnet/ops/functions.py",),
         "            input.copy_(found)",
         "            pass",
         (f"{TRAINING}::test_add_relu_in_place",),

@@ -290,8 +290,8 @@ FAULTS = (
     ),
     Fault(
         "saved for a gradient that nobody wants",
-        ("fused_resnet/ops/autograd.py",),
-        "ctx.save_for_backward(input if need_weight else None, weight if need_input else None,",
+        ("fused_resnet/ops/functions.py",),
+        "ctx.save_for_backward(input if need_values else None, weight if need_input else None,",
         "ctx.save_for_backward(input, weight,",
         ("tests/ops/test_gradients.py::test_only_the_shortcut_wants_a_gradient",),
     ),

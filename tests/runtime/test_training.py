@@ -42,6 +42,18 @@ def nodes(y: Tensor) -> list[str]:
     return found
 
 
+def called(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The weights of our convolutions from now on that are used once."""
+    once, weights = CpuPlan.once, []
+
+    def noted(self: CpuPlan, *operands: Any) -> Tensor:
+        weights.append(operands[1])
+        return once(self, *operands)
+
+    monkeypatch.setattr(CpuPlan, "once", noted)
+    return weights
+
+
 def block(channels: int, dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
     return fnn.BasicBlock(channels, channels).train().to(dtype)
@@ -64,6 +76,20 @@ def test_whose_convolutions(kernels: object, channels: int, size: int, dtype: to
     found = nodes(block(channels, dtype)(x))
     assert found.count(NODE) == ours
     assert found.count("ConvolutionBackward0") == 2 - ours
+
+
+@pytest.mark.parametrize(("memory_format", "ours"), [(torch.contiguous_format, 1), (torch.channels_last, 3)], ids=name)
+def test_whose_gradients(
+    kernels: object, monkeypatch: pytest.MonkeyPatch, memory_format: torch.memory_format, ours: int
+) -> None:
+    """In channels_last those of 1x1 convolutions too, whose forward stays the library's."""
+    forward = called(monkeypatch)
+    b = fnn.Bottleneck(256, 64).train().to(memory_format=memory_format)  # type: ignore[call-overload]
+    x = torch.randn(4, 256, 16, 16).contiguous(memory_format=memory_format)
+    found = nodes(b(x))
+    assert found.count(NODE) == ours
+    assert found.count("ConvolutionBackward0") == 3 - ours
+    assert [w.shape for w in forward] == [b.conv2.weight.shape]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("in_place", [True, False])
@@ -169,8 +195,8 @@ def test_a_step(case: BlockCase, memory_format: torch.memory_format, kernels: ob
 
 
 def test_a_bias_before_a_live_norm(kernels: object) -> None:
-    """The norm takes it away again, but for its running mean."""
-    means = []
+    """The norm takes it away again, but for its running mean; with a gradient and without."""
+    means, quiet = [], []
     for shift in (0.0, 3.0):
         b = block(16)
         conv = nn.Conv2d(16, 16, 3, padding=1)
@@ -179,9 +205,14 @@ def test_a_bias_before_a_live_norm(kernels: object) -> None:
         b.conv1 = conv
         y = b(torch.ones(4, 16, 16, 16))
         assert nodes(y).count(NODE) == 2
-        means.append(b.bn1.running_mean)  # type: ignore[union-attr]
+        means.append(b.bn1.running_mean.clone())  # type: ignore[union-attr, operator]
+        b.bn1.reset_running_stats()  # type: ignore[union-attr, operator]
+        with torch.no_grad():
+            b(torch.ones(4, 16, 16, 16))
+        quiet.append(b.bn1.running_mean)  # type: ignore[union-attr]
     momentum = 0.1
-    assert torch.allclose(means[1] - means[0], torch.full((16,), 3.0 * momentum), atol=1e-5)
+    for found in (means, quiet):
+        assert torch.allclose(found[1] - found[0], torch.full((16,), 3.0 * momentum), atol=1e-5)
 
 
 def test_statistics_change_once(kernels: object) -> None:
@@ -249,20 +280,14 @@ def test_nothing_of_a_trained_weight_is_kept(kernels: object, no_garbage_collect
 
 def test_a_weight_that_is_cast_for_autocast_is_used_once(kernels: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is another tensor at each call, whether the call is seen by somebody else or not."""
-    once, called = CpuPlan.once, []
-
-    def counted(self: CpuPlan, *operands: Any) -> Tensor:
-        called.append(operands[1].dtype)
-        return once(self, *operands)
-
-    monkeypatch.setattr(CpuPlan, "once", counted)
+    weights = called(monkeypatch)
     b, x = block(64), torch.randn(4, 64, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
         b(x)
-        assert called == [torch.bfloat16] * 2
+        assert [w.dtype for w in weights] == [torch.bfloat16] * 2
         with torch.no_grad():
             b(x)
-    assert called == [torch.bfloat16] * 2  # a call that trains nothing keeps what it packs
+    assert len(weights) == 2  # a call that trains nothing keeps what it packs
 
 
 def test_training_and_calls_in_turn(kernels: object) -> None:

@@ -129,11 +129,24 @@ void run_input(const Problem& problem, DType dtype, Algorithm algorithm, int dx_
   Tensor from(dtype, s.n, s.k, s.p, s.q, layout(dy_layout, s.k, s.p, s.q));
   w.set(problem.weight), from.set(problem.dy);
   s.x = to.strides(), s.y = from.strides();
+  // In turn: nothing, something is added, a ReLU's output.
+  static int number = 0;
+  const int ending = ++number % 3;
+  Tensor end(dtype, s.n, s.c, s.h, s.w, layout(number / 3 % kLayouts, s.c, s.h, s.w));
+  std::mt19937 random{std::uint32_t(number)};
+  const Values values = integers(i64(problem.result.size()), 2, random);
+  end.set(values);
+  s.has_shortcut = ending > 0, s.masked = ending == 2, s.shortcut = end.strides();
   const InputGradient gradient(s, w.strides(), dtype, threads, request(algorithm));
   Operands o;
-  o.x = from.data(), o.weight = w.data();
-  run_twice(gradient, o, to, by_run, [&] { return w.intact() && from.intact(); });
-  expect(right(to.values(), problem.result, problem.squares, dtype, s.k * s.r * s.s, algorithm != Algorithm::winograd4, dtype == DType::bfloat16),
+  o.x = from.data(), o.weight = w.data(), o.shortcut = ending ? end.data() : nullptr;
+  run_twice(gradient, o, to, by_run, [&] { return w.intact() && from.intact() && end.intact(); });
+  Values expected = problem.result;
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    if (ending == 1) expected[i] += values[i];
+    if (ending == 2 && values[i] <= 0) expected[i] = 0;
+  }
+  expect(right(to.values(), expected, problem.squares, dtype, s.k * s.r * s.s, algorithm != Algorithm::winograd4, dtype == DType::bfloat16),
          "gradient");
 }
 

@@ -47,6 +47,16 @@ void run_case(i64 n, i64 k, i64 p, i64 q, DType dtype, bool y_last, int x_layout
   const Values our_sums = sums.values();
   for (std::size_t i = 0; i < totals.size(); ++i) equal = equal && our_sums[i] == rounded(dtype, totals[i]);
   expect(equal, "relu_backward");
+
+  sums.poison();
+  s.result = x.strides();
+  relu_backward(s, x.data(), nullptr, nullptr, sums.data(), threads);
+  expect(x.intact() && sums.intact(), "guard bytes of a bias gradient");
+  totals.assign(totals.size(), 0.0);
+  for (std::size_t i = 0; i < x_values.size(); ++i) totals[channel(i)] += x_values[i];
+  const Values without = sums.values();
+  for (std::size_t i = 0; i < totals.size(); ++i) equal = equal && without[i] == rounded(dtype, totals[i]);
+  expect(equal, "a bias gradient without a ReLU");
 }
 
 }  // namespace
