@@ -212,6 +212,13 @@ FAULTS = (
         (f"{TRAINING}::test_a_weight_that_is_cast_for_autocast_is_used_once",),
     ),
     Fault(
+        "training: every 3x3 convolution is ours, however small",
+        ("fused_resnet/ops/select.py",),
+        'return "ours" if products >= _TRAINED_PRODUCTS else "library"',
+        'return "ours"',
+        (f"{TRAINING}::test_whose_convolutions",),
+    ),
+    Fault(
         "weight gradient: the sums of a load replace those before it",
         WEIGHT_CPP,
         "a.more = block > 0 || (more && !gradient_);",

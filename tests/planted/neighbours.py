@@ -179,11 +179,4 @@ FAULTS = (
         "a.output_pitch = s.first.w,",
         ("tests/kernels/test_layouts.py::test_each_operand_of_relu_backward",),
     ),
-    Fault(
-        "training: every 3x3 convolution is ours, however small",
-        ("fused_resnet/ops/select.py",),
-        'return "ours" if products >= _TRAINED_PRODUCTS else "library"',
-        'return "ours"',
-        (f"{TRAINING}::test_whose_convolutions",),
-    ),
 )
