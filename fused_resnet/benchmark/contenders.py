@@ -70,7 +70,7 @@ def missing(name: str) -> str:
 def unsuitable(name: str, dtype: str, mode: str) -> str:
     """Why this contender has no part in a contest of this kind, or ''."""
     contender = CONTENDERS[name]
-    if mode == "train" and not contender.torch:
+    if mode != "forward" and not contender.torch:
         return "it has no backward pass here"
     if dtype not in contender.dtypes:
         return f"it is not timed in {dtype}"
@@ -89,7 +89,7 @@ def remarks(dtype: str, mode: str) -> list[str]:
         found.append(f"torch.compile was left out: {missing('compile')}")
     unfit = [name for name in CONTENDERS if name not in absent and unsuitable(name, dtype, mode)]
     if unfit:
-        why = "which have no backward pass here" if mode == "train" else f"which are not timed in {dtype}"
+        why = "which have no backward pass here" if mode != "forward" else f"which are not timed in {dtype}"
         found.append(f"left out: {', '.join(unfit)}, {why}")
     if dtype == "bfloat16" and mode == "forward" and not missing("openvino"):
         found.append(

@@ -115,11 +115,15 @@ class Gradient(nn.Module):
         return library_gradient(self.operand, grad, other, self.size, memory_format, self.geometry)
 
 
+BACKWARD = ("train", "frozen")  # the modes of a task that go backward too
+
+
 @dataclass(frozen=True)
 class Task:
     """What a contender computes: ``module(*inputs)``, contiguous; in training also the gradients, for ``grad`` at the output.
 
-    mode: "forward", "train", or "gradient": as forward, but the weights change between calls, as they do in training.
+    mode: "forward"; "train"; "frozen": as train, but with modules in eval mode, whose norms keep their statistics; or "gradient": as forward,
+    but the weights change between calls, as they do in training.
     """
 
     module: nn.Module
@@ -153,7 +157,7 @@ class Task:
 
 def step(module: nn.Module, inputs: tuple[Tensor, ...], grad: Tensor, mode: str) -> tuple[Tensor, ...]:
     """One call of a module, forward only or forward and backward."""
-    if mode != "train":
+    if mode not in BACKWARD:
         with torch.no_grad():
             return (module(*inputs),)
     leaves = [t.detach().requires_grad_() for t in inputs]
@@ -235,7 +239,7 @@ class Contest:
         runs = [self.task.run(memory_format=memory_format) for memory_format in FORMATS]
         peer = max(testing.relative_error(run[0], self.truth[0]) for run in runs)
         self.allowed = 2 * max(peer, self.scale) + roundoff
-        if self.task.mode != "train":
+        if self.task.mode not in BACKWARD:
             return
         share = max(self.scale, *(testing.norm_error(run[0], self.truth[0]) for run in runs))
         generator = torch.Generator().manual_seed(self.seed)
@@ -275,7 +279,7 @@ def prepare(case: Case, batch: int, dtype: torch.dtype, mode: str, seed: int) ->
         reduction = case.terms(batch)
     else:
         reduction = case.reduction if isinstance(case, ConvCase) else sum(conv.reduction for conv in case.convs())
-    if task.mode == "train":  # gradients and the statistics of batch norm sum over the map too
+    if task.mode in BACKWARD:  # gradients and the statistics of batch norm sum over the map too
         reduction += (task.grad if isinstance(case, ConvCase) else task.inputs[0])[:, 0].numel()
     # Errors of random sign in a sum of this many terms, where the result's largest value is 1.
     scale = unit_roundoff(accumulator(dtype)) * reduction**0.5

@@ -28,6 +28,8 @@ def check(arguments: argparse.Namespace) -> list[str]:
     what = arguments.what or "block"
     if arguments.mode == "train" and what != "network":
         raise Usage("--mode train: on --device cuda it is for --what network")
+    if arguments.mode == "frozen":
+        raise Usage("--mode frozen: it is for --device cpu")
     if arguments.picture is not None:
         raise Usage("--picture: on --device cuda there is none yet; --json has the figures")
     if arguments.threads is not None:

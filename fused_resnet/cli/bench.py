@@ -21,7 +21,7 @@ import torch
 
 from .. import _extension, _machine, cases
 from ..benchmark import contenders
-from ..benchmark.contest import Case, GradientCase, NetworkCase, prepare
+from ..benchmark.contest import BACKWARD, Case, GradientCase, NetworkCase, prepare
 from ..benchmark.output import progress, write_json
 from ..benchmark.team import Team
 from ..benchmark.timing import geometric_mean
@@ -42,10 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=tuple(CUDA_DTYPES), help="default: float32, on --device cuda bfloat16")
     parser.add_argument(
         "--mode",
-        choices=("forward", "train"),
+        choices=("forward", "train", "frozen"),
         default="forward",
         help="forward: eval mode under inference_mode; train: forward and backward in train mode, every weight written between calls, "
-        "and with --what conv also each gradient by itself (default: forward)",
+        "and with --what conv also each gradient by itself; frozen: as train, with norms that keep their statistics, in eval mode "
+        "(default: forward)",
     )
     parser.add_argument(
         "--peers",
@@ -180,7 +181,7 @@ def _measure(case: Case, batch: int, team: Team, names: list[str], arguments: ar
         "case": case.name,
         "batch": batch,
         "threads": torch.get_num_threads(),
-        "gflop": case.flops(batch) * (3 if contest.task.mode == "train" else 1) / 1e9,
+        "gflop": case.flops(batch) * (3 if contest.task.mode in BACKWARD else 1) / 1e9,
         "contenders": timed,
         "failed": dict(team.failed),
         "allowed_error": contest.allowed,

@@ -1,4 +1,4 @@
-"""What the dispatcher calls in front of the kernels: the operators' gradients, and their autocast."""
+"""What the dispatcher calls in front of the kernels: whether a gradient is wanted, and autocast."""
 
 from __future__ import annotations
 

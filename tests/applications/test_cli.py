@@ -62,6 +62,7 @@ WRONG = [
     (["bench", "--peers", "eager,tvm"], "--peers: unknown peer 'tvm'; there are eager, channels_last, compile, onnxruntime, "),
     (["bench", "--peers", "eager,ncnn", "--dtype", "bfloat16"], "--peers: ncnn cannot run here: it is not timed in bfloat16"),
     (["bench", "--peers", "eager,mnn", "--mode", "train"], "--peers: mnn cannot run here: it has no backward pass here"),
+    (["bench", "--peers", "eager,ncnn", "--mode", "frozen"], "--peers: ncnn cannot run here: it has no backward pass here"),
     (["bench", "--peers", ","], "--peers must name at least one of"),
     (["bench", "--picture", "times.txt"], "--picture: the name of a picture must end in .pdf, .png, .svg, got 'times.txt'"),
     (["check", "--device", "tpu"], "--device: invalid choice: 'tpu'"),

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 GPU_BENCH_WRONG = [
     (["--mode", "train"], "--mode train: on --device cuda it is for --what network"),
+    (["--mode", "frozen"], "--mode frozen: it is for --device cpu"),
     (["--peers", "eager"], "--peers: unknown peer 'eager'; on --device cuda there are channels_last, folded, compile, cudnn, ours"),
     (["--peers", ","], "--peers must name at least one of channels_last"),
     (["--threads", "2"], "--threads: it is for --device cpu"),
@@ -136,6 +137,7 @@ def test_bench_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ("--what", "conv", "--case", "3x3 64->64 @ 8x8", "--dtype", "bfloat16"),
         ("--what", "conv", "--case", "3x3 64->64 @ 8x8", "--dtype", "float64"),
         ("--what", "block", "--case", "basic 32->64 /2 @ 16x16", "--mode", "train", "--batch", "2"),
+        ("--what", "block", "--case", "basic 32->64 /2 @ 16x16", "--mode", "frozen", "--batch", "2"),
         ("--what", "block", "--case", TINY, "--dtype", "bfloat16"),
         ("--what", "network", "--model", "cifar20"),
     ],
@@ -146,7 +148,7 @@ def test_bench_kinds(options: tuple[str, ...], tmp_path: Path) -> None:
     assert len(found["results"]) == 1
     assert set(found["results"][0]["contenders"]) == {"fused_channels_last"}
     assert found["results"][0]["ok"]
-    if "train" in options and " gradient of " not in found["results"][0]["case"]:
+    if ("train" in options or "frozen" in options) and " gradient of " not in found["results"][0]["case"]:
         assert all("gradient_error" in timing for timing in found["results"][0]["contenders"].values())
 
 

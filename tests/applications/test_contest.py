@@ -6,6 +6,7 @@ reaches: of float64's, or behind the last ReLU, or as large as the gradient itse
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from fused_resnet.benchmark import contest as contests
 from fused_resnet.benchmark import torch_contenders
-from fused_resnet.cases import ConvCase
+from fused_resnet.cases import BLOCKS, ConvCase
 from fused_resnet.ops.spec import Operand
 
 
@@ -83,6 +84,21 @@ def test_the_bound_follows_the_worse_of_eagers_formats(monkeypatch: pytest.Monke
             assert contest.ok(contest.errors(changed(results, i, 1 + error))) == allowed, (error, i)
 
 
+def test_frozen_norms(one_thread: None, tmp_path: Path) -> None:
+    """Gradients of all parameters, through norms that keep their statistics."""
+    contest = contests.prepare(BLOCKS[0], 2, torch.float32, "frozen", seed=0)
+    module = copy.deepcopy(contest.task.module)
+    before = copy.deepcopy(module.state_dict())
+    results = contests.step(module.eval(), contest.task.inputs, contest.task.grad, "frozen")
+    assert len(results) == 2 + len(list(module.parameters()))
+    assert contest.ok(contest.errors(results))
+    assert not contest.ok(contest.errors(contests.step(module.train(), contest.task.inputs, contest.task.grad, "frozen")))
+    for build in (torch_contenders.eager, torch_contenders.fused):
+        built = build(contest.task, 1, tmp_path)
+        assert contest.ok(contest.errors(built.results(built.call())))
+    assert all(torch.equal(before[key], t) for key, t in contest.task.module.state_dict().items())
+
+
 def test_undecided_elements_fall_on_either_side() -> None:
     """Those within the noise; no others, and none without noise. The values are the ReLU's but for as much."""
     z = torch.cat([torch.full((2000,), 1e-6), torch.ones(1000), -torch.ones(1000)]).requires_grad_()
@@ -112,7 +128,7 @@ class Spy(nn.Module):
         return x * self.weight.sum()
 
 
-@pytest.mark.parametrize("mode", ["forward", "train", "gradient"])
+@pytest.mark.parametrize("mode", ["forward", "train", "frozen", "gradient"])
 @pytest.mark.parametrize("build", [torch_contenders.eager, torch_contenders.channels_last, torch_contenders.fused])
 def test_weights_change_between_the_calls_of_training(build: Any, mode: str, tmp_path: Path) -> None:
     """In place, with their values as they are; for inference they do not."""
