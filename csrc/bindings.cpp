@@ -279,21 +279,13 @@ PYBIND11_MODULE(_cpu, m) {
       .def_property_readonly_static("MOST_TAPS", [](const py::object&) { return fr::MaxPool::kMostTaps; })
       .def(py::init([](const std::string& type, const Four& input, const Four& output, const Two& kernel, const Two& stride, const Two& pad,
                        const Four& input_strides, const Four& output_strides, bool channels, int threads) {
-             const fr::PoolShape s{input[0], input[1],  input[2],  input[3], output[2], output[3],
-                                   kernel[0], kernel[1], stride[0], stride[1], pad[0],   pad[1],
-                                   strides(input_strides), strides(output_strides), channels};
-             return std::make_unique<fr::MaxPool>(s, dtype(type), threads);
+             return std::make_unique<fr::MaxPool>(
+                 fr::pool_shape(input, output, kernel, stride, pad, input_strides, output_strides, channels), dtype(type), threads);
            }),
            py::arg("dtype"), py::arg("input"), py::arg("output"), py::arg("kernel"), py::arg("stride"), py::arg("pad"),
            py::arg("input_strides"), py::arg("output_strides"), py::arg("channels"), py::arg("threads"))
       .def(
-          "run",
-          [](const fr::MaxPool& pool, Pointer x, Pointer y) {
-            fr::Operands o;
-            o.x = in(x);
-            o.y = out(y);
-            pool.run(o);
-          },
+          "run", [](const fr::MaxPool& pool, Pointer x, Pointer y) { pool.run({in(x), nullptr, nullptr, nullptr, out(y), nullptr, {}}); },
           py::arg("input"), py::arg("output"), py::call_guard<py::gil_scoped_release>());
   m.def(
       "relu_backward",

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "cpu/input_gradient.h"
+#include "cpu/max_pool.h"
 #include "cpu/weight_gradient.h"
 #include "python_shapes.h"
 #include "words.h"
@@ -74,6 +75,21 @@ void bind_training(py::module_& m) {
           py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("workspace_bytes", &fr::FreshConvolution::workspace_bytes)
       .def("describe", &fr::FreshConvolution::describe);
+
+  py::class_<fr::MaxPoolGradient>(m, "MaxPoolGradient")
+      .def(py::init([](const std::string& type, const Four& input, const Four& output, const Two& kernel, const Two& stride, const Two& pad,
+                       const Four& input_strides, const Four& grad_strides, bool masked, int threads) {
+             return std::make_unique<fr::MaxPoolGradient>(fr::pool_shape(input, output, kernel, stride, pad, input_strides, grad_strides, true),
+                                                          dtype(type), masked, threads);
+           }),
+           py::arg("dtype"), py::arg("input"), py::arg("output"), py::arg("kernel"), py::arg("stride"), py::arg("pad"),
+           py::arg("input_strides"), py::arg("grad_strides"), py::arg("masked"), py::arg("threads"))
+      .def(
+          "run",
+          [](const fr::MaxPoolGradient& g, Pointer grad, Pointer input, Pointer grad_input) {
+            g.run({in(grad), in(input), nullptr, nullptr, out(grad_input), nullptr, {}});
+          },
+          py::arg("grad"), py::arg("input"), py::arg("grad_input"), py::call_guard<py::gil_scoped_release>());
 
   gradient_class<fr::InputGradient>(m, "InputGradient")
       .def(

@@ -7,6 +7,7 @@
 
 #include "conv_shape.h"
 #include "pass_shape.h"
+#include "pool_shape.h"
 
 namespace fused_resnet {
 
@@ -44,6 +45,13 @@ inline ConvShape conv_shape(const Four& input, const Four& weight, const Four& o
   s.has_bias = has_bias;
   s.relu = relu;
   return s;
+}
+
+inline PoolShape pool_shape(const Four& input, const Four& output, const Two& kernel, const Two& stride, const Two& pad,
+                            const Four& input_strides, const Four& output_strides, bool channels) {
+  return {input[0], input[1],  input[2],  input[3], output[2], output[3],
+          kernel[0], kernel[1], stride[0], stride[1], pad[0],   pad[1],
+          strides(input_strides), strides(output_strides), channels};
 }
 
 inline PassShape pass_shape(DType dtype, const Four& shape, const Four& result, const Four& first, const Four& second, bool relu,

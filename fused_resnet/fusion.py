@@ -33,10 +33,10 @@ def fuse_(model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None =
     looks like a residual block and is not converted is in the report with the reason. What was read on the way (attributes, classes,
     globals, hooks, containers) is checked before each call: after a change the block is looked at again. The stem of a network with
     converted blocks (a convolution, batch norm and ReLU at the beginning of its own forward) becomes one layer too, and an
-    ``nn.MaxPool2d`` that such a network calls itself runs by our own kernel where no gradient is wanted. On a CPU, without gradients and in
-    eval, such a network is one native call, with its head (the mean of each channel and a linear layer) if it has one; a child to which
-    somebody listens is called as ever. Batch norm with running
-    statistics (eval) is folded into the convolution, derived anew when a parameter changes; in training it stays as it is.
+    ``nn.MaxPool2d`` that such a network calls itself runs by our own kernel (with a gradient, in float32 and channels_last). On a CPU,
+    without gradients and in eval, such a network is one native call, with its head (the mean of each channel and a linear layer) if it has
+    one; a child to which somebody listens is called as ever. Batch norm with running statistics (eval) is folded into the convolution,
+    derived anew when a parameter changes; in training it stays as it is.
 
     Args:
         model: any module; it may be a block itself.

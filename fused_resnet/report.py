@@ -32,7 +32,7 @@ class FusionReport:
     """What ``fuse_`` did: an entry for each residual block, in the model's order. ``print`` shows it as a table.
 
     stems: the networks whose stem (the convolution, batch norm and ReLU in front of the blocks) is one layer too, by name.
-    pools: the max poolings that run by our own kernel where no gradient is wanted, by name.
+    pools: the max poolings that run by our own kernels (with a gradient, in float32 and channels_last), by name.
     """
 
     entries: tuple[FusionEntry, ...]
@@ -66,5 +66,5 @@ class FusionReport:
         why = sorted({e.path_reason for e in self.entries if e.path_reason})
         notes = [f"general path: {reason}" for reason in why]
         stems = [f"stem of {name or 'the model'}: convolution, batch norm and ReLU as one layer" for name in self.stems]
-        pools = [f"{name}: max pooling by our kernel, where no gradient is wanted" for name in self.pools]
+        pools = [f"{name}: max pooling by our kernel" for name in self.pools]
         return "\n".join([*lines, f"{len(self.fused)} fused, {len(self.refused)} refused", *stems, *pools, *notes])

@@ -108,6 +108,16 @@ struct LargestRowArgs {
   bool wide_output = false;
 };
 
+// The gradient of LargestRowArgs, added to those of the rows: results[row][i] gains grad[i] where rows[row][i] was the largest. All in the
+// accumulator's type. masked: the rows are a ReLU's output, and what is added goes through that ReLU's gradient.
+struct LargestGradArgs {
+  const void* const* rows = nullptr;
+  void* const* results = nullptr;
+  const void* grad = nullptr;
+  i64 count = 0, length = 0;
+  bool masked = false;
+};
+
 // The largest of each window of one row: y[i] = max over j < size of x[i * stride + j], as above. Up to two registers are read behind the
 // last window. Both together: of equal zeros of both signs, either may be a window's largest.
 struct LargestWindowsArgs {
@@ -244,6 +254,7 @@ struct DTypeKernels {
   void (*mask_rows)(const MaskRowsArgs&);
   void (*largest_row)(const LargestRowArgs&);
   void (*largest_windows)(const LargestWindowsArgs&);
+  void (*largest_grad)(const LargestGradArgs&);
   void (*mean_row)(const MeanRowArgs&);
   void (*store)(void* out, const double* values, i64 count);  // to the storage dtype, rounded once
   WinogradKernels winograd2, winograd2_stride2, winograd4;

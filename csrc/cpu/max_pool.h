@@ -1,19 +1,11 @@
-// Max pooling without indices, planned once and run many times.
+// Max pooling without indices, and its gradient, planned once and run many times.
 #pragma once
 
-#include "../conv_shape.h"
+#include "../pool_shape.h"
 #include "dispatch.h"
 #include "step.h"
 
 namespace fused_resnet {
-
-// input [N, C, H, W] -> output [N, C, P, Q]; every window has an element of the input.
-struct PoolShape {
-  i64 n = 0, c = 0, h = 0, w = 0, p = 0, q = 0;
-  i64 kernel_h = 1, kernel_w = 1, stride_h = 1, stride_w = 1, pad_top = 0, pad_left = 0;
-  Strides x, y;
-  bool channels = false;  // in both, channels lie side by side; else the pixels of a row do
-};
 
 class MaxPool final : public Step {
  public:
@@ -42,6 +34,33 @@ class MaxPool final : public Step {
   PoolShape shape_;
   const DTypeKernels* kernels_;
   int threads_;
+};
+
+// Its gradient in the input, of float32 or float64 with channels side by side. An element of dy goes to the first of its window's largest
+// elements, to the last NaN where there is one.
+class MaxPoolGradient final : public Step {
+ public:
+  // x: how the input and its gradient lie, y: how dy does. masked: the input is a ReLU's output, and what is made is the gradient in front of that
+  // ReLU. Throws std::invalid_argument, as MaxPool and where the dtype or the layout is another.
+  MaxPoolGradient(const PoolShape& shape, DType dtype, bool masked, int threads);
+
+  // Operands: x: dy; weight: the input; y: dx.
+  bool run(const Operands& operands) const;
+
+  // A task is some channels of one image.
+  int phases() const override { return 1; }
+  i64 tasks(int) const override { return shape_.n * parts_; }
+  bool run_task(int phase, i64 index, const Operands& operands, char* shared, char* mine) const noexcept override;
+  i64 thread_bytes() const override { return 0; }
+  std::string describe() const override;
+  i64 workspace_bytes() const { return 0; }
+
+ private:
+  PoolShape shape_;
+  const DTypeKernels* kernels_;
+  bool masked_;
+  int threads_;
+  i64 parts_ = 1;  // that the channels are cut into, of whole registers
 };
 
 }  // namespace fused_resnet

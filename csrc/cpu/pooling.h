@@ -1,4 +1,4 @@
-// The kernels of pooling: the largest of several rows, the largest in each window of one row, the mean of several rows.
+// The kernels of pooling: the largest of several rows and its gradient, the largest in each window of one row, the mean of several rows.
 #pragma once
 
 #include "kernels.h"
@@ -44,6 +44,29 @@ void largest_windows(const LargestWindowsArgs& a) {
     typename V::reg value = load_every<V>(x + i * a.stride, a.stride, count);
     for (i64 j = 1; j < a.size; ++j) value = V::larger(value, load_every<V>(x + i * a.stride + j, a.stride, count));
     V::store_n(y + i, value, count);
+  }
+}
+
+template <class V>
+void largest_grad(const LargestGradArgs& a) {
+  using T = typename V::type;
+  using reg = typename V::reg;
+  const T* const* rows = reinterpret_cast<const T* const*>(a.rows);
+  T* const* results = reinterpret_cast<T* const*>(a.results);
+  for (i64 i = 0; i < a.length; i += V::width) {
+    const i64 count = smaller(a.length - i, V::width);
+    reg largest = V::load_n(rows[0] + i, count), at = V::zero();
+    for (i64 row = 1; row < a.count; ++row) {
+      const reg value = V::load_n(rows[row] + i, count);
+      at = V::if_later(largest, value, at, V::set1(T(row)));
+      largest = V::larger(largest, value);
+    }
+    reg grad = V::load_n(static_cast<const T*>(a.grad) + i, count);
+    if (a.masked) grad = V::relu_gradient(grad, largest);
+    for (i64 row = 0; row < a.count; ++row) {
+      T* const result = results[row] + i;
+      V::store_n(result, V::add(V::load_n(result, count), V::if_equal(at, V::set1(T(row)), grad)), count);
+    }
   }
 }
 

@@ -28,6 +28,7 @@ constexpr DTypeKernels dtype_kernels() {
                       mask_rows<V, S>,
                       largest_row<V, S>,
                       largest_windows<V, S>,
+                      largest_grad<V>,
                       mean_row<V, S>,
                       store_values<V, S>,
                       winograd_kernels<V, S, D, Winograd2<V>>(),

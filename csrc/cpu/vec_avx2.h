@@ -73,9 +73,10 @@ struct Avx2Float {
     const reg size = _mm256_andnot_ps(set1(float(-0.0)), v);
     return _mm256_and_ps(_mm256_cmp_ps(size, set1(kSmallestNormal<float>), _CMP_NLT_UQ), v);
   }
-  static reg larger(reg a, reg b) {
-    return _mm256_blendv_ps(a, b, _mm256_or_ps(_mm256_cmp_ps(b, a, _CMP_GT_OQ), _mm256_cmp_ps(b, b, _CMP_UNORD_Q)));
-  }
+  static reg later(reg a, reg b) { return _mm256_or_ps(_mm256_cmp_ps(b, a, _CMP_GT_OQ), _mm256_cmp_ps(b, b, _CMP_UNORD_Q)); }
+  static reg larger(reg a, reg b) { return _mm256_blendv_ps(a, b, later(a, b)); }
+  static reg if_later(reg a, reg b, reg was, reg is) { return _mm256_blendv_ps(was, is, later(a, b)); }
+  static reg if_equal(reg a, reg b, reg v) { return _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ), v); }
   static reg evens(reg a, reg b) {
     return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88)), 0xd8));
   }
@@ -123,9 +124,10 @@ struct Avx2Double {
     const reg size = _mm256_andnot_pd(set1(double(-0.0)), v);
     return _mm256_and_pd(_mm256_cmp_pd(size, set1(kSmallestNormal<double>), _CMP_NLT_UQ), v);
   }
-  static reg larger(reg a, reg b) {
-    return _mm256_blendv_pd(a, b, _mm256_or_pd(_mm256_cmp_pd(b, a, _CMP_GT_OQ), _mm256_cmp_pd(b, b, _CMP_UNORD_Q)));
-  }
+  static reg later(reg a, reg b) { return _mm256_or_pd(_mm256_cmp_pd(b, a, _CMP_GT_OQ), _mm256_cmp_pd(b, b, _CMP_UNORD_Q)); }
+  static reg larger(reg a, reg b) { return _mm256_blendv_pd(a, b, later(a, b)); }
+  static reg if_later(reg a, reg b, reg was, reg is) { return _mm256_blendv_pd(was, is, later(a, b)); }
+  static reg if_equal(reg a, reg b, reg v) { return _mm256_and_pd(_mm256_cmp_pd(a, b, _CMP_EQ_OQ), v); }
   static reg evens(reg a, reg b) { return _mm256_permute4x64_pd(_mm256_unpacklo_pd(a, b), 0xd8); }
   static reg interleave_low(reg a, reg b) {
     return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x20);

@@ -58,10 +58,10 @@ struct Avx512Float {
   static reg flushed(reg v) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(_mm512_abs_ps(v), set1(kSmallestNormal<float>), _CMP_NLT_UQ), v);
   }
-  static reg larger(reg a, reg b) {
-    const __mmask16 later = _mm512_cmp_ps_mask(b, a, _CMP_GT_OQ) | _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q);
-    return _mm512_mask_mov_ps(a, later, b);
-  }
+  static __mmask16 later(reg a, reg b) { return _mm512_cmp_ps_mask(b, a, _CMP_GT_OQ) | _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q); }
+  static reg larger(reg a, reg b) { return _mm512_mask_mov_ps(a, later(a, b), b); }
+  static reg if_later(reg a, reg b, reg was, reg is) { return _mm512_mask_mov_ps(was, later(a, b), is); }
+  static reg if_equal(reg a, reg b, reg v) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), v); }
   static reg evens(reg a, reg b) {
     return _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), b);
   }
@@ -100,10 +100,10 @@ struct Avx512Double {
   static reg flushed(reg v) {
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(_mm512_abs_pd(v), set1(kSmallestNormal<double>), _CMP_NLT_UQ), v);
   }
-  static reg larger(reg a, reg b) {
-    const __mmask8 later = _mm512_cmp_pd_mask(b, a, _CMP_GT_OQ) | _mm512_cmp_pd_mask(b, b, _CMP_UNORD_Q);
-    return _mm512_mask_mov_pd(a, later, b);
-  }
+  static __mmask8 later(reg a, reg b) { return _mm512_cmp_pd_mask(b, a, _CMP_GT_OQ) | _mm512_cmp_pd_mask(b, b, _CMP_UNORD_Q); }
+  static reg larger(reg a, reg b) { return _mm512_mask_mov_pd(a, later(a, b), b); }
+  static reg if_later(reg a, reg b, reg was, reg is) { return _mm512_mask_mov_pd(was, later(a, b), is); }
+  static reg if_equal(reg a, reg b, reg v) { return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ), v); }
   static reg evens(reg a, reg b) { return _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14), b); }
   static reg interleave_low(reg a, reg b) {
     return _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b);

@@ -44,6 +44,10 @@ struct ScalarVec {
   static reg relu_gradient(reg g, reg y) { return fused_resnet::relu_gradient(g, y); }
   static reg flushed(reg v) { return (v < 0 ? -v : v) < kSmallestNormal<T> ? T(0) : v; }
   static reg larger(reg a, reg b) { return b > a || b != b ? b : a; }
+  // `is` where b would be the larger of a and b, else `was`.
+  static reg if_later(reg a, reg b, reg was, reg is) { return b > a || b != b ? is : was; }
+  // v where a and b are equal, else 0.
+  static reg if_equal(reg a, reg b, reg v) { return a == b ? v : T(0); }
   static reg evens(reg a, reg) { return a; }
   static reg interleave_low(reg a, reg) { return a; }
   static reg interleave_high(reg, reg b) { return b; }

@@ -1,4 +1,4 @@
-"""Max pooling by our own kernel, where no gradient is wanted."""
+"""Max pooling by our own kernels: without gradients in either memory format, with them in channels_last."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import operator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _settings
-from .._compat import GLOBAL_HOOKS, HOOKS, nobody_listens
+from .._compat import GLOBAL_HOOKS, HOOKS, is_in_memory, nobody_listens
 from .._extension import cpu
+from ..ops.role import Rectified
+from ..ops.schema import relu_backward
 from ..ops.spec import LEGAL_DTYPES, address, dtype_name, is_channels_last
+from .training import Training
 
 # Inputs of fewer elements, in contiguous memory and in channels_last: the module's whole call takes less than our checks (bench/pooling.py).
 FEW, FEW_CHANNELS_LAST = 4096, 20480
@@ -74,10 +78,45 @@ def window_of(module: nn.MaxPool2d) -> Window | None:
     return Window(kernel, stride, padding, ceil_mode) if kernel[0] * kernel[1] <= cpu.MaxPool.MOST_TAPS else None
 
 
-def max_pool(plans: _settings.Plans, module: nn.MaxPool2d, x: Tensor) -> Tensor | None:
+class PoolInTraining(torch.autograd.Function):
+    """Without indices: which element of a window was the largest, its input tells again, which the ReLU in front keeps as well. The gradient
+    goes through that ReLU at its end, where there is one (``reads``)."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, plans: _settings.Plans, window: Window, plan: Any, reads: Rectified | None, x: Tensor
+    ) -> Tensor:
+        ctx.plans, ctx.window, ctx.reads = plans, window, reads
+        ctx.save_for_backward(x)
+        return _run(plan, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        kernel, stride, padding, ceil_mode = ctx.window
+        masked = ctx.reads is not None
+        if nobody_listens(grad, x, but_for_profiler=True) and grad.dtype == x.dtype:
+            grad = grad.contiguous(memory_format=torch.channels_last)
+            key = (ctx.window, masked, x.shape, x.stride(), grad.stride(), x.dtype, torch.get_num_threads(), _settings.number)
+            gradient = ctx.plans.kept.get(key)
+            if gradient is None:
+                gradient = ctx.plans.make(key, lambda: _gradient(ctx.window, x, grad, masked))
+            result = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+            gradient.run(address(grad, "the gradient of the pooling"), address(x, "the input of the pooling"), result.data_ptr())
+            return None, None, None, None, result
+        with torch.no_grad():
+            _, indices = F.max_pool2d(x, kernel, stride, padding, ceil_mode=ceil_mode, return_indices=True)
+        found = torch.ops.aten.max_pool2d_with_indices_backward(grad, x.detach(), kernel, stride, padding, (1, 1), ceil_mode, indices)
+        return None, None, None, None, relu_backward(found, x, False)[0] if masked else found
+
+
+def max_pool(plans: _settings.Plans, module: nn.MaxPool2d, x: Tensor, trained: Training | None = None) -> Tensor | None:
     """What ``module``, a plain ``nn.MaxPool2d``, makes of ``x``; None where it is for the module itself: the same function, and its errors.
-    Of equal zeros of both signs either may be the largest."""
-    if cpu is None or not nobody_listens(x) or not x.is_cpu:
+    Of equal zeros of both signs either may be the largest. trained: the step of training that it is a node of, if it is."""
+    if cpu is None or not x.is_cpu:
+        return None
+    trains = trained is not None and type(x) is Tensor and x.requires_grad
+    if not (_has_gradient(x) if trains else nobody_listens(x)):
         return None
     if x.dim() != 4 or x.numel() < (FEW_CHANNELS_LAST if x.stride(1) == 1 else FEW):
         return None
@@ -94,10 +133,35 @@ def max_pool(plans: _settings.Plans, module: nn.MaxPool2d, x: Tensor) -> Tensor 
         plan = plans.make(key, lambda: _plan(window, x))
     if plan is None:
         return None
+    if not trains:
+        return _run(plan, x)
+    assert trained is not None
+    reads = trained.reads()
+    y: Tensor = PoolInTraining.apply(plans, window, plan, reads, x)
+    if reads is not None:
+        reads.reader_masks = True
+    return y
+
+
+def _has_gradient(x: Tensor) -> bool:
+    """Whether our kernel is for the gradient in ``x``."""
+    dense = x.dim() == 4 and x.numel() > 0 and x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last)
+    return dense and x.dtype in (torch.float32, torch.float64) and is_in_memory(x)
+
+
+def _run(plan: Any, x: Tensor) -> Tensor:
     pool, shape, strides = plan
     y = x.new_empty_strided(shape, strides)
     pool.run(address(x, "the input of the pooling"), y.data_ptr())
     return y
+
+
+def _gradient(window: Window, x: Tensor, grad: Tensor, masked: bool) -> Any:
+    assert cpu is not None
+    sizes = window[:3]
+    return cpu.MaxPoolGradient(
+        dtype_name(x.dtype), x.shape, grad.shape, *sizes, x.stride(), grad.stride(), masked, torch.get_num_threads()
+    )
 
 
 def _pair(value: Any) -> tuple[int, int] | None:

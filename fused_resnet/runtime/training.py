@@ -29,11 +29,13 @@ class Training:
 
     def role(self, x: Tensor, relu: bool, by_library: bool) -> Role:
         """Of the node's convolution of ``x``: the node's input, or what that was cast to."""
-        number, part = self._part.inputs[self._node], self._part
-        is_input = x is self._values[number]
-        reads = self._rectified.get(number) if is_input and self._node in part.sole else None
-        forks = is_input and self._node in part.forks and self._values[number].requires_grad
-        return Role(by_library, reads, self.rectified() if relu else None, forks)
+        is_input = x is self._values[self._part.inputs[self._node]]
+        forks = is_input and self._node in self._part.forks and x.requires_grad
+        return Role(by_library, self.reads() if is_input else None, self.rectified() if relu else None, forks)
+
+    def reads(self) -> Rectified | None:
+        """The ReLU whose output the node alone reads, if it does."""
+        return self._rectified.get(self._part.inputs[self._node]) if self._node in self._part.sole else None
 
     def fork(self, again: Tensor) -> None:
         """The node's input for whoever reads it behind the node."""

@@ -79,7 +79,8 @@ def test_each_operand_of_relu_backward(one_thread: None, isa: str, dtype: torch.
             arguments[operand] = testing.LAYOUTS[layout](arguments[operand])
             masked, sums = torch.ops.fused_resnet.relu_backward(**arguments, bias_grad=True)
             expected = torch.where(arguments["output"] <= 0, torch.zeros_like(masked), arguments["grad"])
-            for what, ours, theirs in (("mask", masked, expected), ("bias", sums, expected.sum((0, 2, 3)))):
+            alone, _ = torch.ops.fused_resnet.relu_backward(**arguments, bias_grad=False)
+            for what, ours, theirs in (("mask", masked, expected), ("alone", alone, expected), ("bias", sums, expected.sum((0, 2, 3)))):
                 result = testing.compare_exact(ours, theirs)
                 assert result, f"{what} {shape}, {others}: {result.reason}"
 

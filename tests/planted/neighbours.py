@@ -9,6 +9,7 @@ ENDS = f"{GRADIENT}::test_ends"
 GUARD_BYTES = "tests/kernels/test_memory.py::test_memory[guard bytes]"
 CPP = ("csrc/cpu/input_gradient.cpp",)
 NEIGHBOURS = "tests/runtime/test_neighbours.py"
+POOLING = "tests/runtime/test_pooling_gradient.py::test_as_pytorchs"
 
 FAULTS = (
     Fault(
@@ -126,7 +127,7 @@ FAULTS = (
     Fault(
         "neighbours: the input comes back where it wants no gradient",
         ("fused_resnet/runtime/training.py",),
-        " and self._values[number].requires_grad",
+        " and x.requires_grad",
         "",
         (f"{NEIGHBOURS}::test_which_neighbours",),
     ),
@@ -178,5 +179,68 @@ FAULTS = (
         "a.output_pitch = s.second.w,",
         "a.output_pitch = s.first.w,",
         ("tests/kernels/test_layouts.py::test_each_operand_of_relu_backward",),
+    ),
+    Fault(
+        "max pooling's gradient: of equal elements the last has it",
+        ("csrc/cpu/vec_scalar.h",),
+        "static reg if_later(reg a, reg b, reg was, reg is) { return b > a ||",
+        "static reg if_later(reg a, reg b, reg was, reg is) { return b >= a ||",
+        (POOLING,),
+    ),
+    Fault(
+        "max pooling's gradient: of several NaNs the first has it, AVX2",
+        ("csrc/cpu/vec_avx2.h",),
+        "static reg if_later(reg a, reg b, reg was, reg is) { return _mm256_blendv_ps(was, is, later(a, b)); }",
+        "static reg if_later(reg a, reg b, reg was, reg is) { return _mm256_blendv_ps(was, is, _mm256_cmp_ps(b, a, _CMP_GT_OQ)); }",
+        (POOLING,),
+    ),
+    Fault(
+        "max pooling's gradient: passes where the ReLU gave 0",
+        ("csrc/cpu/pooling.h",),
+        "if (a.masked) grad = V::relu_gradient(grad, largest);",
+        "",
+        (POOLING,),
+    ),
+    Fault(
+        "max pooling's gradient: the rows under the last windows keep what was there",
+        ("csrc/cpu/max_pool.cpp",),
+        "  zero(s.h);\n",
+        "",
+        (GUARD_BYTES,),
+    ),
+    Fault(
+        "max pooling's gradient: some channels are nobody's",
+        ("csrc/cpu/max_pool.cpp",),
+        "first = vectors * part / parts_ * vector;",
+        "first = vectors * part / parts_ * vector + (part > 0 ? vector : 0);",
+        ("tests/runtime/test_pooling_gradient.py::test_any_number_of_threads",),
+    ),
+    Fault(
+        "max pooling's gradient: not taken through the ReLU that relies on it",
+        ("fused_resnet/runtime/pooling.py",),
+        "masked = ctx.reads is not None",
+        "masked = False",
+        (POOLING, "tests/runtime/test_pooling_gradient.py::test_in_a_network"),
+    ),
+    Fault(
+        "max pooling's gradient: the ReLU in front does it once more",
+        ("fused_resnet/runtime/pooling.py",),
+        "        reads.reader_masks = True\n",
+        "        pass\n",
+        ("tests/runtime/test_pooling_gradient.py::test_in_a_network",),
+    ),
+    Fault(
+        "max pooling's gradient: the plan is found whether a ReLU is in front or not",
+        ("fused_resnet/runtime/pooling.py",),
+        "key = (ctx.window, masked, x.shape,",
+        "key = (ctx.window, x.shape,",
+        ("tests/runtime/test_pooling_gradient.py::test_one_module_in_two_places",),
+    ),
+    Fault(
+        "max pooling's gradient: differentiated further, the ReLU is forgotten",
+        ("fused_resnet/runtime/pooling.py",),
+        "relu_backward(found, x, False)[0] if masked else found",
+        "found",
+        ("tests/runtime/test_pooling_gradient.py::test_differentiated_further",),
     ),
 )

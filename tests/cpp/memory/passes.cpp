@@ -34,6 +34,20 @@ void run_case(i64 n, i64 k, i64 p, i64 q, DType dtype, bool y_last, int x_layout
   expect(equal, "bias_add_relu");
 
   y.poison();
+  bias_add_relu(s, x.data(), nullptr, z.data(), y.data(), threads);
+  expect(x.intact() && z.intact() && y.intact(), "guard bytes of add_relu");
+  ours = y.values();
+  for (std::size_t i = 0; i < ours.size(); ++i) equal = equal && ours[i] == std::max(x_values[i] + z_values[i], 0.0);
+  expect(equal, "add_relu");
+
+  y.poison();
+  relu_backward(s, x.data(), z.data(), y.data(), nullptr, threads);
+  expect(x.intact() && z.intact() && y.intact(), "guard bytes of relu_backward alone");
+  ours = y.values();
+  for (std::size_t i = 0; i < ours.size(); ++i) equal = equal && ours[i] == (z_values[i] <= 0 ? 0 : x_values[i]);
+  expect(equal, "relu_backward alone");
+
+  y.poison();
   relu_backward(s, x.data(), z.data(), y.data(), sums.data(), threads);
   expect(x.intact() && z.intact() && y.intact() && sums.intact(), "guard bytes of relu_backward");
   Values totals(std::size_t(k), 0.0);

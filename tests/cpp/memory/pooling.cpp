@@ -42,6 +42,43 @@ bool same(const Values& a, const Values& b) {
   });
 }
 
+// Where the gradient of each window goes; masked: nowhere, where the largest is 0 or less.
+Values gradient(const PoolShape& s, const Values& x, const Values& dy, bool masked) {
+  Values result(x.size());
+  std::size_t window = 0;
+  for (i64 plane = 0; plane < s.n * s.c; ++plane)
+    for (i64 p = 0; p < s.p; ++p)
+      for (i64 q = 0; q < s.q; ++q, ++window) {
+        std::size_t at = x.size();
+        for (i64 i = 0; i < s.kernel_h * s.kernel_w; ++i) {
+          const i64 h = p * s.stride_h - s.pad_top + i / s.kernel_w, w = q * s.stride_w - s.pad_left + i % s.kernel_w;
+          if (h < 0 || h >= s.h || w < 0 || w >= s.w) continue;
+          const std::size_t here = std::size_t((plane * s.h + h) * s.w + w);
+          if (at == x.size() || x[here] > x[at] || std::isnan(x[here])) at = here;
+        }
+        if (!masked || !(x[at] <= 0)) result[at] += dy[window];
+      }
+  return result;
+}
+
+void run_gradient(PoolShape s, DType dtype, const Tensor& x, const Values& x_values, int threads, bool masked) {
+  std::mt19937 random(8);
+  const Values dy_values = integers(s.n * s.c * s.p * s.q, 9, random);
+  Tensor dy(dtype, s.n, s.c, s.p, s.q, dense(true, s.c, s.p, s.q)), dx(dtype, s.n, s.c, s.h, s.w, x.strides());
+  dy.set(dy_values);
+  s.y = dy.strides();
+  const MaxPoolGradient pool(s, dtype, masked, threads);
+  Operands operands;
+  operands.x = dy.data(), operands.weight = x.data(), operands.y = dx.data();
+  const auto intact = [&] { return x.intact() && dy.intact() && dx.intact() && dx.gaps_are_nan(); };
+  expect(run_afresh(pool, operands) && intact(), "guard bytes of max_pool's gradient");
+  const Values expected = gradient(s, x_values, dy_values, masked);
+  expect(same(dx.values(), expected), "max_pool's gradient");
+  dx.poison();
+  expect(by_hand(pool, operands) && intact(), "guard bytes of max_pool's gradient by hand");
+  expect(same(dx.values(), expected), "max_pool's gradient by hand");
+}
+
 void run_case(PoolShape s, DType dtype, int x_layout, bool y_last, int threads, bool special) {
   std::mt19937 random(7);
   Values values = integers(s.n * s.c * s.h * s.w, 9, random);
@@ -66,6 +103,7 @@ void run_case(PoolShape s, DType dtype, int x_layout, bool y_last, int threads, 
   expect(by_hand(pool, operands), "guard bytes of max_pool's workspace");
   expect(x.intact() && y.intact(), "guard bytes of max_pool by hand");
   expect(same(y.values(), expected), "max_pool by hand");
+  if (s.channels && dtype != DType::bfloat16) run_gradient(s, dtype, x, values, threads, special);
 }
 
 }  // namespace
