@@ -153,11 +153,11 @@ FAULTS = (
         (f"{NEIGHBOURS}::test_a_bias_gradient_does_not_depend_on_the_threads",),
     ),
     Fault(
-        "a bias gradient without a ReLU: behind the first pixel of a line a mask is read",
+        "a bias gradient without a ReLU: of the first pixel of each line",
         ("csrc/cpu/pointwise.h",),
-        "    if (!masks) continue;\n",
-        "",
-        (GUARD_BYTES,),
+        "    grad += a.grad_pitch;\n    if (!masks) continue;\n",
+        "    if (!masks) continue;\n    grad += a.grad_pitch;\n",
+        (f"{NEIGHBOURS}::test_a_bias_gradient_does_not_depend_on_the_threads", GUARD_BYTES),
     ),
     Fault(
         "relu_backward: a run of memory though the operands lie otherwise",

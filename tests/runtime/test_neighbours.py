@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import fused_resnet
 import fused_resnet.nn as fnn
-from fused_resnet import _extension, testing
+from fused_resnet import _extension, testing, why_not
 from fused_resnet.graph.ir import Addition
 from fused_resnet.ops.cpu import CpuBackend
 from fused_resnet.ops.functions import convolution_in_block, gradient, relu_
@@ -239,13 +239,15 @@ def test_a_graph_of_neighbours(kernels: object) -> None:
 
 def test_one_input_many_ends(kernels: object) -> None:
     """Plans are kept: the same tensors with another end are another plan."""
-    grad, weight = torch.randint(-3, 4, (1, 5, 6, 7)).double(), torch.randint(-1, 2, (5, 4, 3, 3)).double()
+    grad, weight = torch.randint(-3, 4, (1, 5, 6, 7)).double(), torch.randint(-1, 2, (5, 8, 3, 3)).double()
+    assert not why_not(torch.zeros(1, 8, 6, 7).double(), weight, padding=1, gradient="input")
     geometry = Geometry((1, 1), Padding(1, 1, 1, 1))
-    alone = gradient("input", grad, weight, torch.Size((1, 4, 6, 7)), False, geometry)
-    end = torch.randn(1, 4, 6, 7, dtype=torch.float64)
+    size = torch.Size((1, 8, 6, 7))
+    alone = gradient("input", grad, weight, size, False, geometry)
+    end = torch.randn(size, dtype=torch.float64)
     for laid in (end, end.contiguous(memory_format=torch.channels_last)):
         for masked in (True, False, True):
-            found = gradient("input", grad, weight, torch.Size((1, 4, 6, 7)), False, geometry, laid, masked)
+            found = gradient("input", grad, weight, size, False, geometry, laid, masked)
             assert torch.equal(found, torch.where(end <= 0, 0, alone) if masked else alone + end)
 
 
