@@ -24,7 +24,7 @@ from fused_resnet import _machine
 from fused_resnet.benchmark.output import progress, write_json
 from fused_resnet.benchmark.timing import geometric_mean, interleave
 from fused_resnet.cases import ConvCase
-from fused_resnet.ops.autograd import gradient
+from fused_resnet.ops.functions import gradient
 from fused_resnet.ops.gradients import gradient_of, library_gradient
 from fused_resnet.ops.plans import backends
 from fused_resnet.ops.spec import Operand, geometry_of_call, spec_of

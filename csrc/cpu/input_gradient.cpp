@@ -141,7 +141,8 @@ std::string InputGradient::describe() const {
   std::string text;
   const auto add = [&text](const std::string& words) { text += (text.empty() ? "" : "; ") + words; };
   for (const Part& part : parts_) add(part.step->describe());
-  if (rest_rows_) add(shape_.has_shortcut && !shape_.masked ? "what is added, for the pixels that no window touches" : "zeros for the pixels that no window touches");
+  const char* const rest = shape_.has_shortcut && !shape_.masked ? "what is added" : "zeros";
+  if (rest_rows_) add(std::string(rest) + " for the pixels that no window touches");
   return text;
 }
 

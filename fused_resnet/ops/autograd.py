@@ -10,13 +10,11 @@ from torch import Tensor
 
 from .._compat import has_tangent, without_autocast
 from .derived import derive
-from .functions import BiasAddReLU, ConvBiasAddReLU, ReLUBackward, call_below_autograd, needs_grad, refuse_forward_mode
+from .functions import GRADIENTS, BiasAddReLU, ConvBiasAddReLU, ReLUBackward, call_below_autograd, needs_grad, refuse_forward_mode
 from .gradients import library_gradient
 from .role import ALONE
-from .schema import bias_add_relu, conv_bias_add_relu, conv_input_gradient, conv_weight_gradient, relu_backward
+from .schema import bias_add_relu, conv_bias_add_relu, relu_backward
 from .spec import Operand, geometry_of_operator
-
-_GRADIENTS: dict[Operand, Any] = {"input": conv_input_gradient, "weight": conv_weight_gradient}
 
 
 def conv_autograd(input: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Tensor | None, *parameters: Any) -> Tensor:
@@ -47,7 +45,7 @@ def gradient_autograd(operand: Operand) -> Callable[..., Tensor]:
         if needs_grad(grad, other) or has_tangent(grad, other):  # differentiated further: by the library
             memory_format = torch.channels_last if channels_last else torch.contiguous_format
             return library_gradient(operand, grad, other, size, memory_format, geometry_of_operator(grad, *geometry))
-        found: Tensor = call_below_autograd(_GRADIENTS[operand], grad, other, size, channels_last, *geometry)
+        found: Tensor = call_below_autograd(GRADIENTS[operand], grad, other, size, channels_last, *geometry)
         return found
 
     return kernel

@@ -55,17 +55,18 @@ class ConvBiasAddReLU(torch.autograd.Function):
         return (output, input) if role.forks else output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, end: Tensor | None = None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """end: the gradient of the input's other reader."""
+    def backward(ctx: Any, grad: Tensor | None, other: Tensor | None = None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """other: the gradient of the input's other reader."""
         input, weight, output = ctx.saved_tensors
         role = ctx.role
         need_input, need_weight, need_bias, need_shortcut = ctx.needs_input_grad[1:5]
         if grad is None:
-            return None, end, *[None] * 8
+            return None, other, *[None] * 8
         made = None if role.makes is not None and role.makes.reader_masks else output
         masked, grad_bias = _through_relu(grad, made, need_bias)
         grad_input = grad_weight = None
         if masked.is_cuda:  # there are no kernels of ours
+            assert role == Role()
             if need_input:  # the library asks for the input
                 grad_input = library_input_gradient(masked, weight, ctx.input_size, ctx.input_format, ctx.geometry, input)
             if need_weight:
@@ -73,10 +74,14 @@ class ConvBiasAddReLU(torch.autograd.Function):
         else:
             if need_input:
                 channels_last = ctx.input_format is torch.channels_last
-                through = role.reads is not None
-                end = input if through else end
+                through = role.reads is not None  # then nobody else reads the input
+                end = input if through else other
                 grad_input = gradient("input", masked, weight, ctx.input_size, channels_last, ctx.geometry, end, through)
             if need_weight:
+                if role.reads is not None and torch.is_grad_enabled():
+                    # Differentiated further, this gradient reads the input too, and the ReLU in front does not mask: what goes back to
+                    # the input passes a second ReLU, which changes no value.
+                    input = torch.relu(input)
                 channels_last = ctx.weight_format is torch.channels_last
                 grad_weight = gradient("weight", masked, input, ctx.weight_size, channels_last, ctx.geometry)
         return None, grad_input, grad_weight, grad_bias, masked if need_shortcut else None, *[None] * 5
@@ -235,7 +240,7 @@ def _training_forward(
     return output
 
 
-_GRADIENTS: dict[Operand, Any] = {"input": conv_input_gradient, "weight": conv_weight_gradient}
+GRADIENTS: dict[Operand, Any] = {"input": conv_input_gradient, "weight": conv_weight_gradient}
 
 
 def gradient(
@@ -254,7 +259,7 @@ def gradient(
         plan = find_gradient(operand, grad, other, size, channels_last, *geometry, end=end, masked=masked)
         with _named(f"conv_{operand}_gradient"):
             return plan(grad, other, end)
-    found: Tensor = _GRADIENTS[operand](grad, other, size, channels_last, *geometry)
+    found: Tensor = GRADIENTS[operand](grad, other, size, channels_last, *geometry)
     if end is None:
         return found
     return _through_relu(found, end, False)[0] if masked else found + end

@@ -1,4 +1,18 @@
-"""What a convolution does for its neighbours in a step of training."""
+"""What a convolution does for its neighbours in a step of training.
+
+A block of two layers, y = relu(conv2(h) + x) with h = relu(conv1(x)), as PyTorch goes back:
+
+    g = dy where not (y <= 0)      a pass: the shortcut's gradient
+    dh = gradient of conv2, of g
+    dh = dh where not (h <= 0)     a pass
+    dx = gradient of conv1, of dh
+    dx = dx + g                    a pass
+
+Here conv2 ``reads`` what conv1's ReLU ``makes``, and nobody else does: it masks dh before it is stored. conv1 ``forks`` x: it gives x back
+for the addition, so that g comes to conv1's backward, which adds it to dx before that is stored. One pass is left. With a norm in between
+it is the same. All this is about who reads a value forward. A backward that is itself differentiated reads the values once more, which
+``functions`` sees to.
+"""
 
 from __future__ import annotations
 

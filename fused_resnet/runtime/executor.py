@@ -247,7 +247,7 @@ def _residual(
     try:
         return _convolution(node, h, shortcut, node.relu, compiling, trained)
     except ValueError:
-        # The operator does not broadcast; the block's own addition may.
+        # The operator does not broadcast; the block's own addition may. Nobody relies on the ReLU that was not made.
         y = _convolution(node, h, None, False, compiling, trained)
         if y.shape == shortcut.shape:
             raise

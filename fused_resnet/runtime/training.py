@@ -1,6 +1,6 @@
 """A step of training through one part of a graph: what its convolutions leave to one another.
 
-Their gradients' passes over memory are fewer than the layers are (``ops.autograd.Role``): the gradient through a ReLU is the end of the next
+Their gradients' passes over memory are fewer than the layers are (``ops.role.Role``): the gradient through a ReLU is the end of the next
 convolution's, and the sum of two readers' gradients is the end of the first one's.
 """
 

@@ -25,7 +25,8 @@ from fused_resnet.cases import AWKWARD, BLOCKS, BlockCase, ConvCase, Operands
 from fused_resnet.ops import derived
 from fused_resnet.ops.cpu import CpuBackend, CpuPlan
 from fused_resnet.ops.functions import add_relu_
-from fused_resnet.ops.spec import geometry_of_call, spec_of
+from fused_resnet.ops.select import how_to_train
+from fused_resnet.ops.spec import Layout, geometry_of_call, spec_of
 from fused_resnet.runtime import executor
 
 NODE = "ConvBiasAddReLUBackward"
@@ -90,6 +91,26 @@ def test_whose_gradients(
     assert found.count(NODE) == ours
     assert found.count("ConvolutionBackward0") == 3 - ours
     assert [w.shape for w in forward] == [b.conv2.weight.shape]  # type: ignore[union-attr]
+
+
+def test_how_to_train() -> None:
+    """Winograd's convolutions are ours; of the direct ones the gradients, in channels_last and float32, where there is enough to do."""
+    nchw, last = ((1 << 16, 1 << 10, 32, 1), (1 << 16, 1, 1 << 11, 1 << 6))  # of [_, 64, 32, 32]
+
+    def by(strides: tuple[int, ...] = last, kernel: int = 1, dtype: torch.dtype = torch.float32, **other: Any) -> str:
+        channels, outputs, batch = (other.pop(name, default) for name, default in (("channels", 64), ("outputs", 64), ("batch", 8)))
+        stride, dilation, groups = (other.pop(name, default) for name, default in (("stride", (1, 1)), ("dilation", (1, 1)), ("groups", 1)))
+        assert not other
+        laid = Layout((batch, channels, 32, 32), strides)
+        return how_to_train(laid, (outputs, channels, kernel, kernel), stride, dilation, groups, dtype)
+
+    assert (by(), by(nchw), by(kernel=3), by(nchw, 3)) == ("our gradients", "library", "ours", "ours")
+    assert (by(kernel=3, stride=(2, 2)), by(nchw, 3, stride=(2, 2)), by(stride=(2, 2))) == ("our gradients", "library", "our gradients")
+    assert (by(kernel=5), by(kernel=3, dilation=(2, 2)), by(kernel=3, groups=2), by(channels=4)) == ("library",) * 4
+    assert (by(outputs=15), by(channels=15, outputs=600), by(outputs=16)) == ("library", "library", "our gradients")
+    assert (by(batch=1, outputs=63), by(batch=1)) == ("library", "our gradients")
+    assert (by(dtype=torch.bfloat16), by(kernel=3, dtype=torch.bfloat16)) == ("library", "ours")
+    assert (by(dtype=torch.float64), by(kernel=3, dtype=torch.float64)) == ("library", "library")
 
 
 @pytest.mark.parametrize("in_place", [True, False])
