@@ -65,25 +65,25 @@ class ConvBiasAddReLU(torch.autograd.Function):
         made = None if role.makes is not None and role.makes.reader_masks else output
         masked, grad_bias = _through_relu(grad, made, need_bias)
         grad_input = grad_weight = None
+        # The weight's gradient first: it is small and stays. Behind the input's, it would lie in the holes that glibc's heap has for maps.
         if masked.is_cuda:  # there are no kernels of ours
             assert role == Role()
-            if need_input:  # the library asks for the input
-                grad_input = library_input_gradient(masked, weight, ctx.input_size, ctx.input_format, ctx.geometry, input)
             if need_weight:
                 grad_weight = library_weight_gradient(masked, input, ctx.weight_size, ctx.weight_format, ctx.geometry)
+            if need_input:  # the library asks for the input
+                grad_input = library_input_gradient(masked, weight, ctx.input_size, ctx.input_format, ctx.geometry, input)
         else:
+            if need_weight:
+                # Differentiated further, this gradient reads the input too, and a ReLU in front that relies on this convolution does not mask: what
+                # goes back to the input passes a second ReLU, which changes no value.
+                values = torch.relu(input) if role.reads is not None and torch.is_grad_enabled() else input
+                channels_last = ctx.weight_format is torch.channels_last
+                grad_weight = gradient("weight", masked, values, ctx.weight_size, channels_last, ctx.geometry)
             if need_input:
                 channels_last = ctx.input_format is torch.channels_last
                 through = role.reads is not None  # then nobody else reads the input
                 end = input if through else other
                 grad_input = gradient("input", masked, weight, ctx.input_size, channels_last, ctx.geometry, end, through)
-            if need_weight:
-                if role.reads is not None and torch.is_grad_enabled():
-                    # Differentiated further, this gradient reads the input too, and the ReLU in front does not mask: what goes back to
-                    # the input passes a second ReLU, which changes no value.
-                    input = torch.relu(input)
-                channels_last = ctx.weight_format is torch.channels_last
-                grad_weight = gradient("weight", masked, input, ctx.weight_size, channels_last, ctx.geometry)
         return None, grad_input, grad_weight, grad_bias, masked if need_shortcut else None, *[None] * 5
 
 

@@ -92,8 +92,8 @@ FAULTS = (
     Fault(
         "neighbours: differentiated further, a weight's gradient goes around the ReLU in front",
         ("fused_resnet/ops/functions.py",),
-        "input = torch.relu(input)",
-        "pass",
+        "torch.relu(input) if role.reads is not None and torch.is_grad_enabled() else input",
+        "input",
         (f"{NEIGHBOURS}::test_differentiated_further",),
     ),
     Fault(
