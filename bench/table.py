@@ -59,6 +59,9 @@ def machine(data: dict[str, Any]) -> str:
     return f"{found['cpu']}, {found['extension']['isa']} kernels, torch {found['torch']}"
 
 
+MODES = {"forward": "forward", "train": "train", "frozen": "train with norms that keep their statistics"}
+
+
 def times(name: str) -> str:
     """The medians of one run, with what was left out and the machine below."""
     data = load(name)
@@ -78,7 +81,7 @@ def times(name: str) -> str:
     text = (
         f"Milliseconds, medians of interleaved samples of one run, each contender in a process of its own; ratio: the best of the others "
         f"over the best of ours; geometric mean {mean(ratios)}, lowest {min(ratios):.2f}.{contested}"
-        f"{wrong if any(r['wrong'] for r in clean) else ''} {options['dtype']}, {options['mode']}; {machine(data)}, "
+        f"{wrong if any(r['wrong'] for r in clean) else ''} {options['dtype']}, {MODES[options['mode']]}; {machine(data)}, "
         f"FMA peak of one core {data['fma_peak_gflops']:.0f} GFLOP/s. (`bench/results/{name}`)"
     )
     return f"{markdown([what, 'batch', 'threads', *columns, 'ratio'], rows)}\n\n{text}"
@@ -103,8 +106,24 @@ def figures() -> str:
         "parameters that a checkpoint needs. (`bench/memory.py`)"
     )
     parts.append(crowded())
-    parts += [times("training.json"), times("blocks_train.json"), gradients("input"), gradients("weight")]
+    parts += [times(name) for name in ("training.json", "training_resnet50.json", "training_frozen.json")]
+    parts += [memory_of_a_step(), times("blocks_train.json"), gradients("input"), gradients("weight")]
     return "\n\n".join(parts)
+
+
+def memory_of_a_step() -> str:
+    heap, mapped = load("memory_train.json"), load("memory_train_mapped.json")
+
+    def ratios(data: dict[str, Any]) -> str:
+        return ", ".join(f"{r['model']} {r['ratio']:.2f}" for r in data["results"])
+
+    first = heap["results"][0]
+    return (
+        f"Peak resident memory of a process that trains in channels_last, with SGD and momentum, over eager's, batch {first['batch']}, "
+        f"medians of {first['repeat']} processes: {ratios(heap)}; where each map has pages of its own (MALLOC_MMAP_THRESHOLD_=262144), so that "
+        f"holes in glibc's heap do not count: {ratios(mapped)}. ({machine(heap)}, `bench/memory.py --train`, "
+        "`bench/results/memory_train.json`, `memory_train_mapped.json`)"
+    )
 
 
 def gradients(operand: str) -> str:

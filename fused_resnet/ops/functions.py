@@ -74,8 +74,8 @@ class ConvBiasAddReLU(torch.autograd.Function):
                 grad_input = library_input_gradient(masked, weight, ctx.input_size, ctx.input_format, ctx.geometry, input)
         else:
             if need_weight:
-                # Differentiated further, this gradient reads the input too, and a ReLU in front that relies on this convolution does not mask: what
-                # goes back to the input passes a second ReLU, which changes no value.
+                # Differentiated further, this gradient reads the input too, and a ReLU in front that relies on this convolution does not mask:
+                # what goes back to the input passes a second ReLU, which changes no value.
                 values = torch.relu(input) if role.reads is not None and torch.is_grad_enabled() else input
                 channels_last = ctx.weight_format is torch.channels_last
                 grad_weight = gradient("weight", masked, values, ctx.weight_size, channels_last, ctx.geometry)
