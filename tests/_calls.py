@@ -36,6 +36,23 @@ def name(value: object) -> str:
     return str(getattr(value, "name", value)).removeprefix("torch.")
 
 
+def backward_nodes(y: Tensor) -> list[Any]:
+    """The nodes of autograd's graph behind a result, each once."""
+    found: dict[Any, None] = {}
+    todo: list[Any] = [y.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in found:
+            found[node] = None
+            todo += [following for following, _ in node.next_functions]
+    return list(found)
+
+
+def nodes(y: Tensor) -> list[str]:
+    """Their names."""
+    return [node.name() for node in backward_nodes(y)]
+
+
 def laid_out(operands: Operands, memory_format: torch.memory_format) -> Operands:
     """All 4-d operands in one memory format."""
     return Operands(

@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from _calls import CONV, DTYPES, FORMATS, INPUT_GRADIENT, MASK, WEIGHT_GRADIENT, Calls, laid_out, name, run_python
+from _calls import CONV, DTYPES, FORMATS, INPUT_GRADIENT, MASK, WEIGHT_GRADIENT, Calls, laid_out, name, nodes, run_python
 from torch import Tensor
-from torch.autograd.graph import Node
 
 import fused_resnet
 from fused_resnet import reference, testing
@@ -251,18 +250,6 @@ def test_accumulated_gradients_do_not_share_memory(kernels: object) -> None:
         assert len(pointers) == 3
 
 
-def _function_nodes(start: Node | None) -> list[str]:
-    found, todo, seen = [], [start], set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        found.append(node.name())
-        todo += [next_node for next_node, _ in node.next_functions]
-    return found
-
-
 def test_no_node_where_nothing_requires_grad(kernels: object) -> None:
     operands = _leaves(())
     output = fused_resnet.conv_bias_add_relu(*operands, padding=1)
@@ -276,7 +263,7 @@ def test_no_node_where_nothing_requires_grad(kernels: object) -> None:
         assert fused_resnet.conv_bias_add_relu(*required, padding=1).grad_fn is None
     for field in Operands._fields:
         y = fused_resnet.conv_bias_add_relu(*_leaves((field,)), padding=1)
-        assert _function_nodes(y.grad_fn) == ["ConvBiasAddReLUBackward", "torch::autograd::AccumulateGrad"]
+        assert nodes(y) == ["ConvBiasAddReLUBackward", "torch::autograd::AccumulateGrad"]
 
 
 @pytest.mark.parametrize("needs", SUBSETS, ids="+".join)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from _calls import CONV, FORMATS, INPUT_GRADIENT, Calls, name
+from _calls import CONV, FORMATS, INPUT_GRADIENT, Calls, backward_nodes, name
 from torch import Tensor, nn
 
 import fused_resnet
@@ -192,14 +192,8 @@ def test_nothing_is_left_to_add(kernels: object, live: bool) -> None:
     """The input has one reader in the graph: the first convolution, to which the other's gradient goes."""
     x = torch.randn(4, 32, 16, 16, requires_grad=True)
     y = block(32).train(live)(x)
-    edges, todo, seen = [], [y.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            edges += [(node.name(), following) for following, _ in node.next_functions if getattr(following, "variable", None) is x]
-            todo += [following for following, _ in node.next_functions]
-    assert [of for of, _ in edges] == ["ConvBiasAddReLUBackward"]
+    readers = [node.name() for node in backward_nodes(y) for following, _ in node.next_functions if getattr(following, "variable", None) is x]
+    assert readers == ["ConvBiasAddReLUBackward"]
 
 
 class ProjectionFirst(nn.Module):

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from _calls import nodes
 from test_pooling import SHAPES, WINDOWS
 from torch import Tensor, nn
 
@@ -148,17 +149,6 @@ def test_what_is_left_to_the_module(kernels: Any) -> None:
     assert pooling.max_pool(Plans(9), module, x.contiguous(memory_format=LAST).requires_grad_()) is None  # not a step's node
 
 
-def nodes(y: Tensor) -> list[str]:
-    found, todo, seen = [], [y.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            found.append(node.name())
-            todo += [following for following, _ in node.next_functions]
-    return found
-
-
 @pytest.mark.parametrize("live", [True, False])
 def test_in_a_network(kernels: Any, monkeypatch: pytest.MonkeyPatch, live: bool) -> None:
     """In channels_last, with the gradient through the stem's ReLU; what it does for that changes no bit."""
@@ -188,10 +178,12 @@ def test_in_a_network(kernels: Any, monkeypatch: pytest.MonkeyPatch, live: bool)
         assert torch.equal(mine, alone)
     monkeypatch.setattr("fused_resnet.runtime.executor.max_pool", lambda *arguments: None)
     plain = torch.autograd.grad(ours(x).sum(), list(ours.parameters()))
-    # Of the layers behind it to the bit; in front of it but for the order in which four gradients at most are added, and what the stem makes
-    # of that.
+    # Of the layers behind it to the bit. In front of it four gradients at most are added in another order: three roundings a term, of sums over
+    # 2048 pixels whose terms have either sign, and twice that for the norm in between.
+    lost = 2 * 3 * 2**-24 * 2048**0.5
     for (key, _), mine, theirs in zip(ours.named_parameters(), found, plain, strict=True):
-        assert torch.equal(mine, theirs) or (not key.startswith("layer") and testing.norm_error(mine, theirs.double()) < 1e-5), key
+        behind = key.startswith(("layer", "fc"))
+        assert torch.equal(mine, theirs) if behind else testing.norm_error(mine, theirs.double()) < lost, key
 
 
 def test_a_hook_on_the_pooling_is_heard(kernels: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.checkpoint
-from _calls import FORMATS, PASS, Calls, name, plan_of
+from _calls import FORMATS, PASS, Calls, name, nodes, plan_of
 from torch import Tensor, nn
 
 import fused_resnet
@@ -30,17 +30,6 @@ from fused_resnet.ops.spec import Layout, geometry_of_call, spec_of
 from fused_resnet.runtime import executor
 
 NODE = "ConvBiasAddReLUBackward"
-
-
-def nodes(y: Tensor) -> list[str]:
-    found, todo, seen = [], [y.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            found.append(node.name())
-            todo += [following for following, _ in node.next_functions]
-    return found
 
 
 def called(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
