@@ -97,6 +97,8 @@ class PoolInTraining(torch.autograd.Function):
         masked = ctx.reads is not None
         if nobody_listens(grad, x, but_for_profiler=True) and grad.dtype == x.dtype:
             grad = grad.contiguous(memory_format=torch.channels_last)
+            if grad.stride(1) != 1:  # of one channel, whose stride says nothing
+                grad = grad.as_strided(grad.shape, (grad.stride(0), 1, *grad.stride()[2:]))
             key = (ctx.window, masked, x.shape, x.stride(), grad.stride(), x.dtype, torch.get_num_threads(), _settings.number)
             gradient = ctx.plans.kept.get(key)
             if gradient is None:

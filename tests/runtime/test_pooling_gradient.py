@@ -140,6 +140,19 @@ def test_one_module_in_two_places(kernels: Any) -> None:
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected_gradient(module, x, torch.ones_like(y), False))
 
 
+def test_one_channel(kernels: Any) -> None:
+    """Its maps are both contiguous and channels_last, whatever their strides say; so is the gradient."""
+    module = nn.MaxPool2d(3, 2, 1)
+    x = torch.empty(2, 1, 9, 8, memory_format=LAST).copy_(values((2, 1, 9, 8), torch.float32, True)).requires_grad_()
+    assert x.stride(1) == 1
+    y = pooled(module, x, Rectified())
+    assert y is not None
+    grad = torch.randint(-8, 9, y.shape, generator=torch.Generator().manual_seed(1)).float()
+    for g in (grad, grad.expand(y.shape), torch.empty(y.shape, memory_format=LAST).copy_(grad), grad[:, :, :1].expand(y.shape)):
+        (found,) = torch.autograd.grad(y, x, g, retain_graph=True)
+        assert torch.equal(found, expected_gradient(module, x, g, True))
+
+
 def test_what_is_left_to_the_module(kernels: Any) -> None:
     module = nn.MaxPool2d(3, 2, 1)
     x = torch.randn(2, 8, 9, 9)
