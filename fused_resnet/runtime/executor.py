@@ -91,7 +91,8 @@ def _run(node: BoundNode, x: Tensor, values: list[Any], compiling: bool, trained
         output: Tensor = node.function(x, *node.args, **node.kwargs)
         return output
     if isinstance(node, BoundMaxPool):
-        pooled = None if node.plans is None else max_pool(node.plans, node.module, x, trained)
+        reads = None if trained is None else trained.reads()
+        pooled = None if node.plans is None else max_pool(node.plans, node.module, x, trained is not None, reads)
         return node.module(x) if pooled is None else pooled
     if node.addition is None:
         return _convolution(node, x, None, node.relu, compiling, trained)

@@ -15,7 +15,6 @@ from .._extension import cpu
 from ..ops.role import Rectified
 from ..ops.schema import relu_backward
 from ..ops.spec import LEGAL_DTYPES, address, dtype_name, is_channels_last
-from .training import Training
 
 # Inputs of fewer elements, in contiguous memory and in channels_last: the module's whole call takes less than our checks (bench/pooling.py).
 FEW, FEW_CHANNELS_LAST = 4096, 20480
@@ -112,12 +111,15 @@ class PoolInTraining(torch.autograd.Function):
         return None, None, None, None, relu_backward(found, x, False)[0] if masked else found
 
 
-def max_pool(plans: _settings.Plans, module: nn.MaxPool2d, x: Tensor, trained: Training | None = None) -> Tensor | None:
+def max_pool(
+    plans: _settings.Plans, module: nn.MaxPool2d, x: Tensor, trained: bool = False, reads: Rectified | None = None
+) -> Tensor | None:
     """What ``module``, a plain ``nn.MaxPool2d``, makes of ``x``; None where it is for the module itself: the same function, and its errors.
-    Of equal zeros of both signs either may be the largest. trained: the step of training that it is a node of, if it is."""
+    Of equal zeros of both signs either may be the largest. trained: nobody listens, but gradients may be wanted. reads: the ReLU whose
+    output ``x`` is, if nobody else reads it."""
     if cpu is None or not x.is_cpu:
         return None
-    trains = trained is not None and type(x) is Tensor and x.requires_grad
+    trains = trained and type(x) is Tensor and x.requires_grad
     if not (_has_gradient(x) if trains else nobody_listens(x)):
         return None
     if x.dim() != 4 or x.numel() < (FEW_CHANNELS_LAST if x.stride(1) == 1 else FEW):
@@ -137,8 +139,6 @@ def max_pool(plans: _settings.Plans, module: nn.MaxPool2d, x: Tensor, trained: T
         return None
     if not trains:
         return _run(plan, x)
-    assert trained is not None
-    reads = trained.reads()
     y: Tensor = PoolInTraining.apply(plans, window, plan, reads, x)
     if reads is not None:
         reads.reader_masks = True

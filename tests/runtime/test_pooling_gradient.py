@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from _calls import Calls, nodes
-from test_pooling import SHAPES, WINDOWS
+from _pooling import SHAPES, WINDOWS
 from torch import Tensor, nn
 
 from fused_resnet import _plain, fuse_, testing
@@ -25,18 +25,8 @@ def _of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pooling, "FEW_CHANNELS_LAST", 0)
 
 
-class Reader:
-    """What a node of a step of training is asked: the ReLU whose output it alone reads."""
-
-    def __init__(self, rectified: Rectified | None) -> None:
-        self.rectified = rectified
-
-    def reads(self) -> Rectified | None:
-        return self.rectified
-
-
 def pooled(module: nn.MaxPool2d, x: Tensor, rectified: Rectified | None = None) -> Tensor | None:
-    return pooling.max_pool(Plans(9), module, x, cast(Training, Reader(rectified)))
+    return pooling.max_pool(Plans(9), module, x, True, rectified)
 
 
 def values(shape: tuple[int, ...], dtype: torch.dtype, rectified: bool) -> Tensor:
@@ -132,11 +122,11 @@ def test_one_module_in_two_places(kernels: Any) -> None:
     x = values((2, 8, 9, 9), torch.float32, True).requires_grad_()
     grad = torch.randint(-8, 9, module(x).shape, generator=torch.Generator().manual_seed(1)).float()
     for rectified in (False, True, False):
-        y = pooling.max_pool(plans, module, x, cast(Training, Reader(Rectified() if rectified else None)))
+        y = pooling.max_pool(plans, module, x, True, Rectified() if rectified else None)
         assert y is not None
         assert torch.equal(torch.autograd.grad(y, x, grad)[0], expected_gradient(module, x, grad, rectified))
     module.padding = 0
-    y = pooling.max_pool(plans, module, x, cast(Training, Reader(None)))
+    y = pooling.max_pool(plans, module, x, True)
     assert y is not None
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected_gradient(module, x, torch.ones_like(y), False))
 
@@ -173,12 +163,11 @@ def test_in_a_network(kernels: Any, monkeypatch: pytest.MonkeyPatch, live: bool)
     assert "PoolInTrainingBackward" not in nodes(ours(x))
     ours, x = ours.to(memory_format=LAST), x.contiguous(memory_format=LAST)
     relus: list[Rectified | None] = []
-    reads = Training.reads
     pool = pooling.max_pool
 
-    def noted(plans: Plans, module: nn.MaxPool2d, x: Tensor, trained: Training | None = None) -> Tensor | None:
-        relus.append(reads(trained) if trained is not None else None)
-        return pool(plans, module, x, trained)
+    def noted(plans: Plans, module: nn.MaxPool2d, x: Tensor, trained: bool, reads: Rectified | None) -> Tensor | None:
+        relus.append(reads)
+        return pool(plans, module, x, trained, reads)
 
     monkeypatch.setattr("fused_resnet.runtime.executor.max_pool", noted)
     y = ours(x)
