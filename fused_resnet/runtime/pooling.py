@@ -117,9 +117,9 @@ def max_pool(
     """What ``module``, a plain ``nn.MaxPool2d``, makes of ``x``; None where it is for the module itself: the same function, and its errors.
     Of equal zeros of both signs either may be the largest. trained: nobody listens, but gradients may be wanted. reads: the ReLU whose
     output ``x`` is, if nobody else reads it."""
-    if cpu is None or not x.is_cpu:
+    if cpu is None or not isinstance(x, Tensor) or not x.is_cpu:
         return None
-    trains = trained and type(x) is Tensor and x.requires_grad
+    trains = trained and type(x) is Tensor and x.layout is torch.strided and x.requires_grad
     if not (_has_gradient(x) if trains else nobody_listens(x)):
         return None
     if x.dim() != 4 or x.numel() < (FEW_CHANNELS_LAST if x.stride(1) == 1 else FEW):

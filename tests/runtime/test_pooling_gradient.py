@@ -150,6 +150,8 @@ def test_what_is_left_to_the_module(kernels: Any) -> None:
     for other in (x, x.to(torch.bfloat16).contiguous(memory_format=LAST), x.contiguous(memory_format=LAST)[:, :5]):
         assert pooled(module, other.requires_grad_()) is None
     assert pooled(module, x.contiguous(memory_format=LAST).requires_grad_()) is not None
+    for other in (x.to_sparse().requires_grad_(), x.tolist(), None):
+        assert pooled(module, other) is None
     assert pooling.max_pool(Plans(9), module, x.contiguous(memory_format=LAST).requires_grad_()) is None  # not a step's node
 
 
