@@ -21,8 +21,10 @@ def test_a_script_imports(script: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    finally:  # what it took from its own folder: "cases", say, may be another's name too
+        for name in set(sys.modules) - before - {spec.name}:
+            if str(getattr(sys.modules[name], "__file__", None)).startswith(str(BENCH)):
+                del sys.modules[name]
     assert module.__doc__
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(BENCH)):
-            monkeypatch.delitem(sys.modules, name)
