@@ -141,7 +141,7 @@ def test_writes_through_data_of_a_large_weight(as_parameter: bool) -> None:
 
 @pytest.mark.smoke
 def test_training_loop() -> None:
-    """Forward, backward, step, ten times: weights equal those that the reference trains (integers: gradients are exact)."""
+    """Forward, backward, step, evaluation, ten times: weights and outputs equal those of the reference (integers: gradients are exact)."""
     ours, theirs = (nn.Parameter(_weight(outputs=3)) for _ in range(2))
     optimizers = [torch.optim.SGD([parameter], lr=1.0) for parameter in (ours, theirs)]
     for step in range(10):
@@ -151,6 +151,8 @@ def test_training_loop() -> None:
             module.conv_bias_add_relu(x, parameter, relu=True).sum().backward()
             optimizer.step()
         assert torch.equal(ours, theirs)
+        with torch.no_grad():  # a step packs its weight for itself; without gradients it is kept, and the next step changes it
+            assert torch.equal(fused_resnet.conv_bias_add_relu(x, ours), reference.conv_bias_add_relu(x, theirs))
     assert not torch.equal(ours, _weight(outputs=3))
 
 
