@@ -41,6 +41,13 @@ cu::Form form_of(const std::string& name) {
   throw std::invalid_argument("form must be matrix, image, few or joined, got '" + name + "'");
 }
 
+cu::Architecture architecture_of(const std::string& name) {
+  for (const cu::Architecture a : {cu::Architecture::any, cu::Architecture::sm80, cu::Architecture::sm90}) {
+    if (name == cu::name_of(a)) return a;
+  }
+  throw std::invalid_argument("architecture must be any, sm80 or sm90, got '" + name + "'");
+}
+
 fr::ConvShape shape(const Four& input, const Four& weight, const Four& output, const Two& stride, const Two& pad, const Two& dilation,
                     i64 groups, const Four& input_strides, const Four& output_strides, const std::optional<Four>& shortcut_strides,
                     bool has_bias, bool relu, const std::optional<JoinedTuple>& joined = std::nullopt) {
@@ -135,8 +142,7 @@ PYBIND11_MODULE(_cuda, m) {
                                       shortcut_strides, true, true);
         std::vector<cu::Tile> all;
         for (const auto& [architecture, name, form, rows, columns] : tiles) {
-          all.push_back({architecture == "sm90" ? "sm90" : architecture == "sm80" ? "sm80" : "any", dtype(name),
-                         form_of(form), rows, columns});
+          all.push_back({architecture_of(architecture), dtype(name), form_of(form), rows, columns});
         }
         const cu::Choice c = cu::choose(s, dtype(type), described(0, properties), tf32, all, algorithm);
         return std::pair(c.tile < 0 ? std::string("general") : all[std::size_t(c.tile)].name(), c.reason);

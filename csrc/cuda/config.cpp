@@ -44,7 +44,7 @@ std::string why_not_image(const ConvShape& s) {
 // reads (64 + n) x 32 bytes at 128 a cycle and computes for n / 2 cycles.
 double efficiency(const Tile& t) {
   if (t.form == Form::few) return 0.3;  // 8 bytes a load
-  if (t.architecture[3] == '8') return t.m * t.n >= 128 * 128 ? 0.8 : t.m * t.n >= 128 * 64 ? 0.65 : 0.5;  // "sm80"
+  if (t.architecture == Architecture::sm80) return t.m * t.n >= 128 * 128 ? 0.8 : t.m * t.n >= 128 * 64 ? 0.65 : 0.5;
   if (t.n >= 256) return 0.85;
   if (t.n >= 128) return t.m >= 128 ? 0.8 : 0.7;
   return t.m >= 128 ? 0.55 : 0.5;
@@ -61,6 +61,14 @@ const char* name_of(DType dtype) {
   }
 }
 
+const char* name_of(Architecture architecture) {
+  switch (architecture) {
+    case Architecture::sm90: return "sm90";
+    case Architecture::sm80: return "sm80";
+    default: return "any";
+  }
+}
+
 const char* name_of(Form form) {
   switch (form) {
     case Form::matrix: return "matrix";
@@ -71,7 +79,7 @@ const char* name_of(Form form) {
 }
 
 std::string Tile::name() const {
-  return std::string(architecture) + " " + name_of(dtype) + " " + name_of(form) + " " + std::to_string(m) + "x" + std::to_string(n);
+  return std::string(name_of(architecture)) + " " + name_of(dtype) + " " + name_of(form) + " " + std::to_string(m) + "x" + std::to_string(n);
 }
 
 std::string why_not_tensor_cores(const ConvShape& s, DType dtype, const Device& device, bool tf32) {
@@ -108,7 +116,7 @@ i64 images_a_launch(const ConvShape& s, const Tile& tile) {
 double predicted_time(const ConvShape& s, const Tile& t, const Device& device) {
   // Per multiprocessor and cycle: 4096 bfloat16 operations on Hopper, half of it before; TF32 runs at half the rate.
   const bool hopper = device.major == 9;
-  const double rate = (t.architecture[3] == '9' ? 4096.0 : 2048.0) * (t.dtype == DType::float32 ? 0.5 : 1.0) * efficiency(t);
+  const double rate = (t.architecture == Architecture::sm90 ? 4096.0 : 2048.0) * (t.dtype == DType::float32 ? 0.5 : 1.0) * efficiency(t);
   const double clock = hopper ? 1.7e3 : 1.4e3, bandwidth = hopper ? 3.0e6 : 1.4e6;  // cycles, bytes a microsecond
   const i64 step = 128 / bytes_of(t.dtype), rows = s.n * s.p * s.q;
   const i64 steps = t.form == Form::few ? ceil_div(s.r * s.s * s.c, step) : s.r * s.s * ceil_div(s.c, step) + ceil_div(s.joined.c, step);
@@ -128,7 +136,7 @@ Choice choose(const ConvShape& s, DType dtype, const Device& device, bool tf32, 
     return choice;
   }
   const std::string why = why_not_tensor_cores(s, dtype, device, tf32);
-  const std::string architecture = device.major == 9 ? "sm90" : "sm80";
+  const Architecture architecture = device.major == 9 ? Architecture::sm90 : Architecture::sm80;
   const auto suits = [&](const Tile& t) {
     if (t.dtype != dtype) return false;
     if ((t.form == Form::joined) != (s.joined.c > 0)) return false;
@@ -160,7 +168,7 @@ Choice choose(const ConvShape& s, DType dtype, const Device& device, bool tf32, 
       }
     }
   }
-  choice.reason = choice.tile < 0 ? std::string("this build has no ") + architecture + (s.joined.c ? " kernels with a projection for " : " kernels for ") + name_of(dtype)
+  choice.reason = choice.tile < 0 ? std::string("this build has no ") + name_of(architecture) + (s.joined.c ? " kernels with a projection for " : " kernels for ") + name_of(dtype)
                                   : tiles[std::size_t(choice.tile)].name() + ": predicted " + std::to_string(int(best + 0.5)) + " us";
   return choice;
 }

@@ -25,9 +25,14 @@ enum class Form : int { matrix = 0, image = 1, few = 2, joined = 3 };
 const char* name_of(Form form);
 constexpr i64 kFew = 4;
 
+// What a tensor-core kernel is made of: `sm90`: TMA and wgmma, Hopper alone; `sm80`: cp.async and mma.sync, Ampere, Ada and what comes
+// after Hopper; `any`: as sm80, compiled for every GPU from Ampere on.
+enum class Architecture : int { any = 0, sm80 = 1, sm90 = 2 };
+const char* name_of(Architecture architecture);
+
 // One compiled tensor-core kernel: `m` pixels x `n` output channels a tile.
 struct Tile {
-  const char* architecture;  // "sm90": TMA + wgmma; "sm80": cp.async + mma.sync; "any": the same, compiled for Hopper too
+  Architecture architecture;
   DType dtype;
   Form form;
   int m, n;

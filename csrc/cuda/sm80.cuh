@@ -153,16 +153,16 @@ struct Kernel {
 // The kernels of one tile size. A matrix's form would be the same kernel as an image's.
 #define FR_SM80_KERNEL(ARCHITECTURE, M, N, WARP_M, WARP_N, STAGES, DTYPE, FORM)                                       \
   static const RegisterTensorKernel DTYPE##_##FORM(                                                                   \
-      {ARCHITECTURE, DType::DTYPE, Form::FORM, M, N},                                                                 \
+      {Architecture::ARCHITECTURE, DType::DTYPE, Form::FORM, M, N},                                                                 \
       &sm80::Kernel<ElementOf<DType::DTYPE>::Type, Form::FORM, M, N, WARP_M, WARP_N, STAGES>::launch);
 #define FR_SM80_TILE(M, N, WARP_M, WARP_N, STAGES)                                \
   namespace fused_resnet::cuda {                                                  \
-  FR_SM80_KERNEL("sm80", M, N, WARP_M, WARP_N, STAGES, bfloat16, image)           \
-  FR_SM80_KERNEL("sm80", M, N, WARP_M, WARP_N, STAGES, float16, image)            \
-  FR_SM80_KERNEL("sm80", M, N, WARP_M, WARP_N, STAGES, float32, image)            \
+  FR_SM80_KERNEL(sm80, M, N, WARP_M, WARP_N, STAGES, bfloat16, image)           \
+  FR_SM80_KERNEL(sm80, M, N, WARP_M, WARP_N, STAGES, float16, image)            \
+  FR_SM80_KERNEL(sm80, M, N, WARP_M, WARP_N, STAGES, float32, image)            \
   }
 #define FR_FEW_TILE(M, N, WARP_M, WARP_N, STAGES)                                 \
   namespace fused_resnet::cuda {                                                  \
-  FR_SM80_KERNEL("any", M, N, WARP_M, WARP_N, STAGES, bfloat16, few)              \
-  FR_SM80_KERNEL("any", M, N, WARP_M, WARP_N, STAGES, float16, few)               \
+  FR_SM80_KERNEL(any, M, N, WARP_M, WARP_N, STAGES, bfloat16, few)              \
+  FR_SM80_KERNEL(any, M, N, WARP_M, WARP_N, STAGES, float16, few)               \
   }

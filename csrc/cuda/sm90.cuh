@@ -278,7 +278,7 @@ struct Kernel {
 // The kernels of one tile size: two forms of each dtype.
 #define FR_SM90_KERNEL(M, N, CLUSTER, SCHEDULE, DTYPE, FORM)                                                              \
   static const RegisterTensorKernel DTYPE##_##FORM(                                                                       \
-      {"sm90", DType::DTYPE, Form::FORM, M, N},                                                                           \
+      {Architecture::sm90, DType::DTYPE, Form::FORM, M, N},                                                                           \
       &sm90::Kernel<ElementOf<DType::DTYPE>::Type, Form::FORM, M, N, CLUSTER, cutlass::gemm::KernelTmaWarpSpecialized##SCHEDULE>::launch);
 #define FR_SM90_TILE(M, N, CLUSTER, SCHEDULE)                         \
   namespace fused_resnet::cuda {                                      \

@@ -34,13 +34,13 @@ void launch(const ConvShape& s, const ConvOperands& o, const Device&, Stream str
 }
 
 #define STAND_IN(ARCHITECTURE, DTYPE, FORM, M, N) \
-  const RegisterTensorKernel DTYPE##_##FORM({ARCHITECTURE, DType::DTYPE, Form::FORM, M, N}, &launch<DType::DTYPE, Form::FORM>);
+  const RegisterTensorKernel DTYPE##_##FORM({Architecture::ARCHITECTURE, DType::DTYPE, Form::FORM, M, N}, &launch<DType::DTYPE, Form::FORM>);
 
-STAND_IN("sm90", bfloat16, matrix, 128, 128)
-STAND_IN("sm90", bfloat16, image, 128, 128)
-STAND_IN("sm90", float32, image, 128, 64)
-STAND_IN("sm90", bfloat16, joined, 128, 128)
-STAND_IN("any", bfloat16, few, 128, 64)
+STAND_IN(sm90, bfloat16, matrix, 128, 128)
+STAND_IN(sm90, bfloat16, image, 128, 128)
+STAND_IN(sm90, float32, image, 128, 64)
+STAND_IN(sm90, bfloat16, joined, 128, 128)
+STAND_IN(any, bfloat16, few, 128, 64)
 
 }  // namespace
 

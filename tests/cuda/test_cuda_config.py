@@ -87,6 +87,24 @@ def test_tiles_fit_the_problem() -> None:
 
 
 @pytest.mark.parametrize(
+    ("device", "tile", "n", "channels", "size", "wanted"),
+    [
+        # Hopper: 4096 operations a cycle and multiprocessor at 1.7 GHz. 6272 tiles are 48 waves of 9 steps; 55 % of the rate.
+        (HOPPER, "128x64", 256, 64, 56, 48 * 9 * 2 * 128 * 64 * 64 / (0.55 * 4096) / 1.7e3 + 3.5),
+        # 392 tiles are 3 waves of 36 steps; 85 %.
+        (HOPPER, "128x256", 256, 256, 14, 3 * 36 * 2 * 128 * 256 * 64 / (0.85 * 4096) / 1.7e3 + 3.5),
+        # Ampere: 2048 operations at 1.4 GHz. 6272 tiles are 59 waves on 108 multiprocessors; 65 %.
+        (AMPERE, "128x64", 256, 64, 56, 59 * 9 * 2 * 128 * 64 * 64 / (0.65 * 2048) / 1.4e3 + 3.5),
+    ],
+)
+def test_predictions(device: tuple[int, int, int], tile: str, n: int, channels: int, size: int, wanted: float) -> None:
+    """Of layers that arithmetic bounds: the rates and efficiencies are those of the tile's own architecture."""
+    kernel, reason = _choose(n, channels, size, channels, device=device)
+    assert kernel.endswith(f" image {tile}")
+    assert reason == f"{kernel}: predicted {wanted:.0f} us"
+
+
+@pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         ({"dtype": "float64"}, "float64 has no tensor-core kernel"),
