@@ -152,7 +152,7 @@ def cuda_units() -> list[Unit]:
     headers = [flag for folder in cutlass_includes() for flag in ("-isystem", folder)]
     folder = ROOT / "csrc" / "cuda"
     units = []
-    for source in ("bindings", "config", "convolution", "device", "general", "tensor"):
+    for source in ("bindings", "config", "convolution", "device", "driver", "general", "tensor", "tma"):
         flags = ["-x", "c++", f'-DFR_ARCHITECTURES=\'"{" ".join(wanted)}"\'', *(python_includes() if source == "bindings" else [])]
         units.append(Unit("nvcc", f"csrc/cuda/{source}.cpp", flags))
     for file in sorted([*folder.glob("tiles/*.cu"), *folder.glob("*.cu")]):

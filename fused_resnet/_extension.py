@@ -21,7 +21,7 @@ import torch  # noqa: F401  first: the extension shares the OpenMP runtime that 
 
 # The interface between the Python files and the compiled module; csrc/bindings.cpp holds the same number.
 INTERFACE = 11
-CUDA_INTERFACE = 1  # csrc/cuda/bindings.cpp
+CUDA_INTERFACE = 2  # csrc/cuda/bindings.cpp
 
 
 def _find(stem: str) -> Path | None:

@@ -25,7 +25,7 @@ using JoinedTuple = std::tuple<i64, Two, Four>;  // channels, stride, strides of
 
 namespace {
 
-constexpr int kInterface = 1;  // fused_resnet/_extension.py holds the same number
+constexpr int kInterface = 2;  // fused_resnet/_extension.py holds the same number
 
 fr::DType dtype(const std::string& name) {
   for (const fr::DType d : {fr::DType::float32, fr::DType::float64, fr::DType::bfloat16, fr::DType::float16}) {
@@ -97,6 +97,7 @@ PYBIND11_MODULE(_cuda, m) {
     for (const auto& kernel : cu::tensor_kernels()) names.push_back(kernel.tile.name());
     return names;
   });
+  m.def("load", &cu::load, py::arg("device"));
   m.def("capability", [](int index) { return std::pair(cu::device(index).major, cu::device(index).minor); }, py::arg("device"));
   m.def("multiprocessors", [](int index) { return cu::device(index).multiprocessors; }, py::arg("device"));
 
@@ -108,8 +109,14 @@ PYBIND11_MODULE(_cuda, m) {
                        const std::optional<JoinedTuple>& joined) {
              const fr::ConvShape s = shape(input, weight, output, stride, pad, dilation, groups, input_strides, output_strides,
                                            shortcut_strides, has_bias, relu, joined);
-             return Planned{cu::Convolution(s, dtype(type), described(device, properties), tf32, algorithm), strides(weight_strides),
-                            device, s.joined.c};
+             Planned planned{cu::Convolution(s, dtype(type), described(device, properties), tf32, algorithm), strides(weight_strides),
+                             device, s.joined.c};
+             if (!properties) {
+               const cu::DeviceGuard guard(device);
+               const cu::CaptureIsUntouched relaxed;
+               planned.convolution.prepare();
+             }
+             return planned;
            }),
            py::arg("dtype"), py::arg("input"), py::arg("weight"), py::arg("output"), py::arg("stride"), py::arg("pad"),
            py::arg("dilation"), py::arg("groups"), py::arg("input_strides"), py::arg("weight_strides"), py::arg("output_strides"),

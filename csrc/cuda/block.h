@@ -101,8 +101,19 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksOnSM)
   for (i64 index = blockIdx.x; index < blocks; index += gridDim.x) kernel(block, index, shared);
 }
 
+// Every kernel that `launch` is compiled for is known to `load` (device.h) once the module is there.
+void register_kernel(const void* kernel);
+template <class Kernel>
+struct RegisterKernel {
+  RegisterKernel() { register_kernel(reinterpret_cast<const void*>(&run_blocks<Kernel>)); }
+  static const RegisterKernel once;
+};
+template <class Kernel>
+const RegisterKernel<Kernel> RegisterKernel<Kernel>::once;
+
 template <class Kernel>
 void launch(const Kernel& kernel, i64 blocks, const char* name, Stream stream) {
+  (void)&RegisterKernel<Kernel>::once;
   if (blocks <= 0) return;
   constexpr i64 kMostBlocks = 2147483647;  // of a grid's first dimension; the rest is a second turn of the same blocks
   run_blocks<<<unsigned(blocks < kMostBlocks ? blocks : kMostBlocks), Kernel::kThreads, 0, static_cast<cudaStream_t>(stream)>>>(

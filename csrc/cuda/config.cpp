@@ -88,9 +88,9 @@ std::string why_not_tensor_cores(const ConvShape& s, DType dtype, const Device& 
   if (dtype == DType::float64) return "float64 has no tensor-core kernel";
   if (dtype == DType::float32 && !tf32) return "float32 without TF32 (torch.backends.cudnn.allow_tf32) has no tensor-core kernel";
   if (s.groups != 1) return "groups = " + number(s.groups) + ": our tensor-core kernels are for groups = 1";
-  const Strides& j = s.joined.x;
-  if (s.joined.c && ((s.n > 1 && j.n <= 0) || (s.p > 1 && j.h <= 0) || (s.q > 1 && j.w <= 0))) return "the projection's input is expanded";
-  if (s.joined.c % vector || (s.joined.c && (s.joined.x.c != 1 || s.joined.x.n % vector || s.joined.x.h % vector || s.joined.x.w % vector))) {
+  const Strides j = joined_strides(s);
+  if (s.joined.c && (j.n <= 0 || j.h <= 0 || j.w <= 0)) return "the projection's input is expanded";
+  if (s.joined.c % vector || (s.joined.c && (j.c != 1 || j.n % vector || j.h % vector || j.w % vector))) {
     return "the projection's input is not channels_last with multiples of " + number(vector) + " channels";
   }
   if ((s.c % vector && !is_few(s, dtype)) || s.k % vector) {
@@ -103,6 +103,15 @@ std::string why_not_tensor_cores(const ConvShape& s, DType dtype, const Device& 
   const i64 largest = std::max({s.h * s.w * s.c, s.p * s.q * s.k, s.k * s.r * s.s * s.c}) * bytes_of(dtype);
   if (largest > kLargestIndex) return "an image or a weight of more than 2^31 bytes";
   return device.major == 9 && !is_few(s, dtype) ? why_not_image(s) : "";
+}
+
+Strides joined_strides(const ConvShape& s) {
+  const Joined& j = s.joined;
+  Strides t = j.x;
+  if (s.q == 1) t.w = j.c;
+  if (s.p == 1) t.h = ((s.q - 1) * j.stride_w + 1) * t.w;
+  if (s.n == 1) t.n = ((s.p - 1) * j.stride_h + 1) * t.h;
+  return t;
 }
 
 i64 images_a_launch(const ConvShape& s, const Tile& tile) {

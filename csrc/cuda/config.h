@@ -44,6 +44,10 @@ struct Tile {
 // may be rounded to TF32 on the way in.
 std::string why_not_tensor_cores(const ConvShape& shape, DType dtype, const Device& device, bool tf32);
 
+// The strides of a joined convolution's input for a TMA descriptor. The stride of an axis of size 1 says nothing, and may be 0, which a
+// descriptor refuses: it gets that of a tensor without gaps.
+Strides joined_strides(const ConvShape& shape);
+
 // The most images that one launch of a tile's kernel may get: the tensor-core kernels count in 32 bits. 0: not even one.
 i64 images_a_launch(const ConvShape& shape, const Tile& tile);
 

@@ -27,6 +27,10 @@ Convolution::Convolution(const ConvShape& shape, DType dtype, const Device& devi
   images_ = images_a_launch(shape_, kernel_->tile);
 }
 
+void Convolution::prepare() const {
+  if (kernel_) kernel_->prepare();
+}
+
 i64 Convolution::launches() const { return shape_.empty() ? 0 : kernel_ ? (shape_.n + images_ - 1) / images_ : 1; }
 
 void Convolution::run(const ConvOperands& operands, const Strides& weight, Stream stream) const {

@@ -14,6 +14,9 @@ class Convolution {
   // `algorithm`: "auto", "general" or a tile's name. Throws std::invalid_argument or std::overflow_error before any work.
   Convolution(const ConvShape& shape, DType dtype, const Device& device, bool tf32, const std::string& algorithm);
 
+  // Before the first run on a device, which is current.
+  void prepare() const;
+
   // What the general kernel reads has any strides; a tensor-core kernel wants [K, R, S, C] without gaps and aligned operands.
   void run(const ConvOperands& operands, const Strides& weight, Stream stream) const;
 

@@ -1,6 +1,6 @@
 #include "device.h"
 
-#include <cuda_runtime.h>
+#include "driver.h"
 
 #include <array>
 #include <mutex>
@@ -17,13 +17,38 @@ void check(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
   }
 }
+void check(CUresult result, const char* what) {
+  if (result != CUDA_SUCCESS) throw std::runtime_error(std::string(what) + ": " + name_of(result));
+}
+
+void check_index(int index) {
+  if (index < 0 || index >= kMostDevices) throw std::invalid_argument("device index must be from 0 to 63, got " + std::to_string(index));
+}
+
+// The context of a device that runtimes share, ours and torch's. Held until the process ends.
+CUcontext primary_context(int index) {
+  static std::array<std::once_flag, kMostDevices> asked;
+  static std::array<CUcontext, kMostDevices> found{};
+  check_index(index);
+  std::call_once(asked[std::size_t(index)], [index] {
+    check(FR_DRIVER(cuDevicePrimaryCtxRetain, 7000)(&found[std::size_t(index)], index), "the device's context");
+  });
+  return found[std::size_t(index)];
+}
+
+std::vector<const void*>& registered() {
+  static std::vector<const void*> kernels;
+  return kernels;
+}
 
 }  // namespace
+
+void register_kernel(const void* kernel) { registered().push_back(kernel); }  // declared in block.h
 
 const Device& device(int index) {
   static std::array<std::once_flag, kMostDevices> asked;
   static std::array<Device, kMostDevices> found;
-  if (index < 0 || index >= kMostDevices) throw std::invalid_argument("device index must be from 0 to 63, got " + std::to_string(index));
+  check_index(index);
   std::call_once(asked[std::size_t(index)], [index] {
     Device d;
     d.index = index;
@@ -36,16 +61,38 @@ const Device& device(int index) {
 }
 
 DeviceGuard::DeviceGuard(int index) {
-  int current = -1;
-  check(cudaGetDevice(&current), "the current device");
-  if (current != index) {
-    check(cudaSetDevice(index), "to the tensors' device");
-    before_ = current;
-  }
+  CUdevice current = -1;
+  // A context of the device that is not its primary one (a green context) stays: the tensors' stream is of it.
+  if (FR_DRIVER(cuCtxGetDevice, 2000)(&current) == CUDA_SUCCESS && current == index) return;
+  CUcontext before = nullptr;
+  check(FR_DRIVER(cuCtxGetCurrent, 4000)(&before), "the current context");
+  check(FR_DRIVER(cuCtxSetCurrent, 4000)(primary_context(index)), "to the tensors' device");
+  before_ = before;
+  changed_ = true;
 }
 
 DeviceGuard::~DeviceGuard() {
-  if (before_ >= 0) cudaSetDevice(before_);
+  if (changed_) FR_DRIVER(cuCtxSetCurrent, 4000)(static_cast<CUcontext>(before_));
+}
+
+CaptureIsUntouched::CaptureIsUntouched() {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  check(cudaThreadExchangeStreamCaptureMode(&mode), "the capture mode");
+  before_ = int(mode);
+}
+
+CaptureIsUntouched::~CaptureIsUntouched() {
+  auto mode = cudaStreamCaptureMode(before_);
+  cudaThreadExchangeStreamCaptureMode(&mode);
+}
+
+void load(int index) {
+  const DeviceGuard guard(index);
+  const CaptureIsUntouched relaxed;
+  for (const void* kernel : registered()) {
+    cudaFuncAttributes found;
+    check(cudaFuncGetAttributes(&found, kernel), "a kernel of this build");
+  }
 }
 
 std::vector<std::pair<std::string, std::string>> build() {

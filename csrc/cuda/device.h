@@ -11,7 +11,8 @@ namespace fused_resnet::cuda {
 // Properties of device `index`, asked once. Throws std::runtime_error with CUDA's text.
 const Device& device(int index);
 
-// Makes a device current for a while, and the one before it current again.
+// Makes a device's context current for a while, and the one before it current again. The driver's context and not the runtime's device:
+// our runtime is a static one of its own, which is not told what torch's was.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int index);
@@ -20,8 +21,26 @@ class DeviceGuard {
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
-  int before_ = -1;
+  void* before_ = nullptr;  // a CUcontext, or null: a thread that had none
+  bool changed_ = false;
 };
+
+// While there is one, this thread may do what a stream capture, of whatever stream and mode, would else forbid it: load a kernel, which
+// CUDA does when it is first asked of. Nothing may be launched meanwhile.
+class CaptureIsUntouched {
+ public:
+  CaptureIsUntouched();
+  ~CaptureIsUntouched();
+  CaptureIsUntouched(const CaptureIsUntouched&) = delete;
+  CaptureIsUntouched& operator=(const CaptureIsUntouched&) = delete;
+
+ private:
+  int before_ = 0;  // a cudaStreamCaptureMode
+};
+
+// Loads the kernels of launch.h onto a device, so that no first launch inside a capture has to; a tensor-core kernel is loaded with its
+// plan. Throws std::runtime_error where the build has none for it.
+void load(int index);
 
 // What the module was built with: {"cuda": "13.0", "architectures": "80 90a"}.
 std::vector<std::pair<std::string, std::string>> build();

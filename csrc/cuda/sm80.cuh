@@ -140,21 +140,22 @@ struct Kernel {
     // CUTLASS's kernel with a fused end counts a step for each tap, whatever the iterators do.
     if (kIsFew) params.gemm_k_iterations = int((s.r * s.s * s.c + kDepth - 1) / kDepth);
     const dim3 grid = Swizzle().get_grid_shape(params.grid_tiled_shape);
-    if (kShared >= (48 << 10)) {
-      check(cudaFuncSetAttribute(cutlass::Kernel<Operation>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared), "could not be set up");
-    }
     cutlass::Kernel<Operation><<<grid, Operation::kThreadCount, kShared, static_cast<cudaStream_t>(stream)>>>(params);
     check(cudaGetLastError(), "could not be launched");
+  }
+
+  static void prepare() {
+    check(cudaFuncSetAttribute(cutlass::Kernel<Operation>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared), "could not be set up");
   }
 };
 
 }  // namespace fused_resnet::cuda::sm80
 
 // The kernels of one tile size. A matrix's form would be the same kernel as an image's.
-#define FR_SM80_KERNEL(ARCHITECTURE, M, N, WARP_M, WARP_N, STAGES, DTYPE, FORM)                                       \
-  static const RegisterTensorKernel DTYPE##_##FORM(                                                                   \
-      {Architecture::ARCHITECTURE, DType::DTYPE, Form::FORM, M, N},                                                                 \
-      &sm80::Kernel<ElementOf<DType::DTYPE>::Type, Form::FORM, M, N, WARP_M, WARP_N, STAGES>::launch);
+#define FR_SM80_KERNEL(ARCHITECTURE, M, N, WARP_M, WARP_N, STAGES, DTYPE, FORM)                                                          \
+  using Kernel_##DTYPE##_##FORM = sm80::Kernel<ElementOf<DType::DTYPE>::Type, Form::FORM, M, N, WARP_M, WARP_N, STAGES>;                 \
+  static const RegisterTensorKernel DTYPE##_##FORM({Architecture::ARCHITECTURE, DType::DTYPE, Form::FORM, M, N},                          \
+                                                   &Kernel_##DTYPE##_##FORM::prepare, &Kernel_##DTYPE##_##FORM::launch);
 #define FR_SM80_TILE(M, N, WARP_M, WARP_N, STAGES)                                \
   namespace fused_resnet::cuda {                                                  \
   FR_SM80_KERNEL(sm80, M, N, WARP_M, WARP_N, STAGES, bfloat16, image)           \

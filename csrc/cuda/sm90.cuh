@@ -14,7 +14,7 @@
 #include <string>
 
 // Keep this order: CUTLASS 4.2's headers do not all include what they use.
-#include <cutlass/cutlass.h>
+#include "tma.h"
 
 #include <cute/tensor.hpp>
 #include <cutlass/kernel_hardware_info.h>
@@ -228,8 +228,9 @@ struct Kernel {
   // The joined convolution's image ends with the last pixel that is read.
   static Image joined_image(const ConvShape& s) {
     const Joined& j = s.joined;
+    const Strides t = joined_strides(s);
     return Image(cutlass::conv::Mode::kCrossCorrelation,
-                 {int(s.n), int((s.p - 1) * j.stride_h + 1), int((s.q - 1) * j.stride_w + 1), int(j.c)}, {j.x.n, j.x.h, j.x.w, 1},
+                 {int(s.n), int((s.p - 1) * j.stride_h + 1), int((s.q - 1) * j.stride_w + 1), int(j.c)}, {t.n, t.h, t.w, 1},
                  {int(s.k), 1, 1, int(j.c)}, {j.c, j.c, j.c, 1}, {0, 0}, {0, 0}, {int(j.stride_h), int(j.stride_w)}, {1, 1}, 1);
   }
 
@@ -266,20 +267,26 @@ struct Kernel {
     arguments.epilogue.thread.activation = {s.relu};
     arguments.hw_info.device_id = device.index;
     arguments.hw_info.sm_count = device.multiprocessors;
-    Gemm gemm;
-    check(gemm.can_implement(arguments), "cannot compute this shape");
-    check(gemm.initialize(arguments, nullptr, static_cast<cudaStream_t>(stream)), "could not be set up");
-    check(gemm.run(static_cast<cudaStream_t>(stream)), "could not be launched");
+    check(Gemm::can_implement(arguments), "cannot compute this shape");
+    auto params = Gemm::GemmKernel::to_underlying_arguments(arguments, nullptr);
+    check(Gemm::run(params, static_cast<cudaStream_t>(stream)), "could not be launched");
+  }
+
+  static void prepare() {
+    check(cudaFuncSetAttribute(cutlass::device_kernel<typename Gemm::GemmKernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               Gemm::GemmKernel::SharedStorageSize),
+          "could not be set up");
   }
 };
 
 }  // namespace fused_resnet::cuda::sm90
 
 // The kernels of one tile size: two forms of each dtype.
-#define FR_SM90_KERNEL(M, N, CLUSTER, SCHEDULE, DTYPE, FORM)                                                              \
-  static const RegisterTensorKernel DTYPE##_##FORM(                                                                       \
-      {Architecture::sm90, DType::DTYPE, Form::FORM, M, N},                                                                           \
-      &sm90::Kernel<ElementOf<DType::DTYPE>::Type, Form::FORM, M, N, CLUSTER, cutlass::gemm::KernelTmaWarpSpecialized##SCHEDULE>::launch);
+#define FR_SM90_KERNEL(M, N, CLUSTER, SCHEDULE, DTYPE, FORM)                                                                              \
+  using Kernel_##DTYPE##_##FORM =                                                                                                         \
+      sm90::Kernel<ElementOf<DType::DTYPE>::Type, Form::FORM, M, N, CLUSTER, cutlass::gemm::KernelTmaWarpSpecialized##SCHEDULE>;          \
+  static const RegisterTensorKernel DTYPE##_##FORM({Architecture::sm90, DType::DTYPE, Form::FORM, M, N}, &Kernel_##DTYPE##_##FORM::prepare, \
+                                                   &Kernel_##DTYPE##_##FORM::launch);
 #define FR_SM90_TILE(M, N, CLUSTER, SCHEDULE)                         \
   namespace fused_resnet::cuda {                                      \
   FR_SM90_KERNEL(M, N, CLUSTER, SCHEDULE, bfloat16, matrix)           \

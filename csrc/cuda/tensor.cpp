@@ -13,7 +13,9 @@ std::vector<TensorKernel>& registry() {
 
 }  // namespace
 
-RegisterTensorKernel::RegisterTensorKernel(const Tile& tile, TensorLaunch launch) { registry().push_back({tile, launch}); }
+RegisterTensorKernel::RegisterTensorKernel(const Tile& tile, TensorPrepare prepare, TensorLaunch launch) {
+  registry().push_back({tile, prepare, launch});
+}
 
 const std::vector<TensorKernel>& tensor_kernels() {
   // Files register in the linker's order: sort once, when all have.

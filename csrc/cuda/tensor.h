@@ -11,8 +11,12 @@ namespace fused_resnet::cuda {
 // x, y, shortcut: channels_last without gaps; weight: [K, R, S, C]; all and the bias 16-byte aligned.
 using TensorLaunch = void (*)(const ConvShape& shape, const ConvOperands& operands, const Device& device, Stream stream);
 
+// Loads the kernel onto the current device and tells CUDA how much shared memory it takes: once before its first launch there.
+using TensorPrepare = void (*)();
+
 struct TensorKernel {
   Tile tile;
+  TensorPrepare prepare;
   TensorLaunch launch;
 };
 
@@ -20,7 +24,7 @@ struct TensorKernel {
 const std::vector<TensorKernel>& tensor_kernels();
 
 struct RegisterTensorKernel {
-  RegisterTensorKernel(const Tile& tile, TensorLaunch launch);
+  RegisterTensorKernel(const Tile& tile, TensorPrepare prepare, TensorLaunch launch);
 };
 
 }  // namespace fused_resnet::cuda

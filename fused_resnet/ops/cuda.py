@@ -85,13 +85,14 @@ class CudaBackend(Backend):
     def joined_plan(self, spec: ConvSpec, other: ConvSpec) -> JoinedPlan | None:
         """``relu(conv(input) + conv(other))`` as one sum on the tensor cores, rounded once; ``other``'s is a projection. None where no
         kernel of this build and device computes it."""
-        if _settings.current.cuda_algorithm != "auto" or spec.geometry.groups != 1 or self.why_no_kernels(spec.device):
+        algorithm = _settings.current.cuda_algorithm
+        if (algorithm != "auto" and " joined " not in algorithm) or spec.geometry.groups != 1 or self.why_no_kernels(spec.device):
             return None
         if spec.output.shape != other.output.shape or spec.dtype != other.dtype or not spec.output.is_channels_last:
             return None
         if spec.bias is None:
             spec = spec._replace(bias=other.bias)
-        kernel = self.convolution(spec, "auto", (other.input.shape[1], other.geometry.stride, other.input.strides))
+        kernel = self.convolution(spec, algorithm, (other.input.shape[1], other.geometry.stride, other.input.strides))
         return JoinedPlan(spec, kernel) if kernel.tensor_cores else None
 
     def run_bias_add_relu(self, input: Tensor, bias: Tensor | None, shortcut: Tensor | None, relu: bool, output: Tensor) -> None:
@@ -135,10 +136,12 @@ def _why_no_kernels(index: int) -> str:
     if found is None:
         return _extension.cuda_missing()
     try:
-        capability = found.capability(index)
+        old = select.too_old(found.capability(index), found.BUILD["architectures"].split(), torch.cuda.get_device_name(index))
+        if not old:
+            found.load(index)
     except RuntimeError as error:  # a driver older than the runtime that the module was built with
         return f"our CUDA module cannot use the device: {error}"
-    return select.too_old(capability, found.BUILD["architectures"].split(), torch.cuda.get_device_name(index))
+    return old
 
 
 def _stream(device: torch.device) -> int:

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "../../csrc/cuda/block.h"
+#include "../../csrc/cuda/descriptor.h"
 #include "../../csrc/cuda/general_launch.cuh"
 #include "../../csrc/cuda/passes.cuh"
 #include "../../csrc/python_shapes.h"
@@ -128,6 +129,12 @@ fr::PassShape pass_shape(const std::string& type, const Four& shape, const Four&
 PYBIND11_MODULE(cuda_host, m) {
   m.doc() = "The CUDA kernels of fused_resnet, run on the host. For tests.";
   // order: 0 forward, 1 reverse, 2 shuffled. poison: a byte, or -1 for none.
+  m.def("refused_descriptor", [](const std::string& what, const std::string& why, int type, Pointer address,
+                                 const std::vector<std::uint64_t>& sizes, const std::vector<std::uint64_t>& strides,
+                                 const std::string& box, const std::string& corners, const std::vector<std::uint32_t>& steps) {
+    return cuda::refused_descriptor(what.c_str(), why, type, unsigned(sizes.size()), in(address), sizes.data(), strides.data(), box,
+                                    corners, steps.data());
+  });
   m.def("set_options", [](int order, int poison) {
     cuda::host_options.order = cuda::HostOptions::Order(order);
     cuda::host_options.poison = poison;

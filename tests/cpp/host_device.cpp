@@ -9,8 +9,17 @@
 namespace fused_resnet::cuda {
 namespace {
 
+// A kernel that is launched must have been prepared.
+template <DType dtype, Form form>
+bool prepared = false;
+template <DType dtype, Form form>
+void prepare() {
+  prepared<dtype, form> = true;
+}
+
 template <DType dtype, Form form>
 void launch(const ConvShape& s, const ConvOperands& o, const Device&, Stream stream) {
+  if (!prepared<dtype, form>) throw std::logic_error("a tensor-core kernel was not prepared");
   const i64 vector = dtype == DType::float32 ? 4 : 8, channels = form == Form::few ? kFew : vector;
   for (const void* p : {o.x, o.weight, o.bias, o.shortcut, static_cast<const void*>(o.y)}) {
     if (reinterpret_cast<std::uintptr_t>(p) % 16) throw std::logic_error("a tensor-core kernel got a misaligned operand");
@@ -28,13 +37,18 @@ void launch(const ConvShape& s, const ConvOperands& o, const Device&, Stream str
     if (reinterpret_cast<std::uintptr_t>(o.joined) % 16 || reinterpret_cast<std::uintptr_t>(o.joined_weight) % 16 || s.joined.x.c != 1) {
       throw std::logic_error("a tensor-core kernel got a projection that is not for it");
     }
+    // What a TMA descriptor takes: strides in multiples of 16 bytes, none of them 0.
+    for (const i64 stride : {joined_strides(s).n, joined_strides(s).h, joined_strides(s).w}) {
+      if (stride <= 0 || stride % vector) throw std::logic_error("a tensor-core kernel got a projection of strides that are not for it");
+    }
     operands.joined_weight_strides = {s.joined.c, 1, 1, 1};
   }
   general_convolution(dtype, dense, {s.r * s.s * s.c, 1, s.s * s.c, s.c}, operands, stream);
 }
 
 #define STAND_IN(ARCHITECTURE, DTYPE, FORM, M, N) \
-  const RegisterTensorKernel DTYPE##_##FORM({Architecture::ARCHITECTURE, DType::DTYPE, Form::FORM, M, N}, &launch<DType::DTYPE, Form::FORM>);
+  const RegisterTensorKernel DTYPE##_##FORM({Architecture::ARCHITECTURE, DType::DTYPE, Form::FORM, M, N}, &prepare<DType::DTYPE, Form::FORM>, \
+                                              &launch<DType::DTYPE, Form::FORM>);
 
 STAND_IN(sm90, bfloat16, matrix, 128, 128)
 STAND_IN(sm90, bfloat16, image, 128, 128)
@@ -51,6 +65,9 @@ const Device& device(int) {
 
 DeviceGuard::DeviceGuard(int) {}
 DeviceGuard::~DeviceGuard() = default;
+CaptureIsUntouched::CaptureIsUntouched() = default;
+CaptureIsUntouched::~CaptureIsUntouched() = default;
+void load(int) {}
 
 std::vector<std::pair<std::string, std::string>> build() { return {{"cuda", "none"}, {"architectures", "host"}}; }
 

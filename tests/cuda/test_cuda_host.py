@@ -167,3 +167,19 @@ def test_the_order_of_threads_changes_no_bit(dtype: torch.dtype, memory_format: 
                 with host.options(order, poison):
                     ours = host.convolution(*operands, **case.parameters, tile=tile, wide=wide)
                 assert host.same_bits(ours, expected), f"{case.name} {tile} {order}"
+
+
+def test_a_refused_descriptor_is_told_with_its_numbers() -> None:
+    message = host.build().refused_descriptor
+    image = message(
+        "an image", "CUDA_ERROR_INVALID_VALUE", 9, 0x7F00C0DE0010, [64, 56, 55, 32], [128, 0, 7168], "[64, 128]", "[-1, -1] to [0, 1]", [1] * 4
+    )
+    assert image == (
+        "the driver refused the TMA descriptor of an image (CUDA_ERROR_INVALID_VALUE): type 9, address 0x7f00c0de0010, sizes [64, 56, 55, 32], "
+        "strides [128, 0, 7168] bytes, box [64, 128], corners [-1, -1] to [0, 1], steps [1, 1, 1, 1]"
+    )
+    matrix = message("a matrix", "error 999", 6, 0, [8, 2**40], [16], "[8, 1]", "", [1, 2])
+    assert matrix == (
+        "the driver refused the TMA descriptor of a matrix (error 999): type 6, address 0x0, sizes [8, 1099511627776], strides [16] bytes, "
+        "box [8, 1], steps [1, 2]"
+    )
