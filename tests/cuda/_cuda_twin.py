@@ -16,10 +16,19 @@ SOURCES = (
     "csrc/cuda/tensor.cpp",
     "tests/cpp/host_device.cpp",
 )
+# tests/cpp/host_device.cpp has these stand-ins.
+TILES = (
+    "any bfloat16 few 128x64",
+    "sm90 bfloat16 image 128x128",
+    "sm90 bfloat16 joined 128x128",
+    "sm90 bfloat16 matrix 128x128",
+    "sm90 float32 image 128x64",
+)
 
 
 def build() -> ModuleType:
     """The twin; compiled by the first call."""
     module, message = _cuda_host.link("cuda_twin", SOURCES)
     assert module is not None, message
+    assert tuple(module.tiles()) == TILES
     return module

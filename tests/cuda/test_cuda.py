@@ -8,6 +8,7 @@ these tests are tested.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ from torch import Tensor
 
 import fused_resnet
 from fused_resnet import _settings, reference, testing
-from fused_resnet.benchmark import gpu_contest
+from fused_resnet.benchmark import gpu_contest, gpu_kernels
 from fused_resnet.cases import AWKWARD, CONVS, ConvCase, Operands
 from fused_resnet.cli import check
 
@@ -79,43 +80,61 @@ def is_matrix(case: ConvCase) -> bool:
     return case.kernel == (1, 1) and case.stride == (1, 1) and case.padding == (0, 0)
 
 
-def with_tile(tile: str, table: tuple[ConvCase, ...]) -> list[str]:
-    """A line for each case of those that the tile is for on which it differs from the reference."""
-    architecture, dtype_name, form, _ = tile.split()
-    if architecture != ("sm90" if torch.cuda.get_device_capability(DEVICE)[0] == 9 else "sm80"):
+def for_this_device(tile: str) -> None:
+    assert TILES, "this build has no tiles"
+    if not gpu_kernels.suits(tile, torch.cuda.get_device_capability(DEVICE)):
         pytest.skip(f"{tile} is not for this device")
-    dtype = getattr(torch, dtype_name)
-    failures, count = [], 0
+
+
+def wrong_features(tile: str, features: Sequence[gpu_kernels.Feature]) -> list[str]:
+    """A line for each that the tile's kernel computes wrong."""
+    found = []
     with testing.library(tf32=True):
-        for case in table:
-            if form == "matrix" and not is_matrix(case):
-                continue
-            operands = integers(case, dtype)
-            device_operands = there(operands)
-            plan = gpu_contest.planned(case, device_operands, tile)
-            assert plan.kernel.tensor_cores
-            assert plan.kernel.algorithm == tile
-            result = testing.compare_exact(plan(*device_operands).cpu(), reference.conv_bias_add_relu(*operands, **case.parameters))
-            count += 1
-            if not result:
-                failures.append(f"{case.name}: {result.reason}")
-    assert count > 1
-    return failures
+        for feature in features:
+            wrong = gpu_kernels.Trial(tile, feature, DEVICE, generator()).wrong()
+            if wrong:
+                found.append(f"{feature.name} ({feature.case.name}): {wrong}")
+    return found
 
 
 @gpu
 @pytest.mark.parametrize("tile", TILES or ["none"])
-def test_each_tile(tile: str, poisoned: None) -> None:
-    assert TILES, "this build has no tiles"
-    failures = with_tile(tile, TILE_CASES)
-    assert not failures, "\n".join(failures)
+def test_features_of_each_tile(tile: str, poisoned: None) -> None:
+    """Every form, those with a joined projection and those of a stem among them, from simple to hard."""
+    for_this_device(tile)
+    wrong = wrong_features(tile, gpu_kernels.features(tile))
+    assert not wrong, "\n".join(wrong)
 
 
 @gpu
 @pytest.mark.sanitized
 @pytest.mark.parametrize("tile", TILES or ["none"])
 def test_each_tile_on_little(tile: str) -> None:
-    failures = with_tile(tile, (TILE_CASES[0], TILE_CASES[2]) if " matrix " in tile else (TILE_CASES[7], TILE_CASES[13]))
+    for_this_device(tile)
+    little = [feature for feature in gpu_kernels.features(tile) if feature.name != "more tiles than multiprocessors"]
+    wrong = wrong_features(tile, little[1::3])
+    assert not wrong, "\n".join(wrong)
+
+
+@gpu
+@pytest.mark.parametrize("tile", [tile for tile in TILES if gpu_kernels.form_of(tile) in ("matrix", "image")] or ["none"])
+def test_each_tile(tile: str, poisoned: None) -> None:
+    """What tries the choice among tiles, on each of them."""
+    for_this_device(tile)
+    failures, count = [], 0
+    with testing.library(tf32=True):
+        for case in TILE_CASES:
+            if gpu_kernels.form_of(tile) == "matrix" and not is_matrix(case):
+                continue
+            operands = integers(case, gpu_kernels.dtype_of(tile))
+            device_operands = there(operands)
+            plan = gpu_contest.planned(case, device_operands, tile)
+            assert plan.kernel.algorithm == tile
+            result = testing.compare_exact(plan(*device_operands).cpu(), reference.conv_bias_add_relu(*operands, **case.parameters))
+            count += 1
+            if not result:
+                failures.append(f"{case.name}: {result.reason}")
+    assert count > 1
     assert not failures, "\n".join(failures)
 
 

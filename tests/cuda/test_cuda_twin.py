@@ -8,8 +8,8 @@ kernels are stand-ins that refuse what the real ones cannot read. ``test_cuda_ho
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from types import ModuleType
+from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
 
 import _cuda_twin
 import pytest
@@ -20,7 +20,8 @@ from _calls import CONV, DTYPES, FORMATS, laid_out, name
 from torch import Tensor
 
 import fused_resnet
-from fused_resnet import _compat, _settings, cases, reference, testing
+from fused_resnet import _compat, _extension, _settings, cases, reference, testing
+from fused_resnet.benchmark import gpu_kernels
 from fused_resnet.cases import AWKWARD, BLOCKS, BlockCase, ConvCase, Operands
 from fused_resnet.ops import cuda, derived, plans, select
 from fused_resnet.ops.backend import Backend
@@ -334,6 +335,81 @@ def test_a_gpu_that_is_too_old_is_told() -> None:
     sentence = select.too_old((8, 6), ["90a"], "NVIDIA A10")
     assert sentence == "the CUDA kernels of this build are for compute capability 9.0 and later, NVIDIA A10 has 8.6"
     assert "8.0 and later, Tesla T4 has 7.5" in select.too_old((7, 5), ["80", "90a"], "Tesla T4")
+
+
+@pytest.mark.parametrize("tile", _cuda_twin.TILES)
+def test_features_of_each_kernel(tile: str) -> None:
+    """What is asked of every kernel on a GPU (gpu_kernels), of the stand-ins: they refuse strides that a descriptor would."""
+    generator = torch.Generator().manual_seed(0)
+    for feature in gpu_kernels.features(tile):
+        if feature.name != "more tiles than multiprocessors":  # seconds, where threads run one by one
+            trial = gpu_kernels.Trial(tile, feature, torch.device("cpu"), generator)
+            assert trial.wrong() == {}, feature.name
+
+
+def test_which_device_runs_a_kernel() -> None:
+    """As the choice has it: Hopper's on Hopper, Ampere's on everything else from Ampere on, a stem's on all."""
+    assert [gpu_kernels.suits(BF16, device) for device in ((9, 0), (8, 0), (10, 0))] == [True, False, False]
+    assert [gpu_kernels.suits("sm80 float16 image 64x64", device) for device in ((9, 0), (8, 9), (10, 0))] == [False, True, True]
+    assert all(gpu_kernels.suits("any bfloat16 few 128x64", device) for device in ((9, 0), (8, 0), (12, 0)))
+    assert gpu_kernels.form_of(BF16) == "image"
+    assert gpu_kernels.dtype_of("sm80 float16 image 64x64") == torch.float16
+
+
+def test_a_wrong_kernel_is_described() -> None:
+    """Where and how an output differs from what it has to be; NaN, and what changes from call to call, too."""
+    feature = gpu_kernels.features(BF16)[1]
+    trial = gpu_kernels.Trial(BF16, feature, torch.device("cpu"), torch.Generator().manual_seed(0))
+    right = trial.call
+
+    def planted(place: tuple[int, ...], value: float) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            y = right()
+            y[place] = value
+            return y
+
+        return call
+
+    trial.call = planted((1, 5), 7.0)
+    found = trial.wrong()
+    assert (found["images"], found["channels"], found["nan"], found["got"]) == ([1], [5], 0, "7.0")
+    trial.call = planted((0, 63, 7, 2), float("nan"))
+    found = trial.wrong()
+    assert {key: found[key] for key in ("elements", "of", "nan", "got")} == {"elements": 1, "of": 2 * 64 * 64, "nan": 1, "got": "nan"}
+    assert found["first"] == found["last"] == [0, 63, 7, 2]
+    assert (found["rows"], found["columns"]) == ([7], [2])
+    numbers = iter(range(1, 9))
+    trial.call = lambda: right() if next(numbers) == 1 else right().neg_()
+    assert trial.wrong() == {"differs between calls": True}
+
+
+def test_a_device_that_cannot_be_used_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device is asked once: for its capability, then to load the kernels. What either says is the reason for the general path."""
+    asked: list[str] = []
+
+    def refuse(what: str, answer: str = "") -> Callable[[int], tuple[int, int]]:
+        def ask(index: int) -> tuple[int, int]:
+            asked.append(what)
+            if answer:
+                raise RuntimeError(answer)
+            return 9, 0
+
+        return ask
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    for module, wanted, order in (
+        ({"capability": refuse("capability", "the driver is old"), "load": refuse("load")}, "the driver is old", ["capability"]),
+        ({"capability": refuse("capability"), "load": refuse("load", "no kernel image")}, "no kernel image", ["capability", "load"]),
+        ({"capability": refuse("capability"), "load": refuse("load")}, "", ["capability", "load"]),
+    ):
+        asked.clear()
+        cuda._why_no_kernels.cache_clear()
+        monkeypatch.setattr(_extension, "cuda", lambda module=module: SimpleNamespace(BUILD={"architectures": "90a"}, **module))
+        for _ in range(2):
+            sentence = cuda.CudaBackend().why_no_kernels(torch.device("cuda", 0))
+            assert sentence == (f"our CUDA module cannot use the device: {wanted}" if wanted else "")
+        assert asked == order
+    cuda._why_no_kernels.cache_clear()
 
 
 def test_derived_values_are_dropped_by_clear() -> None:
