@@ -1,15 +1,16 @@
 """The measuring stages of gpu_report.py: what each times, in which order, and what becomes of it where something fails.
 
-A stage's results are written after each case. Run again it goes on where it stopped; a case that killed the process is left out
-then, with a sentence.
+A stage's results are written after each case. Run again it goes on where it stopped; a case that killed the process, or hung until the
+watchdog did, is left out then, with a sentence.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
+import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -32,13 +33,22 @@ LOW = (torch.bfloat16, torch.float16)
 
 
 class Store:
-    """A stage's JSON file."""
+    """A stage's JSON file. patience: seconds for a case, after which the process ends: a kernel that hangs, or the wait for it, hears no
+    signal."""
 
     def __init__(
-        self, folder: Path, stage: str, device: torch.device, budget: float, afresh: bool = False, smoke: bool = False
+        self,
+        folder: Path,
+        stage: str,
+        device: torch.device,
+        budget: float,
+        afresh: bool = False,
+        smoke: bool = False,
+        patience: float = math.inf,
     ) -> None:
         self.path = folder / f"{stage}.json"
         self.device = device
+        self.patience = patience
         self.deadline = time.monotonic() + budget
         mark = fingerprint(device) + (", smoke" if smoke else "")
         old = read(self.path)
@@ -72,6 +82,8 @@ class Store:
                 continue
             self.content["running"] = key
             self.save()
+            if self.patience < math.inf:
+                faulthandler.dump_traceback_later(self.patience, exit=True)
             try:
                 self.results[key] = job()
             except contest.OutOfTime:
@@ -81,6 +93,7 @@ class Store:
                 self.content["aborted"] = broken(self.device)
             with contextlib.suppress(Exception):
                 release(self.device)
+            faulthandler.cancel_dump_traceback_later()
             del self.content["running"]
             if key in self.results:
                 print(f"{self.content['stage']}  {key}: {brief(self.results[key])}", flush=True)
@@ -117,8 +130,8 @@ def fingerprint(device: torch.device) -> str:
     """What results of one file must have in common: the device, torch, and the compiled module."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     module = _extension.cuda() if device.type == "cuda" else _extension.cpu
-    built = os.stat(module.__file__).st_mtime_ns if module is not None and module.__file__ else 0
-    return f"{name}, torch {torch.__version__}, module of {built}"
+    built = hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()[:16] if module is not None and module.__file__ else "none"
+    return f"{name}, torch {torch.__version__}, module {built}"
 
 
 def brief(result: dict[str, Any]) -> str:

@@ -7,11 +7,13 @@ What is trusted: ``benchmark.timing`` (test_timing.py); figures that nobody meas
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -189,7 +191,7 @@ def test_compile_takes_part() -> None:
     assert found["compile_seconds"]["compile"] > 0
 
 
-def test_a_stage_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
     def job(name: str) -> Any:
@@ -210,6 +212,7 @@ def test_a_stage_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.Capture
     third.run(map(job, "abc"))
     assert made == ["a", "b", "c"]
     assert third.results == {"a": {"ok": True, "n": "a"}, "b": {"error": "RuntimeError: boom"}, "c": {"ok": True, "n": "c"}}
+
     def late() -> dict[str, Any]:
         raise gpu_contest.OutOfTime
 
@@ -219,9 +222,54 @@ def test_a_stage_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.Capture
     # A process that died leaves a note, and the case is not tried again.
     third.content["running"] = "d"
     third.save()
+    module = tmp_path / "module.so"
+    module.write_bytes(b"kernels")
+    monkeypatch.setattr(_gpu_stages._extension, "cpu", SimpleNamespace(__file__=str(module)))
+    built = _gpu_stages.fingerprint(CPU)
+    os.utime(module, (1, 1))
+    assert _gpu_stages.fingerprint(CPU) == built  # the same module elsewhere, or fetched again
+    module.write_bytes(b"others")
+    assert _gpu_stages.fingerprint(CPU) != built
+    monkeypatch.undo()
     assert store(tmp_path, "operators").results["d"] == {"error": "the process ended during this case"}
     assert _gpu_stages.Store(tmp_path, "operators", CPU, PATIENT, afresh=True).results == {}
     assert "1 cases left" in capsys.readouterr().out
+
+
+def test_a_case_that_hangs_or_dies_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The watchdog ends a process that waits in C and hears no signal; its stage goes on without that case, and is told once."""
+    code = f"""if True:
+        import os, pathlib, sys, threading
+        sys.path[:0] = {[str(ROOT), str(ROOT / "bench")]!r}
+        import torch, _gpu_stages
+        lock = threading.Lock()
+        lock.acquire()
+        good = dict(ok=True)
+        jobs = [("a", lambda: good), ("b", lambda: lock.acquire()), ("c", lambda: os._exit(7)), ("d", lambda: good)]
+        store = _gpu_stages.Store(pathlib.Path({str(tmp_path)!r}), "operators", torch.device("cpu"), 3600, AFRESH, True, 3)
+        sys.exit(0 if store.run(jobs) else 1)"""
+    asked = []
+
+    def command(options: Any, stage: str, seconds: float, afresh: bool) -> list[str]:
+        asked.append(afresh)
+        return [sys.executable, "-W", "ignore", "-c", code.replace("AFRESH", str(afresh))]
+
+    monkeypatch.setattr(gpu_report, "_stage", command)
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py", "operators", "--afresh", "--out", str(tmp_path)])
+    assert gpu_report.main() == 7
+    gone = {"error": "the process ended during this case"}
+    content = json.loads((tmp_path / "operators.json").read_text())
+    assert content["results"] == {"a": {"ok": True}, "b": gone, "c": gone, "d": {"ok": True}}
+    assert asked == [True, False, False]
+    told = [line.partition(", ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert told == ["ended during b: it goes on without that", "ended during c: it goes on without that", ""]
+    # What a process that never came to its cases left behind says nothing of the next one, which is tried once more and then not again.
+    content["running"] = "x"
+    (tmp_path / "operators.json").write_text(json.dumps(content))
+    asked.clear()
+    code = "import sys; sys.exit(5)"
+    assert gpu_report.main() == 5
+    assert asked == [True, False]
 
 
 def test_turns_rotate_buffers_and_results(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +301,7 @@ def test_the_script(tmp_path: Path) -> None:
         command = [sys.executable, "-W", "ignore", str(ROOT / "bench" / "gpu_report.py"), *words, "--out", str(tmp_path)]
         return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
 
-    done = call("ceilings", "report", "--device", "cpu", "--smoke", "--total", str(PATIENT))
+    done = call("ceilings", "report", "--device", "cpu", "--smoke", "--total", str(PATIENT), "--patience", str(PATIENT))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ceilings: status 0\n" in done.stdout
     assert "not measured" in done.stdout
