@@ -52,8 +52,9 @@ def conv_bias_add_relu(
         [N, K, P, Q] in the memory format that eager ``conv2d`` would give; never an alias of an argument.
 
     Dtypes: float64, float32, bfloat16 on the CPU; those and float16 on CUDA; one dtype and one device for all. Low-precision
-    operands accumulate in float32 and round once, at the end. ``relu(nan)`` is nan. Differentiable twice in the four tensors;
-    the gradient passes the ReLU where ``not (output <= 0)``.
+    operands accumulate in float32 and round once, at the end; twice, after the convolution too, where the library computes a large one
+    on CUDA that no kernel of ours takes (``why_not``). ``relu(nan)`` is nan. Differentiable twice in the four tensors; the gradient
+    passes the ReLU where ``not (output <= 0)``.
 
     Raises:
         TypeError: for a wrong type or dtype. ValueError: for a wrong value or shape. Both before any work.

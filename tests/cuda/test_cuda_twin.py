@@ -136,6 +136,22 @@ def test_what_is_chosen() -> None:
         assert why in " ".join(sentences)
 
 
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name)
+@pytest.mark.parametrize("shortcut", [False, True])
+def test_the_library_on_a_gpu_computes_in_16_bits(shortcut: bool, memory_format: torch.memory_format) -> None:
+    """What the tensor cores refuse and is large: the library's convolution in its own dtype, rounded there, and then our pass."""
+    case = ConvCase(63, 65, (28, 28), (3, 3), padding=(1, 1), shortcut=shortcut)
+    operands = laid_out(testing.float_operands(case, torch.bfloat16, torch.Generator().manual_seed(6)), memory_format)
+    assert _kernel(operands, case) == "library"
+    wide = F.conv2d(operands.input, operands.weight, padding=1).float() + operands.bias.float()[:, None, None]
+    if operands.shortcut is not None:
+        wide = wide + operands.shortcut.float()
+    assert torch.equal(fused_resnet.conv_bias_add_relu(*operands, **case.parameters), torch.relu(wide).bfloat16())
+    with plans.backends.using(cpu=Backend()):  # of other devices: rounded once
+        result = testing.compare_forward(fused_resnet.conv_bias_add_relu, operands, False, **case.parameters)
+    assert result, result.reason
+
+
 @pytest.mark.parametrize("stem", [False, True])
 def test_contiguous_tensors_are_turned(stem: bool) -> None:
     """Large contiguous convolutions take the tensor cores too: input and shortcut are turned, and the output back."""
