@@ -56,7 +56,7 @@ SOURCES: dict[str, list[str]] = {
     **({"csrc/cpu/isa_avx512.cpp": ["-O3", "-Wno-maybe-uninitialized", *AVX512]} if X86 else {}),
     **({"csrc/cpu/isa_avx512_bf16.cpp": ["-O3", "-Wno-maybe-uninitialized", "-mavx512bf16", *AVX512]} if X86 else {}),
 }
-KNOW_PYTHON = ("csrc/bindings.cpp", "csrc/bindings_training.cpp", "csrc/facts.cpp", "csrc/watch.cpp")
+KNOW_PYTHON = ("csrc/bindings.cpp", "csrc/bindings_training.cpp", "csrc/facts.cpp", "csrc/watch.cpp", "csrc/cuda/bindings.cpp")
 # -ffp-contract=off: the scalar kernels multiply and add wherever they are compiled; the others call FMA by name.
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-ffp-contract=off", "-Wall", "-Wextra"]
 
@@ -65,6 +65,10 @@ ARCHITECTURES = ("80", "90a")
 # -DNDEBUG: an assertion is a call, and a call inside a wgmma pipeline makes ptxas serialize it. CUTLASS's headers are not ours to
 # warn about.
 CUDA_COMMON = ["-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+
+LINK = "-shared -fopenmp"
+# The static runtime, its symbols hidden: torch brings a runtime of its own under the same names.
+CUDA_LINK = "-shared -cudart static -Xlinker --exclude-libs=ALL"
 
 
 class Unit(NamedTuple):
@@ -147,14 +151,21 @@ def cpu_units() -> list[Unit]:
     return [Unit("compile", source, [*includes.get(source, []), *flags]) for source, flags in SOURCES.items()]
 
 
+def cuda_host_units(wanted: list[str]) -> list[Unit]:
+    """The files without kernels."""
+    units = []
+    for source in ("bindings", "config", "convolution", "device", "driver", "general", "tensor", "tma"):
+        path = f"csrc/cuda/{source}.cpp"
+        flags = ["-x", "c++", f'-DFR_ARCHITECTURES=\'"{" ".join(wanted)}"\'', *(python_includes() if path in KNOW_PYTHON else [])]
+        units.append(Unit("nvcc", path, flags))
+    return units
+
+
 def cuda_units() -> list[Unit]:
     wanted = architectures()
     headers = [flag for folder in cutlass_includes() for flag in ("-isystem", folder)]
     folder = ROOT / "csrc" / "cuda"
-    units = []
-    for source in ("bindings", "config", "convolution", "device", "driver", "general", "tensor", "tma"):
-        flags = ["-x", "c++", f'-DFR_ARCHITECTURES=\'"{" ".join(wanted)}"\'', *(python_includes() if source == "bindings" else [])]
-        units.append(Unit("nvcc", f"csrc/cuda/{source}.cpp", flags))
+    units = cuda_host_units(wanted)
     for file in sorted([*folder.glob("tiles/*.cu"), *folder.glob("*.cu")]):
         name = file.stem
         if (name.startswith("sm90_") and "90a" not in wanted) or (name.startswith("sm80_") and "80" not in wanted):
@@ -203,8 +214,7 @@ class NinjaBuild(build_ext):
                     deps="gcc",
                     description="compile $in",
                 )
-                # The static runtime, its symbols hidden: torch brings a runtime of its own under the same names.
-                command = "$nvcc -shared -cudart static -Xlinker --exclude-libs=ALL $in -o $out $ldflags"
+                command = f"$nvcc {CUDA_LINK} $in -o $out $ldflags"
                 ldflags = [f"-Xlinker={flag}" for flag in ldflags]
             else:
                 writer.variable("cxx", compiler)
@@ -216,7 +226,7 @@ class NinjaBuild(build_ext):
                     deps="gcc",
                     description="compile $in",
                 )
-                command = "$cxx -shared $in -o $out -fopenmp $ldflags"
+                command = f"$cxx {LINK} $in -o $out $ldflags"
             writer.rule("link", command, description="link $out")
             objects = []
             # What takes longest starts first.

@@ -35,10 +35,10 @@ fr::DType dtype(const std::string& name) {
 }
 
 cu::Form form_of(const std::string& name) {
-  for (const cu::Form f : {cu::Form::matrix, cu::Form::image, cu::Form::few, cu::Form::joined}) {
+  for (const cu::Form f : {cu::Form::matrix, cu::Form::image, cu::Form::few, cu::Form::joined, cu::Form::plain}) {
     if (name == cu::name_of(f)) return f;
   }
-  throw std::invalid_argument("form must be matrix, image, few or joined, got '" + name + "'");
+  throw std::invalid_argument("form must be matrix, image, few, joined or plain, got '" + name + "'");
 }
 
 cu::Architecture architecture_of(const std::string& name) {

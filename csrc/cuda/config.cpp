@@ -74,6 +74,7 @@ const char* name_of(Form form) {
     case Form::matrix: return "matrix";
     case Form::image: return "image";
     case Form::few: return "few";
+    case Form::plain: return "plain";
     default: return "joined";
   }
 }

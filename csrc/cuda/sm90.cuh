@@ -10,32 +10,11 @@
 // two, can use it; input and output pixels are the rows of matrices then, with plain TMA for shortcut and output.
 #pragma once
 
-#include <stdexcept>
-#include <string>
+#include "sm90_common.cuh"
 
-// Keep this order: CUTLASS 4.2's headers do not all include what they use.
-#include "tma.h"
-
-#include <cute/tensor.hpp>
-#include <cutlass/kernel_hardware_info.h>
-#include <cutlass/gemm/gemm.h>
-
-#include <cutlass/conv/collective/collective_builder.hpp>
-#include <cutlass/conv/convnd_problem_shape.hpp>
-#include <cutlass/epilogue/collective/collective_builder.hpp>
-#include <cutlass/epilogue/fusion/operations.hpp>
-#include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/device/gemm_universal_adapter.h>
-#include <cutlass/gemm/kernel/gemm_universal.hpp>
-
-#include "cutlass_end.cuh"
-#include "tensor.h"
 
 namespace fused_resnet::cuda::sm90 {
-
-using namespace cute;
-
-constexpr int kDepth = 128;  // bytes of the reduction in one stage: a swizzled line of shared memory
 
 template <class Schedule>
 struct EpilogueFor;
@@ -210,21 +189,8 @@ struct Kernel {
   };
   using Mainloop = typename MainloopOf<form>::Type;
 
-  using Gemm = cutlass::gemm::device::GemmUniversalAdapter<
-      cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Epilogue>>;
+  using Operation = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Epilogue>;
 
-  using Image = cutlass::conv::ConvProblemShape<cutlass::conv::Operator::kFprop, 2>;
-
-  static Image image(const ConvShape& s) {
-    const int h = int(s.h), w = int(s.w), c = int(s.c);
-    // Padding below and on the right as far as the last output reaches; further pixels are never read.
-    const i64 bottom = (s.p - 1) * s.stride_h + (s.r - 1) * s.dilation_h + 1 - s.pad_top - s.h;
-    const i64 right = (s.q - 1) * s.stride_w + (s.s - 1) * s.dilation_w + 1 - s.pad_left - s.w;
-    return Image(cutlass::conv::Mode::kCrossCorrelation, {int(s.n), h, w, c}, {s.h * s.w * s.c, s.w * s.c, s.c, 1},
-                 {int(s.k), int(s.r), int(s.s), c}, {s.r * s.s * s.c, s.s * s.c, s.c, 1}, {int(s.pad_top), int(s.pad_left)},
-                 {int(bottom > 0 ? bottom : 0), int(right > 0 ? right : 0)}, {int(s.stride_h), int(s.stride_w)},
-                 {int(s.dilation_h), int(s.dilation_w)}, 1);
-  }
   // The joined convolution's image ends with the last pixel that is read.
   static Image joined_image(const ConvShape& s) {
     const Joined& j = s.joined;
@@ -234,7 +200,7 @@ struct Kernel {
                  {int(s.k), 1, 1, int(j.c)}, {j.c, j.c, j.c, 1}, {0, 0}, {0, 0}, {int(j.stride_h), int(j.stride_w)}, {1, 1}, 1);
   }
 
-  static_assert(Gemm::GemmKernel::SharedStorageSize <= cutlass::gemm::collective::detail::sm90_smem_capacity_bytes, "too many stages");
+  static_assert(Operation::SharedStorageSize <= cutlass::gemm::collective::detail::sm90_smem_capacity_bytes, "too many stages");
 
   static typename Mainloop::Arguments mainloop(const ConvShape& s, const ConvOperands& o) {
     const auto* x = static_cast<const Element*>(o.x);
@@ -255,38 +221,23 @@ struct Kernel {
     const int step = kDepth / int(sizeof(Element));
     const auto rounded = [step](i64 c) { return int((c + step - 1) / step * step); };
     const int depth = form == Form::matrix ? int(s.c) : int(s.r * s.s) * rounded(s.c) + rounded(s.joined.c);
-    auto* y = static_cast<Element*>(o.y);
-    // Without a shortcut its factor is 0 and nothing of it is read; its descriptor needs an address all the same.
-    const auto* shortcut = s.has_shortcut ? static_cast<const Element*>(o.shortcut) : y;
     const auto strides = cute::make_stride(int64_t(s.k), _1{}, int64_t(0));
-    typename Gemm::Arguments arguments{
-        cutlass::gemm::GemmUniversalMode::kGemm, {rows, columns, depth, 1}, mainloop(s, o), {{}, shortcut, strides, y, strides}};
-    arguments.epilogue.thread.alpha = 1.0f;
-    arguments.epilogue.thread.beta = s.has_shortcut ? 1.0f : 0.0f;
-    arguments.epilogue.thread.bias_ptr = s.has_bias ? static_cast<const Element*>(o.bias) : nullptr;
-    arguments.epilogue.thread.activation = {s.relu};
-    arguments.hw_info.device_id = device.index;
-    arguments.hw_info.sm_count = device.multiprocessors;
-    check(Gemm::can_implement(arguments), "cannot compute this shape");
-    auto params = Gemm::GemmKernel::to_underlying_arguments(arguments, nullptr);
-    check(Gemm::run(params, static_cast<cudaStream_t>(stream)), "could not be launched");
+    typename Operation::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm, {rows, columns, depth, 1}, mainloop(s, o),
+                                            end_of<typename Epilogue::Arguments, Element>(s, o, strides)};
+    launch_kernel<cutlass::gemm::device::GemmUniversalAdapter<Operation>, Operation>(arguments, device, stream);
   }
 
-  static void prepare() {
-    check(cudaFuncSetAttribute(cutlass::device_kernel<typename Gemm::GemmKernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               Gemm::GemmKernel::SharedStorageSize),
-          "could not be set up");
-  }
+  static void prepare() { prepare_kernel<Operation>(); }
 };
 
 }  // namespace fused_resnet::cuda::sm90
 
 // The kernels of one tile size: two forms of each dtype.
-#define FR_SM90_KERNEL(M, N, CLUSTER, SCHEDULE, DTYPE, FORM)                                                                              \
-  using Kernel_##DTYPE##_##FORM =                                                                                                         \
-      sm90::Kernel<ElementOf<DType::DTYPE>::Type, Form::FORM, M, N, CLUSTER, cutlass::gemm::KernelTmaWarpSpecialized##SCHEDULE>;          \
-  static const RegisterTensorKernel DTYPE##_##FORM({Architecture::sm90, DType::DTYPE, Form::FORM, M, N}, &Kernel_##DTYPE##_##FORM::prepare, \
-                                                   &Kernel_##DTYPE##_##FORM::launch);
+#define FR_SM90_KERNEL(M, N, CLUSTER, SCHEDULE, DTYPE, FORM)                                                                     \
+  using Kernel_##DTYPE##_##FORM =                                                                                                \
+      sm90::Kernel<ElementOf<DType::DTYPE>::Type, Form::FORM, M, N, CLUSTER, cutlass::gemm::KernelTmaWarpSpecialized##SCHEDULE>; \
+  static const RegisterTensorKernel DTYPE##_##FORM({Architecture::sm90, DType::DTYPE, Form::FORM, M, N},                         \
+                                                   &Kernel_##DTYPE##_##FORM::prepare, &Kernel_##DTYPE##_##FORM::launch);
 #define FR_SM90_TILE(M, N, CLUSTER, SCHEDULE)                         \
   namespace fused_resnet::cuda {                                      \
   FR_SM90_KERNEL(M, N, CLUSTER, SCHEDULE, bfloat16, matrix)           \

@@ -4,8 +4,9 @@ the cause. Integers, on which every correct convolution gives the same bits, aga
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from ..ops.cuda import CudaBackend
 from ..ops.plans import backends
 from ..ops.spec import geometry_of_call, spec_of
 from .gpu_contest import planned
-from .gpu_peers import Left
+from .gpu_peers import Left, cudnn_function, operands
+from .gpu_timing import Turns, seconds_a_call
 
-FORMS = ("matrix", "image", "few", "joined")  # csrc/cuda/config.h
+MANY = "more tiles than multiprocessors"
+FORMS = ("matrix", "image", "few", "joined", "plain")  # csrc/cuda/config.h
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ _MATRIX = (
     Feature("tail of the channels", ConvCase(64, 264, (8, 8), (1, 1), shortcut=True, batch=2)),
     Feature("tail of the pixels", ConvCase(64, 64, (9, 11), (1, 1), shortcut=True, batch=3)),
     Feature("8 channels", ConvCase(8, 8, (3, 3), (1, 1))),
-    Feature("more tiles than multiprocessors", ConvCase(64, 256, (56, 56), (1, 1), shortcut=True, batch=16)),
+    Feature(MANY, ConvCase(64, 256, (56, 56), (1, 1), shortcut=True, batch=16)),
 )
 _IMAGE = (
     *_MATRIX[:3],
@@ -57,13 +60,13 @@ _IMAGE = (
     Feature("dilation", ConvCase(64, 64, (12, 11), (3, 3), padding=(2, 3), dilation=(2, 3), shortcut=True, batch=2)),
     Feature("more padding than kernel", ConvCase(64, 64, (6, 5), (3, 3), padding=(4, 5), shortcut=True, batch=2)),
     Feature("8 channels", ConvCase(8, 8, (5, 5), (3, 3), padding=(1, 1))),
-    Feature("more tiles than multiprocessors", ConvCase(64, 64, (56, 56), (3, 3), padding=(1, 1), shortcut=True, batch=8)),
+    Feature(MANY, ConvCase(64, 64, (56, 56), (3, 3), padding=(1, 1), shortcut=True, batch=8)),
 )
 _FEW = (
     Feature("a stem", ConvCase(4, 64, (32, 32), (7, 7), (2, 2), (3, 3), batch=4)),
     Feature("tails", ConvCase(4, 72, (33, 30), (7, 7), (2, 2), (3, 3), bias=False, batch=3)),
     Feature("3x3, shortcut, no ReLU", ConvCase(4, 64, (17, 15), (3, 3), padding=(1, 1), shortcut=True, relu=False, batch=2)),
-    Feature("more tiles than multiprocessors", ConvCase(4, 64, (112, 112), (7, 7), (2, 2), (3, 3), batch=16)),
+    Feature(MANY, ConvCase(4, 64, (112, 112), (7, 7), (2, 2), (3, 3), batch=16)),
 )
 _JOINED = (
     Feature("two 1x1", ConvCase(64, 64, (8, 8), (1, 1), relu=False, batch=2), (64, 1)),
@@ -76,13 +79,13 @@ _JOINED = (
     Feature("3x3 with a stride", ConvCase(64, 64, (13, 14), (3, 3), (2, 2), (1, 1), batch=2), (64, 3)),
     Feature("one column, expanded", ConvCase(64, 64, (6, 1), (3, 3), padding=(1, 1), batch=2), (64, 2), True),
     Feature("one row, expanded", ConvCase(64, 64, (1, 6), (3, 3), padding=(1, 1)), (64, 2), True),
-    Feature("more tiles than multiprocessors", ConvCase(64, 256, (56, 56), (1, 1), batch=16), (64, 1)),
+    Feature(MANY, ConvCase(64, 256, (56, 56), (1, 1), batch=16), (64, 1)),
 )
-_FEATURES = dict(zip(FORMS, (_MATRIX, _IMAGE, _FEW, _JOINED), strict=True))
+_FEATURES = dict(zip(FORMS, (_MATRIX, _IMAGE, _FEW, _JOINED, _IMAGE), strict=True))
 
 
 def form_of(tile: str) -> str:
-    """matrix, image, few or joined, of a tile's name (``ops.cuda.tiles``)."""
+    """matrix, image, few, joined or plain, of a tile's name (``ops.cuda.tiles``)."""
     form = tile.split()[2]
     assert form in FORMS, tile
     return form
@@ -104,6 +107,25 @@ def features(tile: str) -> tuple[Feature, ...]:
     return _FEATURES[form_of(tile)]
 
 
+def tiles(device: torch.device) -> list[str]:
+    """The kernels of the module that serves a device."""
+    return list(_module(device).tiles())
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a device; of the module's twin, that of the GPU it stands for."""
+    major, minor = _module(device).capability(device.index or 0)
+    return major, minor
+
+
+def _module(device: torch.device) -> Any:
+    backend = backends.cpu if device.type == "cpu" else backends.cuda
+    assert isinstance(backend, CudaBackend)
+    if backend.module is None:
+        raise RuntimeError(backend.why_no_kernels(device))
+    return backend.module
+
+
 class Trial:
     """One feature of one kernel: its operands on a device, the plan, and what is right.
 
@@ -113,12 +135,12 @@ class Trial:
 
     def __init__(self, tile: str, feature: Feature, device: torch.device, generator: torch.Generator) -> None:
         case, dtype = feature.case, dtype_of(tile)
-        operands = _channels_last(testing.integer_operands(case, dtype, generator))
+        given = _channels_last(testing.integer_operands(case, dtype, generator))
         other = projection = None
         if form_of(tile) == "joined":
             other, projection = _projection(feature, dtype, generator)
-        self.expected = _expected(case, operands, other, projection, feature.projected[1]).to(dtype)
-        moved = testing.moved(device, *operands)
+        self.expected = _expected(case, given, other, projection, feature.projected[1]).to(dtype)
+        moved = testing.moved(device, *given)
         if other is None or projection is None:
             plan = planned(case, Operands(*moved), tile)
             self.call: Callable[[], Tensor] = lambda: plan(*moved)
@@ -136,8 +158,8 @@ class Trial:
         return found
 
 
-def _channels_last(operands: Operands) -> Operands:
-    return Operands(*[t if t is None or t.dim() == 1 else t.contiguous(memory_format=torch.channels_last) for t in operands])  # type: ignore[arg-type]
+def _channels_last(given: Operands) -> Operands:
+    return Operands(*[t if t is None or t.dim() == 1 else t.contiguous(memory_format=torch.channels_last) for t in given])  # type: ignore[arg-type]
 
 
 def _projection(feature: Feature, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -153,19 +175,19 @@ def _projection(feature: Feature, dtype: torch.dtype, generator: torch.Generator
     return input, weight.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def _expected(case: ConvCase, operands: Operands, other: Tensor | None, projection: Tensor | None, stride: int) -> Tensor:
-    wide = Operands(*[None if t is None else t.float() for t in operands])  # type: ignore[arg-type]
+def _expected(case: ConvCase, given: Operands, other: Tensor | None, projection: Tensor | None, stride: int) -> Tensor:
+    wide = Operands(*[None if t is None else t.float() for t in given])  # type: ignore[arg-type]
     if other is None or projection is None:
         return reference.conv_bias_add_relu(*wide, **case.parameters)
     sums = F.conv2d(other.float(), projection.float(), stride=stride)
     return reference.conv_bias_add_relu(wide.input, wide.weight, wide.bias, sums, **case.parameters)
 
 
-def _joined(case: ConvCase, operands: Operands, other: Tensor, projection: Tensor, stride: int, tile: str) -> Callable[[], Tensor]:
-    backend = backends.of(operands.input)
+def _joined(case: ConvCase, given: Operands, other: Tensor, projection: Tensor, stride: int, tile: str) -> Callable[[], Tensor]:
+    backend = backends.of(given.input)
     assert isinstance(backend, CudaBackend)
-    geometry = geometry_of_call(operands.weight, case.stride, case.padding)
-    spec = spec_of(operands.input, operands.weight, operands.bias, None, geometry, case.relu)
+    geometry = geometry_of_call(given.weight, case.stride, case.padding)
+    spec = spec_of(given.input, given.weight, given.bias, None, geometry, case.relu)
     projected = spec_of(other, projection, None, None, geometry_of_call(projection, stride), False)
     try:
         with _settings.using(cuda_algorithm=tile):
@@ -176,12 +198,62 @@ def _joined(case: ConvCase, operands: Operands, other: Tensor, projection: Tenso
         raise Left("no kernel of this build and device joins these")
 
     def call() -> Tensor:
-        output = plan(operands.input, (operands.weight, operands.bias), other, (projection, None))
+        output = plan(given.input, (given.weight, given.bias), other, (projection, None))
         if output is None:
             raise Left("operands do not begin at 16 bytes")
         return output
 
     return call
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a right kernel takes
+# ---------------------------------------------------------------------------------------------------------------------
+
+_TIMED = (
+    ConvCase(64, 256, (56, 56), (1, 1), shortcut=True, batch=256),
+    ConvCase(1024, 256, (14, 14), (1, 1), batch=256),
+    ConvCase(256, 256, (14, 14), (3, 3), padding=(1, 1), batch=256),
+)
+_STEM = ConvCase(4, 64, (224, 224), (7, 7), (2, 2), (3, 3), batch=256)
+# Layers of ResNet-50 that decide what it takes, with the tiles that have to be told apart.
+_DECIDING = (
+    (ConvCase(64, 256, (56, 56), (1, 1), shortcut=True), "matrix", ("128x128", "128x256")),
+    (ConvCase(256, 64, (56, 56), (1, 1)), "matrix", ("128x128", "128x64")),
+    (ConvCase(64, 64, (56, 56), (3, 3), padding=(1, 1)), "image", ("128x64",)),
+    (ConvCase(128, 128, (28, 28), (3, 3), padding=(1, 1)), "image", ("128x128", "128x256")),
+)
+
+
+def times(tile: str, device: torch.device) -> dict[str, float]:
+    """Microseconds of a kernel on layers of ResNet-50 that it is for: a first look, the mean of ten calls on the same buffers."""
+    found = {}
+    for case in (_STEM,) if form_of(tile) == "few" else _TIMED:
+        if form_of(tile) == "joined" or (form_of(tile) == "matrix" and case.kernel != (1, 1)):
+            continue
+        given = operands(case, dtype_of(tile), device)
+        plan = planned(case, given, tile)
+
+        def call(i: int, plan: Any = plan, given: Operands = given) -> Tensor:
+            output: Tensor = plan(*given)
+            return output
+
+        seconds_a_call(Turns(call, 1), 3, device)
+        found[case.name] = round(seconds_a_call(Turns(call, 1), 10, device) * 1e6, 1)
+    return found
+
+
+def deciding_calls(device: torch.device, batch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """A name and a call for each kernel that the profiler is to look at: our tiles, and cuDNN's fusion. What is not there is left out."""
+    there = tiles(device)
+    for case, form, sizes in _DECIDING:
+        case = case.at(batch)
+        given = operands(case, torch.bfloat16, device)
+        for tile in [f"sm90 bfloat16 {form} {size}" for size in sizes]:
+            if tile in there:
+                yield f"{tile}: {case.name}", partial(planned(case, given, tile), *given)
+        if device.type == "cuda":
+            yield f"cudnn: {case.name}", partial(cudnn_function(case), *given)
 
 
 def _difference(got: Tensor, wanted: Tensor) -> dict[str, Any]:

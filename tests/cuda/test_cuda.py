@@ -111,13 +111,13 @@ def test_features_of_each_tile(tile: str, poisoned: None) -> None:
 @pytest.mark.parametrize("tile", TILES or ["none"])
 def test_each_tile_on_little(tile: str) -> None:
     for_this_device(tile)
-    little = [feature for feature in gpu_kernels.features(tile) if feature.name != "more tiles than multiprocessors"]
+    little = [feature for feature in gpu_kernels.features(tile) if feature.name != gpu_kernels.MANY]
     wrong = wrong_features(tile, little[1::3])
     assert not wrong, "\n".join(wrong)
 
 
 @gpu
-@pytest.mark.parametrize("tile", [tile for tile in TILES if gpu_kernels.form_of(tile) in ("matrix", "image")] or ["none"])
+@pytest.mark.parametrize("tile", [tile for tile in TILES if gpu_kernels.form_of(tile) in ("matrix", "image", "plain")] or ["none"])
 def test_each_tile(tile: str, poisoned: None) -> None:
     """What tries the choice among tiles, on each of them."""
     for_this_device(tile)

@@ -27,6 +27,8 @@ def test_kernels() -> None:
         if "90a" in built:
             sizes = ("128x256", "128x128", "128x64", "64x128", "64x64")
             expected |= {f"sm90 {dtype} {form} {size}" for form in ("matrix", "image") for size in sizes}
+            if dtype == "bfloat16":
+                expected.add("sm90 bfloat16 plain 128x128")
             if dtype != "float32":
                 expected |= {f"sm90 {dtype} joined {size}" for size in ("128x256", "128x128", "64x64")}
         if "80" in built:

@@ -131,6 +131,18 @@ def test_what_tensor_cores_cannot_compute(arguments: dict[str, Any], sentence: s
     assert _choose(8, 64, 28, 64)[0].startswith("sm90")
 
 
+def test_the_plain_kernel_is_only_asked_for() -> None:
+    """CUTLASS's own kernel computes what an image's does, where it is named; the choice has it nowhere, alone or not."""
+    plain = ("sm90", "bfloat16", "plain", 128, 128)
+    name = "sm90 bfloat16 plain 128x128"
+    for kernel in (1, 3):
+        assert _choose(256, 128, 28, 128, kernel, tiles=[plain, *TILES]) == _choose(256, 128, 28, 128, kernel)
+        assert _choose(8, 128, 28, 128, kernel, tiles=[plain], algorithm=name) == (name, "asked for")
+    assert _choose(8, 128, 28, 128, tiles=[plain]) == ("general", "this build has no sm90 kernels for bfloat16")
+    with pytest.raises(ValueError, match="groups = 2"):
+        _choose(8, 128, 28, 128, groups=2, tiles=[plain], algorithm=name)
+
+
 def test_what_is_asked_for_is_taken_or_refused() -> None:
     assert _choose(1, 64, 28, 64, algorithm="general") == ("general", "asked for")
     assert _choose(1, 64, 28, 64, algorithm="sm90 bfloat16 image 128x256")[0] == "sm90 bfloat16 image 128x256"

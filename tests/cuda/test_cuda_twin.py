@@ -358,7 +358,7 @@ def test_features_of_each_kernel(tile: str) -> None:
     """What is asked of every kernel on a GPU (gpu_kernels), of the stand-ins: they refuse strides that a descriptor would."""
     generator = torch.Generator().manual_seed(0)
     for feature in gpu_kernels.features(tile):
-        if feature.name != "more tiles than multiprocessors":  # seconds, where threads run one by one
+        if feature.name != gpu_kernels.MANY:  # seconds, where threads run one by one
             trial = gpu_kernels.Trial(tile, feature, torch.device("cpu"), generator)
             assert trial.wrong() == {}, feature.name
 

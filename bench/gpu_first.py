@@ -1,0 +1,287 @@
+"""The first minutes on a GPU: link what was compiled elsewhere, and try every tensor-core kernel by itself.
+
+    python bench/gpu_first.py pack                     where there is nvcc: compile, and what knows no Python to .prebuilt
+    python bench/gpu_first.py link                     on the machine with the GPU: the modules from them, seconds instead of minutes
+    python bench/gpu_first.py smoke --out FOLDER       one JSON line a kernel: the features that are right, the first that is not, and how
+    ncu --clock-control none --profile-from-start off --section SpeedOfLight --section MemoryWorkloadAnalysis \\
+        --section WarpStateStats python bench/gpu_first.py profile
+
+`pack` is for a machine of the same architecture and a C++ library that is as old or older; Python and torch may be other versions there.
+In `smoke` a kernel that hangs, dies or spoils its context costs its own process. One that is right is timed on layers of ResNet-50 at
+batch 256. `profile` launches four layers' kernels and cuDNN's once each, for the counters. --twin FILE: the module's twin for the host in
+the GPU's place, for the test of this script. Exit status 1 where something is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import faulthandler
+import hashlib
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # this clone, linked in place, before any installed package
+PREBUILT = ROOT / ".prebuilt"
+RESULT = "RESULT "  # before a child's last line
+Commands = dict[str, list[str]]  # of each object that has to be compiled here, by its name
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Objects from another machine
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def setup_file() -> Any:
+    """setup.py, which has the flags of every file."""
+    spec = importlib.util.spec_from_file_location("fused_resnet_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def mark_of(root: Path) -> str:
+    """What objects must have been made of: the sources and their flags."""
+    digest = hashlib.sha256()
+    for path in sorted([root / "setup.py", *(path for path in (root / "csrc").rglob("*") if path.is_file())]):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def build_for(build: Path) -> int:
+    """Compile what has changed, for Hopper unless FUSED_RESNET_CUDA_ARCHS says else: objects must be of the sources that are marked."""
+    changes = {"FUSED_RESNET_CUDA": "1", "FUSED_RESNET_CUDA_ARCHS": os.environ.get("FUSED_RESNET_CUDA_ARCHS", "90a")}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(build)]
+    return subprocess.run(command, cwd=ROOT, check=False, env={**os.environ, **changes}).returncode
+
+
+def pack(build: Path, target: Path) -> int:
+    """Copy a build's objects, but for those that know Python."""
+    skipped = {Path(source).stem for source in setup_file().KNOW_PYTHON}
+    objects = {name: [path for path in (build / f"fused_resnet.{name}").glob("*.o") if path.stem not in skipped] for name in ("_cpu", "_cuda")}
+    if not all(objects.values()):
+        print(f"gpu_first: {build} has no objects", file=sys.stderr)
+        return 1
+    shutil.rmtree(target, ignore_errors=True)
+    for name, paths in objects.items():
+        (target / name).mkdir(parents=True)
+        for path in paths:
+            shutil.copy2(path, target / name)
+    (target / "made_of.json").write_text(json.dumps({"mark": mark_of(ROOT)}) + "\n")
+    packed = [path for paths in objects.values() for path in paths]
+    print(f"{target}: {len(packed)} objects, {sum(path.stat().st_size for path in packed) / 1e6:.0f} MB")
+    return 0
+
+
+def link(prebuilt: Path = PREBUILT) -> int:
+    """The modules, in place."""
+    setup = setup_file()
+    try:
+        mark = json.loads((prebuilt / "made_of.json").read_text())["mark"]
+    except OSError as error:
+        print(f"gpu_first: there is nothing to link ({error}): `pack` makes it", file=sys.stderr)
+        return 1
+    if mark != mark_of(ROOT):
+        print("gpu_first: the objects are of other sources than these: build and pack again", file=sys.stderr)
+        return 1
+    compiler, device_compiler = os.environ.get("CXX") or "g++", setup.nvcc()
+    commands: dict[str, Commands] = {"_cpu": {}, "_cuda": {}}
+    for unit in setup.cpu_units():
+        if unit.source in setup.KNOW_PYTHON:
+            commands["_cpu"][Path(unit.source).stem] = [*compiler.split(), *setup.COMMON, *unit.flags, "-c", unit.source]
+    for unit in setup.cuda_host_units(setup.architectures()):
+        if unit.source in setup.KNOW_PYTHON:
+            flags = [flag.replace("'", "") for flag in unit.flags]  # without the quotes that ninja's shell takes away
+            commands["_cuda"][Path(unit.source).stem] = [device_compiler, *setup.CUDA_COMMON, *flags, "-c", unit.source]
+    linkers = {"_cpu": [*compiler.split(), *setup.LINK.split()], "_cuda": [device_compiler, *setup.CUDA_LINK.split()]}
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    targets = {name: ROOT / "fused_resnet" / f"{name}{suffix}" for name in linkers}
+    if not all(compile_and_link(commands, linkers, prebuilt, targets)):
+        return 1
+    look = "from fused_resnet import _extension as e; from fused_resnet.ops.cuda import tiles; print(e.cpu, len(tiles()), e.cuda_missing())"
+    return subprocess.run([sys.executable, "-c", look], cwd=ROOT, check=False).returncode
+
+
+def compile_and_link(
+    commands: dict[str, Commands], linkers: dict[str, list[str]], prebuilt: Path, targets: dict[str, Path]
+) -> Iterator[bool]:
+    """For each module, whether it was linked: of the objects that are there and of those that the commands make, side by side."""
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = {(name, stem): Path(scratch) / f"{name}-{stem}.o" for name, units in commands.items() for stem in units}
+        done = {key: pool.submit(_runs, [*commands[key[0]][key[1]], "-o", str(path)]) for key, path in made.items()}
+        for name, linker in linkers.items():
+            own = [path for (owner, _), path in made.items() if owner == name]
+            compiled = all([done[key].result() for key in made if key[0] == name])
+            objects = [*map(str, own), *sorted(map(str, (prebuilt / name).glob("*.o")))]
+            yield compiled and _runs([*linker, *objects, "-o", str(targets[name])])
+
+
+def _runs(command: Sequence[str]) -> bool:
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    if done.returncode:
+        print(f"{shlex.join(command)[:300]}\n{done.stdout}{done.stderr}"[:4000], file=sys.stderr)
+    return done.returncode == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every kernel by itself
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def device_of(twin: str) -> Iterator[Any]:
+    """The GPU, or the CPU with the module's twin."""
+    import torch
+
+    if not twin:
+        yield torch.device("cuda", 0)
+        return
+    from fused_resnet.ops import cuda, plans
+
+    spec = importlib.util.spec_from_file_location("cuda_twin", twin)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with plans.backends.using(cpu=cuda.CudaBackend(module)):
+        yield torch.device("cpu")
+
+
+def child(tile: str, twin: str) -> int:
+    """All features of one kernel; the last line is a JSON object."""
+    faulthandler.dump_traceback_later(30, exit=True)  # hears no signal: nor does the wait for a kernel that hangs
+    import torch
+
+    from fused_resnet import testing
+    from fused_resnet.benchmark import gpu_kernels
+
+    found: dict[str, Any] = {"tile": tile, "passed": [], "us": {}}
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN
+    generator = torch.Generator().manual_seed(0)
+    with device_of(twin) as device, testing.library(tf32=True):
+        for feature in gpu_kernels.features(tile):
+            if twin and feature.name == gpu_kernels.MANY:  # on the host minutes
+                continue
+            wrong = gpu_kernels.Trial(tile, feature, device, generator).wrong()
+            if wrong:
+                found["wrong"] = {"feature": feature.name, "case": feature.case.name, **wrong}
+                break
+            found["passed"].append(feature.name)
+        else:
+            if not twin:
+                torch.use_deterministic_algorithms(False)
+                found["us"] = gpu_kernels.times(tile, device)
+    print(RESULT + json.dumps(found), flush=True)
+    return 0
+
+
+def judged(tile: str, command: Sequence[str], seconds: float) -> dict[str, Any]:
+    """What a child said of its kernel, or how it ended."""
+    begin = time.monotonic()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT, check=False)
+    except subprocess.TimeoutExpired as late:
+        found: dict[str, Any] = {"tile": tile, "hung": seconds, "end": _end(late.stdout, late.stderr)}
+    else:
+        lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
+        dead = {"tile": tile, "died": done.returncode, "end": _end(done.stdout, done.stderr)}
+        found = json.loads(lines[-1].removeprefix(RESULT)) if lines else dead
+    return {**found, "seconds": round(time.monotonic() - begin, 1)}
+
+
+def _end(*texts: str | bytes | None) -> str:
+    return "".join((text.decode(errors="replace") if isinstance(text, bytes) else text or "")[-1000:] for text in texts)
+
+
+def is_right(found: dict[str, Any]) -> bool:
+    return bool(found.get("passed")) and not {"wrong", "died", "hung", "left"} & set(found)
+
+
+def smoke(options: argparse.Namespace) -> int:
+    from fused_resnet.benchmark import gpu_kernels
+
+    with device_of(options.twin) as device:
+        capability = gpu_kernels.capability(device)
+        tiles = [tile for tile in gpu_kernels.tiles(device) if gpu_kernels.suits(tile, capability) and options.only in tile]
+    options.out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + options.total
+
+    def one(tile: str) -> dict[str, Any]:
+        left = end - time.monotonic()
+        if left <= 0:
+            return {"tile": tile, "left": "time is up"}
+        command = [sys.executable, __file__, "child", "--tile", tile, "--twin", options.twin]
+        return judged(tile, command, min(options.seconds, left))
+
+    right = 0
+    with (options.out / "smoke.jsonl").open("w", encoding="utf-8") as file, ThreadPoolExecutor(options.jobs) as pool:
+        for done in as_completed([pool.submit(one, tile) for tile in tiles]):
+            found = done.result()
+            right += is_right(found)
+            file.write(json.dumps(found) + "\n")
+            file.flush()
+            line = f"ok  {found['tile']}: {found['us']}" if is_right(found) else f"BAD {found['tile']}: {json.dumps(found)[:600]}"
+            print(line, flush=True)
+    print(f"smoke: {right} of {len(tiles)} kernels right")
+    return 0 if tiles and right == len(tiles) else 1
+
+
+def profile(options: argparse.Namespace) -> int:
+    """Each kernel of the layers that decide, once, between the profiler's marks."""
+    import torch
+
+    from fused_resnet.benchmark import gpu_kernels
+
+    launched = 0
+    with device_of(options.twin) as device, torch.no_grad():
+        for name, call in gpu_kernels.deciding_calls(device, 1 if options.twin else 256):
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.profiler.start()
+                call()
+                torch.cuda.synchronize()
+                torch.cuda.profiler.stop()
+            print(name, flush=True)
+            launched += 1
+    return 0 if launched else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("pack", "link", "smoke", "profile", "child"))
+    parser.add_argument("--build", type=Path, default=ROOT / "build" / "t", help="of pack: where objects are kept (default: build/t)")
+    parser.add_argument("--prebuilt", type=Path, default=PREBUILT, help="the folder of the objects (default: .prebuilt)")
+    parser.add_argument("--out", type=Path, default=ROOT / "gpu_report", help="folder of the results (default: gpu_report)")
+    parser.add_argument("--jobs", type=int, default=6, help="kernels side by side (default: 6)")
+    parser.add_argument("--seconds", type=float, default=40, help="for a kernel (default: 40)")
+    parser.add_argument("--total", type=float, default=100, help="for all of them (default: 100)")
+    parser.add_argument("--only", default="", help="kernels whose names contain this")
+    parser.add_argument("--twin", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--tile", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.what == "pack":
+        return build_for(options.build) or pack(options.build, options.prebuilt)
+    if options.what == "link":
+        return link(options.prebuilt)
+    if options.what == "child":
+        return child(options.tile, options.twin)
+    return smoke(options) if options.what == "smoke" else profile(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""bench/gpu_first.py without a GPU: every stand-in kernel through `smoke` and `profile`, what becomes of one that is wrong, hangs or dies,
+and modules linked from objects that another build made.
+
+What is trusted: the module's twin (``_cuda_twin``), whose stand-ins are right.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import _cuda_twin
+import pytest
+import torch
+from _calls import ROOT
+
+from fused_resnet.benchmark import gpu_kernels
+
+sys.path.insert(0, str(ROOT / "bench"))
+import gpu_first
+
+PATIENT = 3600  # seconds: what ends earlier is a fault, and no slow or busy machine
+CPU = torch.device("cpu")
+
+
+def script(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", str(ROOT / "bench" / "gpu_first.py"), *words, "--twin", str(_cuda_twin.build().__file__)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_smoke(tmp_path: Path) -> None:
+    """Each kernel in a process of its own, feature by feature; a line for each."""
+    patient = ("--seconds", str(PATIENT), "--total", str(PATIENT))
+    done = script("smoke", "--out", str(tmp_path), "--jobs", "2", *patient)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith(f"smoke: {len(_cuda_twin.TILES)} of {len(_cuda_twin.TILES)} kernels right\n")
+    found = [json.loads(line) for line in (tmp_path / "smoke.jsonl").read_text().splitlines()]
+    for line in found:
+        assert line["passed"] == [f.name for f in gpu_kernels.features(line["tile"]) if f.name != gpu_kernels.MANY]
+    assert sorted(line["tile"] for line in found) == sorted(_cuda_twin.TILES)
+    nothing = script("smoke", "--out", str(tmp_path), "--only", "no such kernel", *patient)
+    assert (nothing.returncode, nothing.stdout) == (1, "smoke: 0 of 0 kernels right\n")
+
+
+def test_profile() -> None:
+    done = script("profile")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "sm90 bfloat16 matrix 128x128: 1x1 64->256 @ 56x56 + shortcut",
+        "sm90 bfloat16 matrix 128x128: 1x1 256->64 @ 56x56",
+        "sm90 bfloat16 image 128x128: 3x3 128->128 @ 28x28",
+    ]
+
+
+def test_what_becomes_of_a_kernel() -> None:
+    """Right, wrong, hung, dead, silent, and what there was no time for."""
+
+    def told(code: str, seconds: float = PATIENT) -> dict[str, Any]:
+        return gpu_first.judged("a tile", [sys.executable, "-c", code], seconds)
+
+    say = "import json, sys; print('noise'); print('RESULT ' + json.dumps({}))"
+    right = told(say.format({"tile": "a tile", "passed": ["one tile"], "us": {}}))
+    assert gpu_first.is_right(right)
+    wrong = told(say.format({"tile": "a tile", "passed": ["one tile"], "wrong": {"feature": "bias, ReLU", "nan": 3}}))
+    assert not gpu_first.is_right(wrong)
+    assert wrong["wrong"]["nan"] == 3
+    hung = told("import sys, time; print('began', file=sys.stderr, flush=True); time.sleep(3600)", 5)
+    assert (hung["hung"], hung["end"], hung["tile"]) == (5, "began\n", "a tile")
+    dead = told("import os, sys; sys.stderr.write('illegal access'); sys.stderr.flush(); os._exit(9)")
+    assert (dead["died"], dead["end"]) == (9, "illegal access")
+    silent = told("pass")
+    assert silent["died"] == 0
+    assert not any(map(gpu_first.is_right, (hung, dead, silent, {"tile": "a tile", "left": "time is up"}, {"tile": "a tile", "passed": []})))
+
+
+def test_a_wrong_kernel_ends_its_features(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first feature that is wrong is told, with how, and none is tried after it."""
+    tile = "sm90 bfloat16 image 128x128"
+    names = [feature.name for feature in gpu_kernels.features(tile)]
+    right = gpu_kernels.Trial.wrong
+    tried: list[int] = []
+
+    def wrong(trial: gpu_kernels.Trial) -> dict[str, Any]:
+        tried.append(1)
+        return right(trial) if len(tried) < 4 else {"elements": 5}
+
+    monkeypatch.setattr(gpu_kernels.Trial, "wrong", wrong)
+    monkeypatch.setattr(gpu_first.faulthandler, "dump_traceback_later", lambda *a, **k: None)  # this process is the tests'
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        assert gpu_first.child(tile, str(_cuda_twin.build().__file__)) == 0
+    finally:
+        torch.use_deterministic_algorithms(before)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
+    assert found["passed"] == names[:3]
+    assert found["wrong"] == {"feature": names[3], "case": gpu_kernels.features(tile)[3].case.name, "elements": 5}
+    assert len(tried) == 4
+
+
+def test_objects_are_packed_and_linked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A module of two files: one compiled elsewhere, and one, which knows Python, here."""
+    setup = gpu_first.setup_file()
+    build, packed = tmp_path / "build", tmp_path / "packed"
+    for name in ("_cpu", "_cuda"):
+        (build / f"fused_resnet.{name}").mkdir(parents=True)
+        for stem in ("config", "tma", *(Path(source).stem for source in setup.KNOW_PYTHON)):
+            (build / f"fused_resnet.{name}" / f"{stem}.o").write_text(stem)
+    assert gpu_first.pack(build, packed) == 0
+    assert sorted(path.name for path in packed.rglob("*.o")) == ["config.o", "config.o", "tma.o", "tma.o"]
+    capsys.readouterr()
+    assert gpu_first.pack(tmp_path / "nothing", packed) == 1
+    assert "has no objects" in capsys.readouterr().err
+    assert len(list(packed.rglob("*.o"))) == 4  # what was there stays
+    assert gpu_first.link(tmp_path / "nothing") == 1
+    assert "there is nothing to link" in capsys.readouterr().err
+    (packed / "made_of.json").write_text(json.dumps({"mark": "others"}))
+    assert gpu_first.link(packed) == 1
+    assert "of other sources" in capsys.readouterr().err
+
+    compiler = (os.environ.get("CXX") or "g++").split()
+    (tmp_path / "there.cpp").write_text("int seven() { return 7; }\n")
+    (tmp_path / "here.cpp").write_text(
+        "#include <pybind11/pybind11.h>\nint seven();\nPYBIND11_MODULE(small, m) { m.def(\"seven\", [] { return seven(); }); }\n"
+    )
+    objects = tmp_path / "objects" / "small"
+    objects.mkdir(parents=True)
+    subprocess.run([*compiler, "-fPIC", "-c", str(tmp_path / "there.cpp"), "-o", str(objects / "there.o")], check=True)
+    here = [*compiler, "-std=c++17", "-fPIC", *setup.python_includes(), "-c", str(tmp_path / "here.cpp")]
+    target = tmp_path / f"small{sysconfig.get_config_var('EXT_SUFFIX')}"
+    linker = {"small": [*compiler, "-shared"]}
+    assert list(gpu_first.compile_and_link({"small": {"here": here}}, linker, tmp_path / "objects", {"small": target})) == [True]
+    call = [sys.executable, "-c", "import small; print(small.seven())"]
+    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "7\n", done.stderr
+    broken = {"small": {"here": [*here, "-no-such-flag"]}}
+    assert list(gpu_first.compile_and_link(broken, linker, tmp_path / "objects", {"small": target})) == [False]
+    assert "-no-such-flag" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_module_it_says_so() -> None:
+    with pytest.raises(RuntimeError, match="CUDA"):
+        gpu_kernels.tiles(torch.device("cuda", 0))
+
+
+def test_the_mark_follows_the_sources(tmp_path: Path) -> None:
+    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    for name in ("setup.py", "csrc/a.h", "csrc/cuda/b.cu"):
+        (tmp_path / name).write_text("x")
+    marks = [gpu_first.mark_of(tmp_path)]
+    for name, text in (("csrc/a.h", "y"), ("csrc/cuda/b.cu", "y"), ("setup.py", "y"), ("csrc/cuda/c.cu", "")):
+        (tmp_path / name).write_text(text)
+        marks.append(gpu_first.mark_of(tmp_path))
+    assert len(set(marks)) == 5
+    assert gpu_first.mark_of(tmp_path) == marks[-1]
