@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 
 from fused_resnet import _extension, _machine, cases, testing
 from fused_resnet.benchmark import gpu_contest as contest
+from fused_resnet.benchmark import gpu_kernels
 from fused_resnet.benchmark import gpu_modules as modules
 from fused_resnet.benchmark import gpu_peers as peers
 from fused_resnet.benchmark.gpu_timing import Turns, compete, release, sentence
@@ -168,12 +170,77 @@ def blocks(network: str, smoke: bool) -> list[BlockCase]:
     return [block for block in cases.BLOCKS if block.network == network]
 
 
-def _networks(smoke: bool) -> tuple[str, ...]:
-    return ("cifar20",) if smoke else ("resnet50", "resnet18")
+@dataclass(frozen=True)
+class Only:
+    """Which of the tables: dtypes, networks and batches by name; all where none is named."""
+
+    words: frozenset[str] = frozenset()
+
+    @staticmethod
+    def of(text: str) -> Only:
+        """Raises ValueError for a word that names nothing: "bfloat16 resnet50 256,32" is right."""
+        known = {*map(_name, LOW), "resnet50", "resnet18", "cifar20", *map(str, BATCHES), "2"}
+        words = frozenset(text.replace(",", " ").split())
+        for word in words - known:
+            raise ValueError(f"--only {word!r}: dtypes, networks and batches are {', '.join(sorted(known))}")
+        return Only(words)
+
+    def has(self, *names: object) -> bool:
+        """Whether a case of this dtype, network or batch takes part: of each kind that is named at all."""
+        for name in map(str, names):
+            kinds = [kind for kind in _KINDS if name in kind]
+            if kinds and self.words & kinds[0] and name not in self.words:
+                return False
+        return True
 
 
-def _batches(smoke: bool) -> tuple[int, ...]:
-    return (2,) if smoke else BATCHES
+_KINDS = ({"bfloat16", "float16"}, {"resnet50", "resnet18", "cifar20"}, {"1", "2", "32", "256"})
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a stage measures, where and how long. smoke: a few tiny cases. compiled: torch.compile among the contenders. folder: of the
+    other stages' results."""
+
+    device: torch.device
+    effort: contest.Effort
+    smoke: bool = False
+    compiled: bool = True
+    only: Only = Only()
+    folder: Path | None = None
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        names = ("cifar20",) if self.smoke else ("resnet50", "resnet18")
+        return tuple(name for name in names if self.only.has(name))
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Networks whose layers are looked at one by one."""
+        return tuple(name for name in ("resnet50", "resnet18") if self.only.has(name))
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        return tuple(batch for batch in ((2,) if self.smoke else BATCHES) if self.only.has(batch))
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        there = LOW if self.device.type == "cuda" else (torch.bfloat16,)
+        return tuple(dtype for dtype in there if self.only.has(_name(dtype)))
+
+    def layers(self) -> Iterator[tuple[torch.dtype, int, ConvCase]]:
+        """The distinct convolutions of the tables, what matters most first: bfloat16, ResNet-50, large batches."""
+        seen = set()
+        for dtype in self.dtypes:
+            for network in self.tables:
+                for batch in self.batches:
+                    for case in convolutions(network, self.smoke):
+                        if (dtype, batch, case) not in seen:
+                            seen.add((dtype, batch, case))
+                            yield dtype, batch, case
+
+    def names(self, contenders: tuple[str, ...], compiled: bool = True) -> list[str]:
+        return [name for name in contenders if name != "compile" or (compiled and self.compiled)]
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -186,100 +253,88 @@ def effort_of(smoke: bool, compile_seconds: float, deadline: float = math.inf) -
     return contest.Effort(compile_seconds=compile_seconds, deadline=deadline)
 
 
-def _dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
-    return LOW if device.type == "cuda" else (torch.bfloat16,)
+def operators(scope: Scope) -> Iterator[Job]:
+    """Without torch.compile, which takes long: see compiled_operators. The fastest right tile of the stage ``tiles`` beside the chosen."""
+    there = read(scope.folder / "tiles.json") if scope.folder is not None else None
+    measured = {} if there is None else there["results"]
+    for dtype, batch, case in scope.layers():
+        key = f"{_name(dtype)} N={batch} {case.name}"
+        names = scope.names(peers.CONVOLUTION, compiled=False) + fastest_tile(measured.get(key, {}))
+        yield key, partial(contest.convolution, case.at(batch), dtype, scope.device, names, scope.effort)
 
 
-def _tables(device: torch.device, smoke: bool) -> Iterator[tuple[torch.dtype, str, int]]:
-    """What matters most first: bfloat16, ResNet-50, large batches."""
-    for dtype in _dtypes(device):
-        for network in ("resnet50", "resnet18"):
-            for batch in _batches(smoke):
-                yield dtype, network, batch
+def fastest_tile(result: dict[str, Any]) -> list[str]:
+    """The contender for a layer's fastest kernel, of what ``tiles`` measured of it; none where it measured none."""
+    times = {name: timing["median_ms"] for name, timing in result.get("graphs", {}).items() if name != "auto"}
+    return [peers.TILE + min(times, key=lambda name: times[name])] if times else []
 
 
-def _chosen(names: tuple[str, ...], compiled: bool) -> list[str]:
-    return [name for name in names if compiled or name != "compile"]
-
-
-def operators(device: torch.device, smoke: bool, compiled: bool, effort: contest.Effort) -> Iterator[Job]:
-    """Without torch.compile, which takes long: see compiled_operators."""
-    names = _chosen(peers.CONVOLUTION, False)
-    seen = set()
-    for dtype, network, batch in _tables(device, smoke):
-        for case in convolutions(network, smoke):
-            key = f"{_name(dtype)} N={batch} {case.name}"
-            if key not in seen:
-                seen.add(key)
-                yield key, partial(contest.convolution, case.at(batch), dtype, device, names, effort)
-
-
-def compiled_operators(device: torch.device, smoke: bool, compiled: bool, effort: contest.Effort) -> Iterator[Job]:
+def compiled_operators(scope: Scope) -> Iterator[Job]:
     """bfloat16, ResNet-50, large batches, with torch.compile: half a minute for each."""
-    names = _chosen(peers.CONVOLUTION, compiled)
-    for batch in (2,) if smoke else (256, 32):
-        for case in convolutions("resnet50", smoke):
-            key = f"bfloat16 N={batch} {case.name}"
-            yield key, partial(contest.convolution, case.at(batch), torch.bfloat16, device, names, effort)
+    for dtype, batch, case in scope.layers():
+        if dtype == LOW[0] and batch != 1 and case in convolutions("resnet50", scope.smoke):
+            yield f"{_name(dtype)} N={batch} {case.name}", partial(
+                contest.convolution, case.at(batch), dtype, scope.device, scope.names(peers.CONVOLUTION), scope.effort
+            )
 
 
-def tiles(device: torch.device, smoke: bool, compiled: bool, effort: contest.Effort) -> Iterator[Job]:
-    seen = set()
-    for dtype, network, batch in _tables(device, smoke):
-        for case in convolutions(network, smoke):
-            key = f"{_name(dtype)} N={batch} {case.name}"
-            if key in seen:
-                continue
-            seen.add(key)
-            small = case.flops(batch) <= 2 * 8 * select.SMALL_ON_CUDA and device.type == "cuda"
-            mine = [tile for tile in cuda.tiles() if f" {_name(dtype)} " in tile] if device.type == "cuda" else []
-            names = ["auto", *mine, *(["general"] if small else [])]
-            yield key, partial(contest.tiles, case.at(batch), dtype, device, names, effort)
+def tiles(scope: Scope) -> Iterator[Job]:
+    """Every kernel that is for a layer, and the general one where that is small."""
+    on_gpu = scope.device.type == "cuda"
+    for dtype, batch, case in scope.layers():
+        small = on_gpu and case.flops(batch) <= 2 * 8 * select.SMALL_ON_CUDA
+        mine = [t for t in cuda.tiles() if f" {_name(dtype)} " in t and gpu_kernels.form_of(t) not in ("joined", "plain")] if on_gpu else []
+        names = ["auto", *mine, *(["general"] if small else [])]
+        yield f"{_name(dtype)} N={batch} {case.name}", partial(contest.tiles, case.at(batch), dtype, scope.device, names, scope.effort)
 
 
-def block_jobs(device: torch.device, smoke: bool, compiled: bool, effort: contest.Effort) -> Iterator[Job]:
+def block_jobs(scope: Scope) -> Iterator[Job]:
     """torch.compile, which takes a minute for each, at the largest batch in bfloat16; ``graphs`` has it at batch 1."""
-    for dtype, network, batch in _tables(device, smoke):
-        names = _chosen(peers.MODULE, compiled and dtype == LOW[0] and batch == _batches(smoke)[0])
-        for block in blocks(network, smoke):
-            key = f"{_name(dtype)} N={batch} {block.name}"
-            yield key, partial(modules.block, block, batch, dtype, device, names, effort)
+    for dtype in scope.dtypes:
+        for network in scope.tables:
+            for batch in scope.batches:
+                names = scope.names(peers.MODULE, dtype == LOW[0] and batch == scope.batches[0])
+                for block in blocks(network, scope.smoke):
+                    key = f"{_name(dtype)} N={batch} {block.name}"
+                    yield key, partial(modules.block, block, batch, dtype, scope.device, names, scope.effort)
 
 
-def graph_jobs(device: torch.device, smoke: bool, compiled: bool, effort: contest.Effort) -> Iterator[Job]:
+def graph_jobs(scope: Scope) -> Iterator[Job]:
     """Batch 1 in CUDA graphs, torch.compile among the contenders."""
-    names = list(peers.MODULE) if compiled else _chosen(peers.MODULE, False)
-    for dtype in _dtypes(device)[:1]:
-        for network in ("resnet50", "resnet18"):
-            for block in blocks(network, smoke):
+    names = scope.names(peers.MODULE)
+    for dtype in scope.dtypes[:1]:
+        for network in scope.tables:
+            for block in blocks(network, scope.smoke):
                 key = f"{_name(dtype)} N=1 {block.name}"
-                yield key, partial(modules.block, block, 1, dtype, device, names, effort, plain=False)
-        for network in _networks(smoke):
-            yield f"{_name(dtype)} N=1 {network}", partial(modules.network, network, 1, dtype, device, names, effort, plain=False)
+                yield key, partial(modules.block, block, 1, dtype, scope.device, names, scope.effort, plain=False)
+        for network in scope.networks:
+            key = f"{_name(dtype)} N=1 {network}"
+            yield key, partial(modules.network, network, 1, dtype, scope.device, names, scope.effort, plain=False)
 
 
-def network_jobs(device: torch.device, smoke: bool, compiled: bool, effort: contest.Effort) -> Iterator[Job]:
-    for dtype in _dtypes(device):
-        for network in _networks(smoke):
+def network_jobs(scope: Scope) -> Iterator[Job]:
+    for dtype in scope.dtypes:
+        for network in scope.networks:
             for whole in (False, True):
-                for batch in _batches(smoke):
-                    names = _chosen(peers.MODULE, compiled and dtype == LOW[0] and batch == _batches(smoke)[0])
+                for batch in scope.batches:
+                    names = scope.names(peers.MODULE, dtype == LOW[0] and batch == scope.batches[0])
                     key = f"{_name(dtype)} N={batch} {network}{'' if whole else ', residual blocks'}"
-                    yield key, partial(modules.network, network, batch, dtype, device, names, effort, whole=whole)
+                    yield key, partial(modules.network, network, batch, dtype, scope.device, names, scope.effort, whole=whole)
 
 
-def training_jobs(device: torch.device, smoke: bool, compiled: bool, effort: contest.Effort) -> Iterator[Job]:
-    names = ["channels_last", *(["compile"] if compiled else []), "ours"]
-    network, batches = ("cifar20", (2,)) if smoke else ("resnet50", (256, 32))
-    for batch in batches:
-        for autocast in (False, True):
-            for kind in ("bias only", "frozen norm"):
-                key = f"bfloat16{' autocast' if autocast else ''} N={batch} {network}, {kind}"
-                yield key, partial(modules.training, kind, network, batch, torch.bfloat16, autocast, device, names, effort)
+def training_jobs(scope: Scope) -> Iterator[Job]:
+    names = scope.names(("channels_last", "compile", "ours"))
+    for network in scope.networks[:1]:
+        for batch in [batch for batch in scope.batches if batch != 1]:
+            for autocast in (False, True):
+                for kind in ("bias only", "frozen norm"):
+                    key = f"bfloat16{' autocast' if autocast else ''} N={batch} {network}, {kind}"
+                    yield key, partial(modules.training, kind, network, batch, LOW[0], autocast, scope.device, names, scope.effort)
 
 
-def ceilings(device: torch.device, smoke: bool, compiled: bool, effort: contest.Effort) -> Iterator[Job]:
+def ceilings(scope: Scope) -> Iterator[Job]:
     """What the device can do at most, measured: a copy (bytes read and written), and a large product of random matrices."""
+    device, smoke = scope.device, scope.smoke
 
     def copy() -> dict[str, Any]:
         source = torch.randn(1 << (16 if smoke else 29), device=device)
@@ -298,11 +353,11 @@ def ceilings(device: torch.device, smoke: bool, compiled: bool, effort: contest.
         return {"flops": 2 * n**3 * 1e3 / time["product"]["median_ms"], "size": n, "times": time}
 
     yield "copy", copy
-    for dtype in _dtypes(device):
+    for dtype in scope.dtypes:
         yield f"product {_name(dtype)}", partial(product, dtype)
 
 
-MEASURING: dict[str, Callable[[torch.device, bool, bool, contest.Effort], Iterator[Job]]] = {
+MEASURING: dict[str, Callable[[Scope], Iterator[Job]]] = {
     "ceilings": ceilings,
     "tiles": tiles,
     "operators": operators,

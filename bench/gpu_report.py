@@ -17,12 +17,14 @@ Exit status 1 where something failed or was wrong, 3 where cases are left.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -31,12 +33,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this clone, built in place, before any installed package
 OUT = ROOT / "gpu_report"
-MEASURING = ("ceilings", "operators", "graphs", "networks", "training", "blocks", "tiles", "compiled_operators")  # what matters most first
-ORDER = (MEASURING[0], "tests", "check", *MEASURING[1:-1], "sanitize", MEASURING[-1], "report")
+MEASURING = ("ceilings", "tiles", "operators", "graphs", "networks", "training", "blocks", "compiled_operators")  # what matters most first
+ORDER = (*MEASURING[:3], "tests", "check", *MEASURING[3:-1], "sanitize", MEASURING[-1], "report")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 COMPILING = ("compiled_operators", "blocks", "networks", "training", "graphs")
 # Without plugins that need not be installed (pyproject.toml names options of pytest-benchmark).
-PYTEST = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-rf", "-o", "addopts=--strict-markers -p no:cacheprovider"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-rfE", "-o", "addopts=--strict-markers -p no:cacheprovider"]
 QUICK = (
     *("applications/test_testing.py", "applications/test_gpu_report.py"),
     *("ops/test_bad_input.py", "ops/test_derived.py", "ops/test_registration.py"),
@@ -113,11 +115,18 @@ def tests(options: argparse.Namespace) -> dict[str, Any]:
     ):
         log = options.out / f"tests-{name.replace(', ', '-').replace(' ', '-')}.log"
         seconds = min(options.budget * share, options.end - time.monotonic())
-        found[name] = {**run([*PYTEST, *chosen], seconds, log), "counts": counts(log)}
+        found[name] = {**run([*PYTEST, *at_once(name), *chosen], seconds, log), "counts": counts(log)}
         if name.startswith("cuda") and not found[name]["counts"].get("passed"):
             found[name]["ok"] = False  # all skipped is not green
         print(f"tests, {name}: {found[name]['counts']}", flush=True)
     return found
+
+
+def at_once(part: str) -> list[str]:
+    """Options for tests side by side and a limit for each, where pytest's plugins for that are installed; large ones one by one."""
+    there = {name: importlib.util.find_spec(name) is not None for name in ("xdist", "pytest_timeout")}
+    workers = ["-n", str(max(2, min(12, (os.cpu_count() or 2) - 2)))] if there["xdist"] and "large" not in part else []
+    return [*workers, *(["--timeout", "120" if "large" in part else "60"] if there["pytest_timeout"] else [])]
 
 
 def sanitize(options: argparse.Namespace) -> dict[str, Any]:
@@ -191,6 +200,8 @@ def several(options: argparse.Namespace, stages: list[str]) -> int:
         before, died = died, _died_in(options.out / f"{stage}.json") if stage in MEASURING else None
         if died == before:  # its end, or nothing was tried
             died = None
+        if options.tar is not None:
+            packed(options.out, options.tar)
         print(f"{stage}: status {found}" + (f", ended during {died}: it goes on without that" if died else ""), flush=True)
         status = max(status, abs(found))
         if not died:
@@ -198,12 +209,23 @@ def several(options: argparse.Namespace, stages: list[str]) -> int:
     return status
 
 
+def packed(folder: Path, target: Path) -> None:
+    """All results so far in one file, whole at any time."""
+    draft = target.with_name(target.name + ".tmp")
+    with tarfile.open(draft, "w:gz") as archive:
+        for path in sorted(folder.iterdir()):
+            if path.suffix in (".json", ".jsonl", ".log", ".md", ".png"):
+                archive.add(path, path.name)
+    draft.replace(target)
+
+
 def _stage(options: argparse.Namespace, stage: str, seconds: float, afresh: bool) -> list[str]:
     """The command of one stage."""
     command = [sys.executable, __file__, stage, "--alone", "--out", str(options.out), "--device", options.device]
     command += ["--budget", f"{seconds:.0f}", "--patience", str(options.patience), "--compile-seconds", str(options.compile_seconds)]
     flags = (("--smoke", options.smoke), ("--no-compile", options.no_compile), ("--afresh", afresh))
-    return [*command, *(["--cutlass", options.cutlass] if options.cutlass else []), *[name for name, on in flags if on]]
+    command += ["--only", options.only, *(["--cutlass", options.cutlass] if options.cutlass else [])]
+    return [*command, *[name for name, on in flags if on]]
 
 
 def _died_in(path: Path) -> str | None:
@@ -229,6 +251,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # in this process: how a stage is called
     parser.add_argument("--compile-seconds", type=float, default=150.0, help="for one torch.compile (default: 150)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--only", default="", metavar="WORDS", help='dtypes, networks, batches: "bfloat16 resnet50 256,32" (default: all)')
+    parser.add_argument("--tar", type=Path, metavar="FILE", help="pack the results into this file after each stage")
     parser.add_argument("--afresh", action="store_true", help="forget results that are there")
     parser.add_argument("--smoke", action="store_true", help="a few tiny cases, to see that everything runs")
     options = parser.parse_args()
@@ -264,6 +288,11 @@ def main() -> int:
         return 2
     import _gpu_stages
 
+    try:
+        only = _gpu_stages.Only.of(options.only)
+    except ValueError as error:
+        print(f"gpu_report: {error}", file=sys.stderr)
+        return 2
     device = torch.device(options.device, *([0] if options.device == "cuda" else []))
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
@@ -271,7 +300,8 @@ def main() -> int:
     store = _gpu_stages.Store(options.out, options.stage, device, options.budget, options.afresh, options.smoke, patience)
     store.content["system"] = system()
     effort = _gpu_stages.effort_of(options.smoke, options.compile_seconds, store.deadline)
-    jobs = _gpu_stages.MEASURING[options.stage](device, options.smoke, not options.no_compile, effort)
+    scope = _gpu_stages.Scope(device, effort, options.smoke, not options.no_compile, only, options.out)
+    jobs = _gpu_stages.MEASURING[options.stage](scope)
     good = store.run(jobs)
     return 3 if store.content["left"] else 0 if good else 1
 

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ class Contest:
 
 def _best(times: dict[str, dict[str, Any]]) -> tuple[str | None, float | None]:
     """The fastest peer, and its time over that of the faster of ours."""
-    theirs = {name: t["median_ms"] for name, t in times.items() if name not in peers.OURS}
+    theirs = {name: t["median_ms"] for name, t in times.items() if name not in peers.OURS and not name.startswith(peers.TILE)}
     ours = [t["median_ms"] for name, t in times.items() if name in peers.OURS]
     best = min(theirs, key=lambda name: theirs[name], default=None)
     return best, ratio(theirs[best] if best else None, min(ours, default=None))
@@ -157,8 +158,15 @@ def convolution(
     """A convolution of the table, with its own batch size."""
     with torch.no_grad():
         contest, sets = _conv_contest(case, dtype, device, effort)
+
+        def build(name: str) -> Call:
+            if not name.startswith(peers.TILE):
+                return peers.convolution(name, case, sets, device)
+            plan = planned(case, sets[0], name.removeprefix(peers.TILE))
+            return lambda i: plan(*sets[i])
+
         for name in names:
-            contest.add(name, lambda name=name: peers.convolution(name, case, sets, device))  # type: ignore[misc]
+            contest.add(name, partial(build, name))
         found = contest.result(graphs=graphs)
     return {"case": case.name, "batch": case.batch, "dtype": name_of(dtype), **_size(case, dtype), **found}
 

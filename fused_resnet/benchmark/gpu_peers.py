@@ -20,6 +20,7 @@ from .. import _plain, ops
 from ..cases import ConvCase, Operands
 
 OURS = ("ours", "ours, bias only")
+TILE = "tile "  # before a kernel's name: that kernel, whatever the choice is; neither ours nor a peer
 CONVOLUTION = ("eager", "channels_last", "compile", "cudnn", "ours")
 MODULE = ("channels_last", "folded", "compile", "cudnn", *OURS)
 

@@ -11,7 +11,9 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,12 +41,17 @@ def store(folder: Path, stage: str, budget: float = PATIENT) -> _gpu_stages.Stor
     return _gpu_stages.Store(folder, stage, CPU, budget, smoke=True)
 
 
+def scope(only: str = "", **changes: Any) -> _gpu_stages.Scope:
+    given: dict[str, Any] = {"smoke": True, "compiled": False, "only": _gpu_stages.Only.of(only), **changes}
+    return _gpu_stages.Scope(CPU, _gpu_stages.effort_of(True, PATIENT), **given)
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the results of every measuring stage, without torch.compile."""
     folder = tmp_path_factory.mktemp("report")
     for stage, jobs in _gpu_stages.MEASURING.items():
-        assert store(folder, stage).run(jobs(CPU, True, False, _gpu_stages.effort_of(True, PATIENT))), stage
+        assert store(folder, stage).run(jobs(scope(folder=folder))), stage
     return folder
 
 
@@ -79,7 +86,8 @@ def test_report(measured: Path) -> None:
     assert merged["demands"] == lines
     assert any(line["what"] == "every CUDA test green" and line["verdict"] == "not measured" for line in lines)
     text = page.read_text()
-    for title in ("What must hold", "Layers", "Blocks, networks, training", "The choice among our kernels", "Left out, failed, wrong"):
+    titles = "What must hold", "Every kernel by itself", "Layers", "Blocks, networks, training", "The choice among our kernels", "Left out"
+    for title in titles:
         assert f"\n## {title}" in text
     assert CASE.name in text
     assert str(measured) not in text
@@ -97,15 +105,43 @@ def figures() -> dict[str, Any]:
     for batch, megabytes in ((256, 3600.0), (32, 1800.0), (1, 1.0)):
         size = {"gflop": 400.0, "megabytes": megabytes, "kernel": [1, 1], "shortcut": True, "height": 56}
         operators[f"N={batch}"] = {"case": layer.at(batch).name, "batch": batch, **common, **size}
+    slow = {"batch": 32, "times": {**times, "ours": {"median_ms": 2.0}}}
     whole = {"batch": 256, "images_a_second_times": {"ours": 50000.0, "ours, bias only": 40000.0}, **common}
     return {
         "ceilings": {"copy": {"bytes_a_second": 4e12}, "product bfloat16": {"flops": 8e14}},
         "operators": operators,
-        "networks": {"whole": {"case": "resnet50, residual blocks", **whole}},
+        "networks": {"blocks": {"case": "resnet50, residual blocks", **whole}, "whole": {"case": "resnet50", **common, **slow}},
         "graphs": {"block": {"case": "a block", "network": "resnet50", "batch": 1, **common}},
         "training": {"bias only": {"case": "resnet50, bias only", "batch": 256, "autocast": False, **common}},
         "tests": {"cuda": {"ok": True}, "large": {"ok": False}},
     }
+
+
+def test_kernels_in_the_report(tmp_path: Path) -> None:
+    assert _gpu_table.kernels(tmp_path) == "Not tried."
+    lines = [
+        {"tile": "b", "passed": ["one"], "us": {}, "wrong": {"feature": "bias", "case": "1x1"}},
+        {"tile": "a", "passed": ["one", "two"], "us": {"1x1": 54.4}},
+        {"tile": "c", "hung": 40},
+    ]
+    (tmp_path / "smoke.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = _gpu_table.kernels(tmp_path).splitlines()[2:]
+    assert rows[0] == "| a | 2 | right | 1x1 54 |"
+    assert rows[1].startswith("| b | 1 | wrong: {'feature': 'bias'")
+    assert rows[2] == "| c | 0 | not done in 40 s | - |"
+
+
+def test_tests_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where pytest's plugins for it are installed; large tests never share the device's memory."""
+    for there, part, wanted in (
+        ((), "cuda", []),
+        (("xdist", "pytest_timeout"), "cuda", ["-n", "12", "--timeout", "60"]),
+        (("xdist", "pytest_timeout"), "cuda, large", ["--timeout", "120"]),
+        (("xdist",), "the quick part", ["-n", "12"]),
+    ):
+        monkeypatch.setattr(os, "cpu_count", lambda: 16)
+        monkeypatch.setattr(gpu_report.importlib.util, "find_spec", lambda name, there=there: name if name in there else None)
+        assert gpu_report.at_once(part) == wanted
 
 
 @pytest.mark.smoke
@@ -121,6 +157,7 @@ def test_demands_by_known_figures(tmp_path: Path) -> None:
     assert found["the lowest of all layers, best peer over ours"] == ("1.20", "holds")
     assert found[bound.format(256)] == ("90%", "holds")
     assert found[bound.format(32)] == ("45%", "does not hold")
+    assert found["resnet50, bf16, batch 32: its time in a graph over that from Python"] == ("0.50", "does not hold")
     assert found["residual blocks of ResNet-50, bf16, batch 256, images a second"] == ("50000", "holds")
     assert found["blocks of resnet50 at batch 1 in CUDA graphs, compile over ours, geometric mean"] == ("1.40", "holds")
     assert found["blocks of resnet18 at batch 1 in CUDA graphs, compile over ours, geometric mean"] == ("-", "not measured")
@@ -129,6 +166,38 @@ def test_demands_by_known_figures(tmp_path: Path) -> None:
     assert found["compute-sanitizer clean"] == ("-", "not measured")
     # 400 GFLOP in 1 ms are half of 800 TFLOP/s.
     assert re.search(r"\| 1x1 64->256 @ 56x56 N=256 \+ shortcut \| bfloat16 \|.* 90% \| 50% \|", page.read_text())
+
+
+def test_only_some_tables() -> None:
+    """Words of each kind choose among that kind, and a kind that is not named is whole."""
+    gpu = _gpu_stages.Scope(torch.device("cuda"), QUICK)
+    assert (gpu.dtypes, gpu.tables, gpu.batches) == ((torch.bfloat16, torch.float16), ("resnet50", "resnet18"), (256, 32, 1))
+    few = replace(gpu, only=_gpu_stages.Only.of("bfloat16 resnet50 256,32"))
+    assert (few.dtypes, few.tables, few.networks, few.batches) == ((torch.bfloat16,), ("resnet50",), ("resnet50",), (256, 32))
+    assert {(dtype, batch) for dtype, batch, _ in few.layers()} == {(torch.bfloat16, 256), (torch.bfloat16, 32)}
+    assert [key for key, _ in _gpu_stages.training_jobs(replace(gpu, only=_gpu_stages.Only.of("resnet18 256")))] == [
+        f"bfloat16{how} N=256 resnet18, {kind}" for how in ("", " autocast") for kind in ("bias only", "frozen norm")
+    ]
+    assert not list(_gpu_stages.compiled_operators(replace(gpu, only=_gpu_stages.Only.of("float16"))))
+    assert len(list(_gpu_stages.compiled_operators(gpu))) == 2 * len(_gpu_stages.convolutions("resnet50", False))
+    with pytest.raises(ValueError, match="'resnet51': dtypes, networks and batches are 1, 2, 256"):
+        _gpu_stages.Only.of("resnet51")
+
+
+def test_the_fastest_tile_takes_part(tmp_path: Path) -> None:
+    """Beside the chosen kernel, and in no ratio: neither a peer nor ours."""
+    (key, _), *_ = _gpu_stages.operators(scope())
+    graphs = {name: {"median_ms": time} for name, time in (("auto", 1.0), ("slow", 3.0), ("quick", 2.0))}
+    assert _gpu_stages.fastest_tile({"graphs": graphs}) == ["tile quick"]
+    assert _gpu_stages.fastest_tile({"graphs": {"auto": graphs["auto"]}}) == _gpu_stages.fastest_tile({}) == []
+    (tmp_path / "tiles.json").write_text(json.dumps({"stage": "tiles", "results": {key: {"graphs": graphs}}}))
+    chosen = [job.args[3] for _, job in _gpu_stages.operators(scope(folder=tmp_path))]
+    assert chosen[0][-1] == "tile quick"
+    assert not any(name.startswith("tile ") for names in chosen[1:] for name in names)
+    found = gpu_contest.convolution(CASE, torch.bfloat16, CPU, ("channels_last", "tile auto", "ours"), QUICK)
+    assert set(found["times"]) == {"channels_last", "tile auto", "ours"}
+    assert found["best_peer_times"] == "channels_last"
+    assert found["ok"] is True
 
 
 def test_wrong_failing_and_slow_contenders(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,13 +370,20 @@ def test_the_script(tmp_path: Path) -> None:
         command = [sys.executable, "-W", "ignore", str(ROOT / "bench" / "gpu_report.py"), *words, "--out", str(tmp_path)]
         return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
 
-    done = call("ceilings", "report", "--device", "cpu", "--smoke", "--total", str(PATIENT), "--patience", str(PATIENT))
+    tar = tmp_path / "results.tar.gz"
+    patient = ("--total", str(PATIENT), "--patience", str(PATIENT), "--tar", str(tar))
+    done = call("ceilings", "report", "--device", "cpu", "--smoke", *patient)
     assert done.returncode == 0, done.stdout + done.stderr
+    with tarfile.open(tar) as archive:
+        assert set(archive.getnames()) == {"ceilings.json", "report.json", "report.md"}
     assert "ceilings: status 0\n" in done.stdout
     assert "not measured" in done.stdout
     assert json.loads((tmp_path / "ceilings.json").read_text())["results"]["copy"]["bytes_a_second"] > 0
     done = call("ceilings", "tests", "--device", "cpu", "--smoke", "--total", "0")
     assert (done.returncode, done.stdout) == (3, "ceilings: left, time is up\ntests: left, time is up\n")
+    done = call("ceilings", "--device", "cpu", "--only", "nothing")
+    assert done.returncode == 2
+    assert "gpu_report: --only 'nothing'" in done.stderr
     if not torch.cuda.is_available():
         done = call("ceilings")
         assert done.returncode == 2
