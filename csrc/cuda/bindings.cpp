@@ -6,6 +6,7 @@
 #include <array>
 #include <map>
 #include <optional>
+#include <tuple>
 
 #include "../python_shapes.h"
 #include "convolution.h"
@@ -62,13 +63,12 @@ fr::ConvShape shape(const Four& input, const Four& weight, const Four& output, c
 }
 
 // A device that need not be there: what a choice depends on, for the tests of the choice.
-cu::Device described(int index, const std::optional<std::array<int, 3>>& properties) {
+using Properties = std::tuple<int, int, int, double>;  // compute capability, multiprocessors, bandwidth
+cu::Device described(int index, const std::optional<Properties>& properties) {
   if (!properties) return cu::device(index);
   cu::Device d;
   d.index = index;
-  d.major = (*properties)[0];
-  d.minor = (*properties)[1];
-  d.multiprocessors = (*properties)[2];
+  std::tie(d.major, d.minor, d.multiprocessors, d.bandwidth) = *properties;
   return d;
 }
 
@@ -99,13 +99,19 @@ PYBIND11_MODULE(_cuda, m) {
   });
   m.def("load", &cu::load, py::arg("device"));
   m.def("capability", [](int index) { return std::pair(cu::device(index).major, cu::device(index).minor); }, py::arg("device"));
-  m.def("multiprocessors", [](int index) { return cu::device(index).multiprocessors; }, py::arg("device"));
+  m.def(
+      "properties",
+      [](int index) {
+        const cu::Device& d = cu::device(index);
+        return Properties(d.major, d.minor, d.multiprocessors, d.bandwidth);
+      },
+      py::arg("device"));
 
   py::class_<Planned>(m, "Convolution")
       .def(py::init([](const std::string& type, const Four& input, const Four& weight, const Four& output, const Two& stride,
                        const Two& pad, const Two& dilation, i64 groups, const Four& input_strides, const Four& weight_strides,
                        const Four& output_strides, const std::optional<Four>& shortcut_strides, bool has_bias, bool relu, int device,
-                       bool tf32, const std::string& algorithm, const std::optional<std::array<int, 3>>& properties,
+                       bool tf32, const std::string& algorithm, const std::optional<Properties>& properties,
                        const std::optional<JoinedTuple>& joined) {
              const fr::ConvShape s = shape(input, weight, output, stride, pad, dilation, groups, input_strides, output_strides,
                                            shortcut_strides, has_bias, relu, joined);
@@ -143,7 +149,7 @@ PYBIND11_MODULE(_cuda, m) {
       "choose",
       [](const std::string& type, const Four& input, const Four& weight, const Four& output, const Two& stride, const Two& pad,
          const Two& dilation, i64 groups, const Four& input_strides, const Four& output_strides,
-         const std::optional<Four>& shortcut_strides, bool tf32, const std::array<int, 3>& properties,
+         const std::optional<Four>& shortcut_strides, bool tf32, const Properties& properties,
          const std::vector<std::tuple<std::string, std::string, std::string, int, int>>& tiles, const std::string& algorithm) {
         const fr::ConvShape s = shape(input, weight, output, stride, pad, dilation, groups, input_strides, output_strides,
                                       shortcut_strides, true, true);

@@ -8,10 +8,6 @@ namespace {
 
 constexpr i64 kLargestIndex = (i64(1) << 31) - 1;
 
-i64 bytes_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
-
-i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
-
 // Channels_last without gaps. The stride of an axis of size 1 says nothing.
 bool is_dense(const Strides& s, i64 n, i64 c, i64 h, i64 w) {
   return (c == 1 || s.c == 1) && (w == 1 || s.w == c) && (h == 1 || s.h == w * c) && (n == 1 || s.n == h * w * c);
@@ -38,16 +34,6 @@ std::string why_not_image(const ConvShape& s) {
     return "a kernel or a padding that reaches further than TMA's offsets of 8 bits";
   }
   return "";
-}
-
-// The share of the tensor cores' rate that a tile of this size can get: what shared memory delivers for it. A wgmma of 64 pixels
-// reads (64 + n) x 32 bytes at 128 a cycle and computes for n / 2 cycles.
-double efficiency(const Tile& t) {
-  if (t.form == Form::few) return 0.3;  // 8 bytes a load
-  if (t.architecture == Architecture::sm80) return t.m * t.n >= 128 * 128 ? 0.8 : t.m * t.n >= 128 * 64 ? 0.65 : 0.5;
-  if (t.n >= 256) return 0.85;
-  if (t.n >= 128) return t.m >= 128 ? 0.8 : 0.7;
-  return t.m >= 128 ? 0.55 : 0.5;
 }
 
 }  // namespace
@@ -121,22 +107,6 @@ i64 images_a_launch(const ConvShape& s, const Tile& tile) {
   // CUTLASS's iterator over a few channels forms 16 times the element's offset in 32 bits.
   if (tile.form == Form::few) images = std::min(images, (kLargestIndex / 16) / (s.h * s.w * s.c));
   return std::min(images, s.n);
-}
-
-double predicted_time(const ConvShape& s, const Tile& t, const Device& device) {
-  // Per multiprocessor and cycle: 4096 bfloat16 operations on Hopper, half of it before; TF32 runs at half the rate.
-  const bool hopper = device.major == 9;
-  const double rate = (t.architecture == Architecture::sm90 ? 4096.0 : 2048.0) * (t.dtype == DType::float32 ? 0.5 : 1.0) * efficiency(t);
-  const double clock = hopper ? 1.7e3 : 1.4e3, bandwidth = hopper ? 3.0e6 : 1.4e6;  // cycles, bytes a microsecond
-  const i64 step = 128 / bytes_of(t.dtype), rows = s.n * s.p * s.q;
-  const i64 steps = t.form == Form::few ? ceil_div(s.r * s.s * s.c, step) : s.r * s.s * ceil_div(s.c, step) + ceil_div(s.joined.c, step);
-  const i64 tiles = ceil_div(rows, t.m) * ceil_div(s.k, t.n), waves = ceil_div(tiles, device.multiprocessors);
-  // The first loads of a tile take about a microsecond to come, and no step takes less than 150 cycles of latency when alone.
-  const double cycles = std::max(2.0 * t.m * t.n * double(step) / rate, tiles <= device.multiprocessors ? 150.0 : 0.0);
-  const double arithmetic = double(waves) * double(steps) * cycles / clock + 1.0;
-  const double moved = double(bytes_of(t.dtype)) * (double(s.n * s.h * s.w * s.c) + double(rows * s.k) * (s.has_shortcut ? 2 : 1) +
-                                                    double(s.k * s.r * s.s * s.c) + double((rows + s.k) * s.joined.c));
-  return std::max(arithmetic, moved / bandwidth) + 2.5;
 }
 
 Choice choose(const ConvShape& s, DType dtype, const Device& device, bool tf32, const std::vector<Tile>& tiles, const std::string& wanted) {

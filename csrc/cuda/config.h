@@ -14,6 +14,7 @@ struct Device {
   int index = 0;
   int major = 0, minor = 0;  // compute capability
   int multiprocessors = 1;
+  double bandwidth = 0;  // of the memory, in theory, bytes a microsecond; 0: not known
 
   int capability() const { return 10 * major + minor; }
 };
@@ -41,6 +42,10 @@ struct Tile {
   std::string name() const;  // "sm90 bfloat16 image 128x128"
 };
 
+// How Hopper's kernels of a size are made (the files in tiles/): two warp groups share a tile, and two thread blocks, one above the other,
+// the weights that they read; else each warp group has tiles of its own and ends one while the other sums (ping-pong).
+constexpr bool cooperates(int m, int n) { return m * n > 128 * 128; }
+
 // Why the tensor cores cannot compute this convolution on this device: one sentence, or "" if they can. `tf32`: whether float32
 // may be rounded to TF32 on the way in.
 std::string why_not_tensor_cores(const ConvShape& shape, DType dtype, const Device& device, bool tf32);
@@ -62,9 +67,10 @@ struct Choice {
 Choice choose(const ConvShape& shape, DType dtype, const Device& device, bool tf32, const std::vector<Tile>& tiles,
               const std::string& wanted);
 
-// Predicted microseconds of one tile's kernel, for the choice between tiles. Not a promise: see config.cpp.
+// Predicted microseconds of one tile's kernel, for the choice between tiles. Not a promise: see prediction.cpp.
 double predicted_time(const ConvShape& shape, const Tile& tile, const Device& device);
 
 const char* name_of(DType dtype);
+constexpr i64 bytes_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 }  // namespace fused_resnet::cuda

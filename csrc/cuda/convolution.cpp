@@ -5,8 +5,6 @@
 namespace fused_resnet::cuda {
 namespace {
 
-i64 bytes_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
-
 std::vector<Tile> tiles() {
   std::vector<Tile> all;
   for (const TensorKernel& kernel : tensor_kernels()) all.push_back(kernel.tile);

@@ -55,6 +55,10 @@ const Device& device(int index) {
     check(cudaDeviceGetAttribute(&d.major, cudaDevAttrComputeCapabilityMajor, index), "the device's capability");
     check(cudaDeviceGetAttribute(&d.minor, cudaDevAttrComputeCapabilityMinor, index), "the device's capability");
     check(cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, index), "the device's multiprocessors");
+    int kilohertz = 0, bits = 0;  // 0 where the driver does not tell
+    check(cudaDeviceGetAttribute(&kilohertz, cudaDevAttrMemoryClockRate, index), "the device's memory clock");
+    check(cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, index), "the device's memory bus");
+    d.bandwidth = 2e-3 * kilohertz * (bits / 8.0);  // two transfers a cycle
     found[std::size_t(index)] = d;
   });
   return found[std::size_t(index)];

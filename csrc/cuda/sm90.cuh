@@ -189,6 +189,8 @@ struct Kernel {
   };
   using Mainloop = typename MainloopOf<form>::Type;
 
+  static_assert(cooperates(M, N) == cute::is_same_v<Schedule, cutlass::gemm::KernelTmaWarpSpecializedCooperative> &&
+                cooperates(M, N) == (Cluster == 2), "the prediction takes it for another kernel");
   using Operation = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Epilogue>;
 
   // The joined convolution's image ends with the last pixel that is read.

@@ -231,7 +231,7 @@ def _predicted(case: ConvCase, given: Operands, name: str, plan: Any) -> str:
         _, reason = compiled.choose(
             dtype, spec.input.shape, spec.weight.shape, spec.output.shape, stride, (padding.top, padding.left), dilation, groups,
             spec.input.strides, spec.output.strides, None if spec.shortcut is None else spec.shortcut.strides, tf32(),
-            (*compiled.capability(device), compiled.multiprocessors(device)), [(architecture, dtype, form, rows, columns)],
+            compiled.properties(device), [(architecture, dtype, form, rows, columns)],
         )  # fmt: skip
     except Exception as error:  # what it takes is still to be measured
         return sentence(error)

@@ -59,7 +59,7 @@ STAND_IN(any, bfloat16, few, 128, 64)
 }  // namespace
 
 const Device& device(int) {
-  static const Device hopper{0, 9, 0, 132};
+  static const Device hopper{0, 9, 0, 132, 4.9e6};
   return hopper;
 }
 

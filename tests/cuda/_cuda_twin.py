@@ -12,6 +12,7 @@ SOURCES = (
     "csrc/cuda/general.cpp",
     "csrc/cuda/bindings.cpp",
     "csrc/cuda/config.cpp",
+    "csrc/cuda/prediction.cpp",
     "csrc/cuda/convolution.cpp",
     "csrc/cuda/tensor.cpp",
     "tests/cpp/host_device.cpp",
