@@ -66,6 +66,8 @@ ARCHITECTURES = ("80", "90a")
 # warn about.
 CUDA_COMMON = ["-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 
+# Hopper's kernels wait for the one before them on the stream, where they are launched so that they need to.
+GDC = ["-DCUTLASS_ENABLE_GDC_FOR_SM90"]
 LINK = "-shared -fopenmp"
 # The static runtime, its symbols hidden: torch brings a runtime of its own under the same names.
 CUDA_LINK = "-shared -cudart static -Xlinker --exclude-libs=ALL"
@@ -170,7 +172,7 @@ def cuda_units() -> list[Unit]:
         name = file.stem
         if (name.startswith("sm90_") and "90a" not in wanted) or (name.startswith("sm80_") and "80" not in wanted):
             continue
-        own = headers if file.parent.name == "tiles" else ["-Xcompiler=-Wextra"]
+        own = [*headers, *(GDC if name.startswith("sm90_") else [])] if file.parent.name == "tiles" else ["-Xcompiler=-Wextra"]
         units.append(Unit("nvcc", str(file.relative_to(ROOT)), [*targets(name, wanted), *own]))
     return units
 

@@ -182,8 +182,10 @@ def child(tile: str, twin: str) -> int:
                 break
             found["passed"].append(feature.name)
         else:
+            torch.use_deterministic_algorithms(False)  # nothing is launched between calls
+            few = {"calls": 3, "size": 6, "batch": 1} if twin else {}
+            found["wrong in a row"] = gpu_kernels.wrong_in_a_row(tile, device, generator, **few)
             if not twin:
-                torch.use_deterministic_algorithms(False)
                 found["us"] = gpu_kernels.times(tile, device)
     print(RESULT + json.dumps(found), flush=True)
     return 0
@@ -208,6 +210,7 @@ def _end(*texts: str | bytes | None) -> str:
 
 
 def is_right(found: dict[str, Any]) -> bool:
+    """What is wrong in a row alone concerns a setting that is off."""
     return bool(found.get("passed")) and not {"wrong", "died", "hung", "left"} & set(found)
 
 
@@ -234,7 +237,9 @@ def smoke(options: argparse.Namespace) -> int:
             right += is_right(found)
             file.write(json.dumps(found) + "\n")
             file.flush()
+            row = found.get("wrong in a row")
             line = f"ok  {found['tile']}: {found['us']}" if is_right(found) else f"BAD {found['tile']}: {json.dumps(found)[:600]}"
+            line += f"; WRONG where a call starts while the last ends: {json.dumps(row)[:200]}" if row else ""
             print(line, flush=True)
     print(f"smoke: {right} of {len(tiles)} kernels right")
     return 0 if tiles and right == len(tiles) else 1

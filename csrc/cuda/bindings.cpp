@@ -112,11 +112,11 @@ PYBIND11_MODULE(_cuda, m) {
                        const Two& pad, const Two& dilation, i64 groups, const Four& input_strides, const Four& weight_strides,
                        const Four& output_strides, const std::optional<Four>& shortcut_strides, bool has_bias, bool relu, int device,
                        bool tf32, const std::string& algorithm, const std::optional<Properties>& properties,
-                       const std::optional<JoinedTuple>& joined) {
+                       const std::optional<JoinedTuple>& joined, bool dependent) {
              const fr::ConvShape s = shape(input, weight, output, stride, pad, dilation, groups, input_strides, output_strides,
                                            shortcut_strides, has_bias, relu, joined);
-             Planned planned{cu::Convolution(s, dtype(type), described(device, properties), tf32, algorithm), strides(weight_strides),
-                             device, s.joined.c};
+             Planned planned{cu::Convolution(s, dtype(type), described(device, properties), tf32, algorithm, dependent),
+                             strides(weight_strides), device, s.joined.c};
              if (!properties) {
                const cu::DeviceGuard guard(device);
                const cu::CaptureIsUntouched relaxed;
@@ -127,7 +127,8 @@ PYBIND11_MODULE(_cuda, m) {
            py::arg("dtype"), py::arg("input"), py::arg("weight"), py::arg("output"), py::arg("stride"), py::arg("pad"),
            py::arg("dilation"), py::arg("groups"), py::arg("input_strides"), py::arg("weight_strides"), py::arg("output_strides"),
            py::arg("shortcut_strides"), py::arg("has_bias"), py::arg("relu"), py::arg("device"), py::arg("tf32"),
-           py::arg("algorithm") = "auto", py::arg("properties") = py::none(), py::arg("joined") = py::none())
+           py::arg("algorithm") = "auto", py::arg("properties") = py::none(), py::arg("joined") = py::none(),
+           py::arg("dependent") = false)
       .def(
           "run",
           [](const Planned& p, Pointer x, Pointer weight, Pointer bias, Pointer shortcut, Pointer y, Pointer stream, Pointer joined,
@@ -143,6 +144,7 @@ PYBIND11_MODULE(_cuda, m) {
       .def_property_readonly("tensor_cores", [](const Planned& p) { return p.convolution.tensor_cores(); })
       .def_property_readonly("algorithm", [](const Planned& p) { return p.convolution.name(); })
       .def_property_readonly("reason", [](const Planned& p) { return p.convolution.reason(); })
+      .def_property_readonly("dependent", [](const Planned& p) { return p.convolution.dependent(); })
       .def_property_readonly("launches", [](const Planned& p) { return p.convolution.launches(); });
 
   m.def(

@@ -15,13 +15,15 @@ const void* advance(const void* data, i64 bytes) { return data ? static_cast<con
 
 }  // namespace
 
-Convolution::Convolution(const ConvShape& shape, DType dtype, const Device& device, bool tf32, const std::string& algorithm)
+Convolution::Convolution(const ConvShape& shape, DType dtype, const Device& device, bool tf32, const std::string& algorithm,
+                         bool dependent)
     : shape_(shape), dtype_(dtype), device_(device), images_(shape.n) {
   shape_.validate();
   const Choice choice = choose(shape_, dtype, device, tf32, tiles(), algorithm);
   reason_ = choice.reason;
   if (choice.tile < 0) return;
   kernel_ = &tensor_kernels()[std::size_t(choice.tile)];
+  dependent_ = dependent && kernel_->tile.architecture == Architecture::sm90 && kernel_->tile.form != Form::plain;
   images_ = images_a_launch(shape_, kernel_->tile);
 }
 
@@ -43,7 +45,7 @@ void Convolution::run(const ConvOperands& operands, const Strides& weight, Strea
     o.shortcut = advance(o.shortcut, first * y);
     o.y = static_cast<char*>(o.y) + first * y;
     o.joined = advance(o.joined, first * shape_.joined.x.n * bytes_of(dtype_));
-    kernel_->launch(part, o, device_, stream);
+    kernel_->launch(part, o, device_, stream, dependent_);
   }
 }
 

@@ -11,8 +11,9 @@ namespace fused_resnet::cuda {
 
 class Convolution {
  public:
-  // `algorithm`: "auto", "general" or a tile's name. Throws std::invalid_argument or std::overflow_error before any work.
-  Convolution(const ConvShape& shape, DType dtype, const Device& device, bool tf32, const std::string& algorithm);
+  // `algorithm`: "auto", "general" or a tile's name. `dependent`: see tensor.h. Throws std::invalid_argument or std::overflow_error before
+  // any work.
+  Convolution(const ConvShape& shape, DType dtype, const Device& device, bool tf32, const std::string& algorithm, bool dependent);
 
   // Before the first run on a device, which is current.
   void prepare() const;
@@ -23,6 +24,7 @@ class Convolution {
   bool tensor_cores() const { return kernel_ != nullptr; }
   std::string name() const { return kernel_ ? kernel_->tile.name() : std::string("general ") + name_of(dtype_); }
   const std::string& reason() const { return reason_; }
+  bool dependent() const { return dependent_; }
   i64 launches() const;
 
  private:
@@ -32,6 +34,7 @@ class Convolution {
   const TensorKernel* kernel_ = nullptr;  // null: the general kernel
   std::string reason_;
   i64 images_ = 0;  // a launch
+  bool dependent_ = false;
 };
 
 }  // namespace fused_resnet::cuda

@@ -121,7 +121,7 @@ struct Kernel {
   using Operation = typename Chosen<Built, Swizzle, kIsFew>::Kernel;
   static constexpr int kShared = int(sizeof(typename Operation::SharedStorage));
 
-  static void launch(const ConvShape& s, const ConvOperands& o, const Device&, Stream stream) {
+  static void launch(const ConvShape& s, const ConvOperands& o, const Device&, Stream stream, bool) {
     const cutlass::conv::Conv2dProblemSize size(
         int(s.n), int(s.h), int(s.w), int(s.c), int(s.k), int(s.r), int(s.s), int(s.p), int(s.q), int(s.pad_top), int(s.pad_left),
         int(s.stride_h), int(s.stride_w), int(s.dilation_h), int(s.dilation_w), cutlass::conv::Mode::kCrossCorrelation);

@@ -217,7 +217,7 @@ struct Kernel {
     }
   }
 
-  static void launch(const ConvShape& s, const ConvOperands& o, const Device& device, Stream stream) {
+  static void launch(const ConvShape& s, const ConvOperands& o, const Device& device, Stream stream, bool dependent) {
     const int rows = int(s.n * s.p * s.q), columns = int(s.k);
     // The kernels count steps of the reduction by this: each tap's channels are cut on their own, so each is rounded up.
     const int step = kDepth / int(sizeof(Element));
@@ -226,7 +226,7 @@ struct Kernel {
     const auto strides = cute::make_stride(int64_t(s.k), _1{}, int64_t(0));
     typename Operation::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm, {rows, columns, depth, 1}, mainloop(s, o),
                                             end_of<typename Epilogue::Arguments, Element>(s, o, strides)};
-    launch_kernel<cutlass::gemm::device::GemmUniversalAdapter<Operation>, Operation>(arguments, device, stream);
+    launch_kernel<cutlass::gemm::device::GemmUniversalAdapter<Operation>, Operation>(arguments, device, stream, dependent);
   }
 
   static void prepare() { prepare_kernel<Operation>(); }

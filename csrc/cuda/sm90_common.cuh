@@ -53,13 +53,14 @@ Arguments end_of(const ConvShape& s, const ConvOperands& o, const Stride& stride
 }
 
 // One launch of a kernel through its adapter, the latter only for the launch itself: attributes are the plan's matter (`prepare`).
-template <class Adapter, class Kernel>
-void launch_kernel(typename Kernel::Arguments& arguments, const Device& device, Stream stream) {
+// `more`: what the adapter's `run` is told beside.
+template <class Adapter, class Kernel, class... More>
+void launch_kernel(typename Kernel::Arguments& arguments, const Device& device, Stream stream, More... more) {
   arguments.hw_info.device_id = device.index;
   arguments.hw_info.sm_count = device.multiprocessors;
   check(Adapter::can_implement(arguments), "cannot compute this shape");
   auto params = Kernel::to_underlying_arguments(arguments, nullptr);
-  check(Adapter::run(params, static_cast<cudaStream_t>(stream)), "could not be launched");
+  check(Adapter::run(params, static_cast<cudaStream_t>(stream), nullptr, more...), "could not be launched");
 }
 
 template <class Kernel>

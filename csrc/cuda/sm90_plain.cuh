@@ -29,7 +29,7 @@ struct PlainKernel {
       cutlass::conv::KernelImplicitTmaWarpSpecializedSm90>::CollectiveOp;
   using Operation = cutlass::conv::kernel::ConvUniversal<Image, Mainloop, Epilogue>;
 
-  static void launch(const ConvShape& s, const ConvOperands& o, const Device& device, Stream stream) {
+  static void launch(const ConvShape& s, const ConvOperands& o, const Device& device, Stream stream, bool) {
     const auto strides = cute::make_stride(cute::make_stride(s.k, s.q * s.k, s.p * s.q * s.k), _1{}, _0{});
     typename Operation::Arguments arguments{image(s), {static_cast<const Element*>(o.x), static_cast<const Element*>(o.weight)},
                                             end_of<typename Epilogue::Arguments, Element>(s, o, strides)};

@@ -8,8 +8,10 @@
 
 namespace fused_resnet::cuda {
 
-// x, y, shortcut: channels_last without gaps; weight: [K, R, S, C]; all and the bias 16-byte aligned.
-using TensorLaunch = void (*)(const ConvShape& shape, const ConvOperands& operands, const Device& device, Stream stream);
+// x, y, shortcut: channels_last without gaps; weight: [K, R, S, C]; all and the bias 16-byte aligned. dependent: the kernel may start
+// while the one before it on the stream ends, and waits for it before it reads or writes memory (programmatic dependent launch); where it
+// has no such wait, that says nothing.
+using TensorLaunch = void (*)(const ConvShape& shape, const ConvOperands& operands, const Device& device, Stream stream, bool dependent);
 
 // Loads the kernel onto the current device and tells CUDA how much shared memory it takes: once before its first launch there.
 using TensorPrepare = void (*)();

@@ -129,7 +129,7 @@ class Contest:
 
 def _best(times: dict[str, dict[str, Any]]) -> tuple[str | None, float | None]:
     """The fastest peer, and its time over that of the faster of ours."""
-    theirs = {name: t["median_ms"] for name, t in times.items() if name not in peers.OURS and not name.startswith(peers.TILE)}
+    theirs = {name: t["median_ms"] for name, t in times.items() if peers.is_peer(name)}
     ours = [t["median_ms"] for name, t in times.items() if name in peers.OURS]
     best = min(theirs, key=lambda name: theirs[name], default=None)
     return best, ratio(theirs[best] if best else None, min(ours, default=None))

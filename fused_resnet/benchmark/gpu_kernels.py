@@ -158,6 +158,30 @@ class Trial:
         return found
 
 
+def wrong_in_a_row(
+    tile: str, device: torch.device, generator: torch.Generator, calls: int = 20, size: int = 56, batch: int = 8
+) -> dict[str, Any]:
+    """How the last of several calls is wrong, each of which reads what the one before it wrote and may start while that ends
+    (``_settings.cuda_dependent``); empty where it is not, or the kernel's form has no such chain. Each call permutes the channels."""
+    form, dtype, channels = form_of(tile), dtype_of(tile), 64
+    if form not in ("matrix", "image"):
+        return {}
+    kernel = 1 if form == "matrix" else 3
+    case = ConvCase(channels, channels, (size, size), (kernel, kernel), padding=(kernel // 2,) * 2, bias=False, batch=batch)
+    order = torch.randperm(channels, generator=generator)
+    weight = torch.zeros(case.weight_shape)
+    weight[torch.arange(channels), order, kernel // 2, kernel // 2] = 1
+    x = torch.randint(0, 9, case.input_shape, generator=generator)
+    given = testing.moved(device, *_channels_last(Operands(x.to(dtype), weight.to(dtype), None, None)))
+    with _settings.using(cuda_dependent=True):
+        plan = planned(case, Operands(*given), tile)
+    y = given[0]
+    for _ in range(calls):
+        y = plan(y, given[1], None, None)
+        x = x[:, order]
+    return _difference(y.cpu(), x.to(dtype))
+
+
 def _channels_last(given: Operands) -> Operands:
     return Operands(*[t if t is None or t.dim() == 1 else t.contiguous(memory_format=torch.channels_last) for t in given])  # type: ignore[arg-type]
 

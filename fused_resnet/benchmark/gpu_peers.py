@@ -16,13 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .. import _plain, ops
+from .. import _plain, _settings, ops
 from ..cases import ConvCase, Operands
 
+DEPENDENT = "ours, dependent"  # launched so that a kernel starts while the one before it ends: a setting that is off
 OURS = ("ours", "ours, bias only")
 TILE = "tile "  # before a kernel's name: that kernel, whatever the choice is; neither ours nor a peer
 CONVOLUTION = ("eager", "channels_last", "compile", "cudnn", "ours")
-MODULE = ("channels_last", "folded", "compile", "cudnn", *OURS)
+MODULE = ("channels_last", "folded", "compile", "cudnn", *OURS, DEPENDENT)
+
+
+def is_peer(name: str) -> bool:
+    return name not in OURS and name != DEPENDENT and not name.startswith(TILE)
 
 
 class Left(Exception):
@@ -212,6 +217,15 @@ def module(name: str, model: nn.Module, dtype: torch.dtype, device: torch.device
     mine = mine.requires_grad_(False).to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if name in OURS:
         mine = fused(mine)
+    elif name == DEPENDENT:
+        ours = fused(mine)
+
+        def dependent(x: Tensor) -> Tensor:
+            with _settings.using(cuda_dependent=True):
+                output: Tensor = ours(x)
+                return output
+
+        return dependent
     elif name == "cudnn":
         mine = _through_cudnn(mine)
     elif name == "compile":

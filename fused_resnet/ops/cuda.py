@@ -72,6 +72,7 @@ class CudaBackend(Backend):
             tf32(),
             algorithm,
             joined=joined,
+            dependent=_settings.current.cuda_dependent,
         )
 
     def kernel_plan(self, spec: ConvSpec) -> Plan:

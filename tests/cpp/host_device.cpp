@@ -18,7 +18,7 @@ void prepare() {
 }
 
 template <DType dtype, Form form>
-void launch(const ConvShape& s, const ConvOperands& o, const Device&, Stream stream) {
+void launch(const ConvShape& s, const ConvOperands& o, const Device&, Stream stream, bool) {
   if (!prepared<dtype, form>) throw std::logic_error("a tensor-core kernel was not prepared");
   const i64 vector = dtype == DType::float32 ? 4 : 8, channels = form == Form::few ? kFew : vector;
   for (const void* p : {o.x, o.weight, o.bias, o.shortcut, static_cast<const void*>(o.y)}) {

@@ -107,6 +107,15 @@ def test_features_of_each_tile(tile: str, poisoned: None) -> None:
 
 
 @gpu
+@pytest.mark.parametrize("tile", TILES or ["none"])
+def test_calls_in_a_row(tile: str) -> None:
+    """Where a kernel may start while the one before it ends, it waits for what it reads."""
+    for_this_device(tile)
+    with testing.library(tf32=True, deterministic=False):  # which would fill memory between the calls
+        assert gpu_kernels.wrong_in_a_row(tile, DEVICE, generator()) == {}
+
+
+@gpu
 @pytest.mark.sanitized
 @pytest.mark.parametrize("tile", TILES or ["none"])
 def test_each_tile_on_little(tile: str) -> None:

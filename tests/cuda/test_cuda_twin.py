@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import _cuda_twin
 import pytest
@@ -361,6 +362,39 @@ def test_features_of_each_kernel(tile: str) -> None:
         if feature.name != gpu_kernels.MANY:  # seconds, where threads run one by one
             trial = gpu_kernels.Trial(tile, feature, torch.device("cpu"), generator)
             assert trial.wrong() == {}, feature.name
+
+
+@pytest.mark.parametrize("tile", _cuda_twin.TILES)
+def test_calls_in_a_row(tile: str, twin: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chain of calls whose last value is known; Hopper's plans are told that they may start early, where it is set."""
+    told: list[bool] = []
+
+    class Recorder:
+        def __getattr__(self, name: str) -> object:
+            return getattr(twin, name)
+
+        def Convolution(self, *arguments: object, **more: object) -> object:
+            kernel = twin.Convolution(*arguments, **more)
+            told.append(kernel.dependent)
+            return kernel
+
+    def wrong() -> dict[str, Any]:
+        return gpu_kernels.wrong_in_a_row(tile, torch.device("cpu"), torch.Generator().manual_seed(0), calls=3, size=5, batch=1)
+
+    with plans.backends.using(cpu=cuda.CudaBackend(Recorder())):  # type: ignore[arg-type]
+        assert wrong() == {}
+        chained = gpu_kernels.form_of(tile) in ("matrix", "image")
+        assert told == ([True, False] if chained else [])  # and the general kernel, which has no such wait
+        for feature in gpu_kernels.features(tile)[:1]:
+            told.clear()
+            assert gpu_kernels.Trial(tile, feature, torch.device("cpu"), torch.Generator().manual_seed(0)).wrong() == {}
+            assert told
+            assert not any(told)  # it is off
+    if chained:
+        monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n).roll(1))
+        right = cuda.CudaPlan.__call__
+        monkeypatch.setattr(cuda.CudaPlan, "__call__", lambda plan, x, *rest: right(plan, x.roll(1, 1), *rest))
+        assert wrong()["of"] == 64 * 25
 
 
 def test_which_device_runs_a_kernel() -> None:
