@@ -26,7 +26,8 @@ class Settings(NamedTuple):
     """One value for each thing that can be set, and all that a plan depends on besides its call.
 
     algorithm: auto, direct, winograd2 or winograd4, on the CPU. cuda_algorithm: auto, general, or a tile's name (``ops.cuda.tiles``).
-    cuda_dependent: whether a kernel for Hopper may start while the one before it ends; off until a GPU has shown what it gains.
+    cuda_gradients: whether gradients on a GPU are ours where there is a kernel. cuda_dependent: whether a kernel for Hopper may start while
+    the one before it ends; off until a GPU has shown what it gains.
     backends: another number for each time that a test has put other kernels in the place of a device's; 0: none are there.
     """
 
@@ -34,6 +35,7 @@ class Settings(NamedTuple):
     isa: str = ""
     algorithm: str = "auto"
     cuda_algorithm: str = "auto"
+    cuda_gradients: bool = True
     cuda_dependent: bool = False
     backends: int = 0
 

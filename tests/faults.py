@@ -32,7 +32,7 @@ from _kept import RESULTS, ROOT, Report, digest, machine
 from planted import cpu, cuda, gradients, graph, neighbours, python, runtime
 from planted.fault import Fault
 
-PARTS = ("csrc", "fused_resnet", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+PARTS = ("csrc", "fused_resnet", "tests", "bench", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 FAULTS: tuple[Fault, ...] = tuple(
     fault for file in (cpu, gradients, neighbours, python, graph, runtime, cuda) for fault in file.FAULTS
 )

@@ -19,7 +19,7 @@ from .._compat import cuda_stream, tf32
 from . import select
 from .backend import Backend, Plan
 from .derived import derive
-from .spec import ConvSpec, Layout, check_operands, dtype_name
+from .spec import ConvSpec, Layout, Operand, check_allocated, check_operands, dtype_name
 
 _ALIGNMENT = 16  # bytes: of every operand of a tensor-core kernel
 Weights = tuple[Tensor, "Tensor | None"]  # of a layer: weight and bias
@@ -82,6 +82,15 @@ class CudaBackend(Backend):
             if inner is not None and plan is not None and plan.kernel.tensor_cores:
                 return PaddedPlan(plan) if inner.weight != spec.weight else TurnedPlan(plan, spec.output)
         return CudaPlan(spec, self)
+
+    def why_general_gradient(self, operand: Operand, spec: ConvSpec) -> list[str]:
+        missing = self.why_no_kernels(spec.device)
+        if missing or not _settings.current.cuda_gradients:
+            return [missing or "our gradients on a GPU are turned off"]
+        return select.why_general_gradient_on_cuda(operand, spec, tf32())
+
+    def gradient_plan(self, operand: Operand, spec: ConvSpec, masked: bool) -> CudaInputGradient:
+        return CudaInputGradient(spec, self, masked)
 
     def joined_plan(self, spec: ConvSpec, other: ConvSpec) -> JoinedPlan | None:
         """``relu(conv(input) + conv(other))`` as one sum on the tensor cores, rounded once; ``other``'s is a projection. None where no
@@ -203,6 +212,25 @@ class PaddedPlan:
         return self._plan(_pad_channels(input), derive("padded channels", (weight,), _pad_channels), bias, shortcut)
 
 
+class CudaInputGradient:
+    """The gradient of a convolution with stride 1 in its input, by a forward kernel: plus what is added, or through a ReLU in a pass."""
+
+    def __init__(self, spec: ConvSpec, backend: CudaBackend, masked: bool) -> None:
+        convolution = select.input_gradient_as_convolution(spec._replace(shortcut=None) if masked else spec)
+        assert convolution is not None
+        self._plan, self._backend, self._masked = backend.kernel_plan(convolution), backend, masked
+        self.kernel = self._plan.kernel if self._plan.kernel.tensor_cores else None  # this build has none for the device
+
+    def __call__(self, grad: Tensor, other: Tensor, end: Tensor | None) -> Tensor | None:
+        """other: the weight."""
+        if self.kernel is None:
+            return None
+        check_allocated(grad, "grad")
+        check_allocated(other, "weight")
+        found = self._plan(grad, rotated(other), None, None if self._masked else end)
+        return self._backend.relu_backward(found, end, False)[0] if self._masked and end is not None else found
+
+
 class JoinedPlan:
     """A convolution and a projection as one kernel."""
 
@@ -272,6 +300,15 @@ def krsc(weight: Tensor) -> Tensor:
         return torch.empty_strided(held.shape, wanted, dtype=held.dtype, device=held.device).copy_(held)
 
     return derive("krsc", (weight,), make)
+
+
+def rotated(weight: Tensor) -> Tensor:
+    """The weight [K, C, R, S] rotated by half a turn and with its channels exchanged: [C, K, R, S], its memory in the order [C, R, S, K]. A
+    copy that is not kept: a weight that is trained is another one in each step."""
+    k, c, r, s = weight.shape
+    turned = weight if r == s == 1 else weight.flip((2, 3))
+    result = torch.empty_strided((c, k, r, s), (r * s * k, 1, s * k, k), dtype=weight.dtype, device=weight.device)
+    return result.copy_(turned.transpose(0, 1))
 
 
 def tiles() -> list[str]:

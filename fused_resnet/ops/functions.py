@@ -12,7 +12,6 @@ from torch.profiler import record_function
 from .._compat import below_autograd, has_tangent, nobody_listens, profiler_enabled, without_autocast
 from .cpu import CpuPlan
 from .derived import training_captured
-from .gradients import library_input_gradient, library_weight_gradient
 from .plans import backends, find, find_gradient
 from .role import Rectified, Role
 from .schema import bias_add_relu, conv_bias_add_relu, conv_input_gradient, conv_weight_gradient, relu_backward
@@ -66,24 +65,18 @@ class ConvBiasAddReLU(torch.autograd.Function):
         masked, grad_bias = _through_relu(grad, made, need_bias)
         grad_input = grad_weight = None
         # The weight's gradient first: it is small and stays. Behind the input's, it would lie in the holes that glibc's heap has for maps.
-        if masked.is_cuda:  # there are no kernels of ours
-            assert role == Role()
-            if need_weight:
-                grad_weight = library_weight_gradient(masked, input, ctx.weight_size, ctx.weight_format, ctx.geometry)
-            if need_input:  # the library asks for the input
-                grad_input = library_input_gradient(masked, weight, ctx.input_size, ctx.input_format, ctx.geometry, input)
-        else:
-            if need_weight:
-                # Differentiated further, this gradient reads the input too, and a ReLU in front that relies on this convolution does not mask:
-                # what goes back to the input passes a second ReLU, which changes no value.
-                values = torch.relu(input) if role.reads is not None and torch.is_grad_enabled() else input
-                channels_last = ctx.weight_format is torch.channels_last
-                grad_weight = gradient("weight", masked, values, ctx.weight_size, channels_last, ctx.geometry)
-            if need_input:
-                channels_last = ctx.input_format is torch.channels_last
-                through = role.reads is not None  # then nobody else reads the input
-                end = input if through else other
-                grad_input = gradient("input", masked, weight, ctx.input_size, channels_last, ctx.geometry, end, through)
+        if need_weight:
+            # Differentiated further, this gradient reads the input too, and a ReLU in front that relies on this convolution does not mask:
+            # what goes back to the input passes a second ReLU, which changes no value.
+            values = torch.relu(input) if role.reads is not None and torch.is_grad_enabled() else input
+            channels_last = ctx.weight_format is torch.channels_last
+            grad_weight = gradient("weight", masked, values, ctx.weight_size, channels_last, ctx.geometry)
+        if need_input:
+            channels_last = ctx.input_format is torch.channels_last
+            through = role.reads is not None  # then nobody else reads the input
+            end = input if through else other
+            at_hand = input if masked.is_cuda else None  # cuDNN is asked by way of it, oneDNN is not
+            grad_input = gradient("input", masked, weight, ctx.input_size, channels_last, ctx.geometry, end, through, at_hand)
         return None, grad_input, grad_weight, grad_bias, masked if need_shortcut else None, *[None] * 5
 
 
@@ -252,13 +245,15 @@ def gradient(
     geometry: Geometry,
     end: Tensor | None = None,
     masked: bool = False,
+    input: Tensor | None = None,
 ) -> Tensor:
     """``conv_input_gradient`` or ``conv_weight_gradient`` by the shortest way: the dispatcher and the way back into Python take longer than a
-    small gradient. end: is added to an input's gradient or, ``masked``, the output of the ReLU that this goes through."""
+    small gradient. end: is added to an input's gradient or, ``masked``, the output of the ReLU that this goes through. input: of an input's
+    gradient, the input where it is at hand."""
     if nobody_listens(grad, other, end, but_for_profiler=True):
         plan = find_gradient(operand, grad, other, size, channels_last, *geometry, end=end, masked=masked)
         with _named(f"conv_{operand}_gradient"):
-            return plan(grad, other, end)
+            return plan(grad, other, end, input)
     found: Tensor = GRADIENTS[operand](grad, other, size, channels_last, *geometry)
     if end is None:
         return found

@@ -87,14 +87,18 @@ class Gradient:
         """Of the compiled module; None: the library's."""
         return None if self._ours is None else self._ours.kernel
 
-    def __call__(self, grad: Tensor, other: Tensor, end: Tensor | None = None) -> Tensor:
-        """end: what is added, or the ReLU's output."""
+    def __call__(self, grad: Tensor, other: Tensor, end: Tensor | None = None, input: Tensor | None = None) -> Tensor:
+        """end: what is added, or the ReLU's output. input: of an input's gradient, the input itself where it is at hand (see
+        ``library_input_gradient``)."""
         found = None if self._ours is None else self._ours(grad, other, end)
         if found is not None:
             return found
         check_allocated(grad, "grad")
         check_allocated(other, OTHER[self._operand])
-        found = library_gradient(self._operand, grad, other, self._size, self._memory_format, self._geometry)
+        if self._operand == "input":
+            found = library_input_gradient(grad, other, self._size, self._memory_format, self._geometry, input)
+        else:
+            found = library_weight_gradient(grad, other, self._size, self._memory_format, self._geometry)
         if end is not None:
             found = self._backend.relu_backward(found, end, False)[0] if self._masked else found.add_(end)
         if found.stride() != self._strides:  # where they say nothing of the memory format: of one channel, one pixel, no image

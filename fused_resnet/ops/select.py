@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from .spec import ConvSpec, Layout, Operand, dtype_name
+from .spec import ConvSpec, Layout, Operand, Padding, dtype_name
 
 TrainedBy = Literal["ours", "our gradients", "library"]  # "our gradients": forward by the library
 
@@ -170,6 +170,36 @@ def why_general_on_cuda(spec: ConvSpec, tf32: bool) -> list[str]:
         name = dtype_name(spec.dtype)
         return [f"{channels} input and {outputs} output channels: the tensor cores want multiples of {vector} in {name}"]
     return []
+
+
+def why_general_gradient_on_cuda(operand: Operand, spec: ConvSpec, tf32: bool) -> list[str]:
+    """Why the library makes this convolution's gradient on a GPU. Its gradient in the input is a convolution of the output's gradient, and
+    ours is the tensor cores'."""
+    if operand == "weight":
+        return ["there are no kernels for the gradient of a weight on a GPU"]
+    if max(spec.geometry.stride) > 1:
+        return [f"stride {max(spec.geometry.stride)}: a convolution for each residue of row and column, the library's gradient is one"]
+    if spec.dtype == torch.float64 or spec.macs <= SMALL_ON_CUDA:
+        return [f"{'float64' if spec.dtype == torch.float64 else 'a small convolution'}: no tensor-core kernel is for it"]
+    forward = input_gradient_as_convolution(spec)
+    if forward is None:
+        return ["more padding than kernel: the gradient is no convolution of all of the output's gradient"]
+    return why_general_on_cuda(forward, tf32)
+
+
+def input_gradient_as_convolution(spec: ConvSpec) -> ConvSpec | None:
+    """The convolution with stride 1 whose output is the gradient of another one with stride 1 in its input: of the output's gradient, by the
+    weight rotated and with its channels exchanged, [C, K, R, S] in the memory order [C, R, S, K]; plus what it ends with. None where that
+    would take negative padding."""
+    outputs, channels, r, s = spec.weight.shape
+    top, bottom, left, right = spec.geometry.padding
+    reach_h, reach_w = (r - 1) * spec.geometry.dilation[0], (s - 1) * spec.geometry.dilation[1]
+    padding = Padding(reach_h - top, reach_h - bottom, reach_w - left, reach_w - right)
+    if min(padding) < 0:
+        return None
+    weight = Layout((channels, outputs, r, s), (r * s * outputs, 1, s * outputs, outputs))
+    geometry = spec.geometry._replace(padding=padding)
+    return spec._replace(input=spec.output, weight=weight, output=spec.input, bias=None, geometry=geometry, relu=False)
 
 
 def is_stem_on_cuda(spec: ConvSpec) -> bool:

@@ -290,7 +290,8 @@ def test_finite_differences(case: testing.GradientCase) -> None:
 @pytest.mark.parametrize("form", FORMATS, ids=name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_integer_gradients(dtype: torch.dtype, form: torch.memory_format) -> None:
-    for case in (*check._SHAPES, TILE_CASES[0], TILE_CASES[6], TILE_CASES[7]):
+    large = ConvCase(64, 128, (28, 28), (3, 3), padding=(1, 1), shortcut=True, batch=2)  # whose gradient in the input is a forward kernel's
+    for case in (*check._SHAPES, TILE_CASES[0], TILE_CASES[6], TILE_CASES[7], large):
         operands = integers(case, dtype, form)
         grad = testing.unit_gradient(case.output_shape, dtype, generator(2))
         with testing.library(cudnn=False):

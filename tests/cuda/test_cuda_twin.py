@@ -8,6 +8,7 @@ kernels are stand-ins that refuse what the real ones cannot read. ``test_cuda_ho
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -253,8 +254,14 @@ PROJECTED = [b for b in BLOCKS if b.network == "resnet50" and b.size[0] <= 14]
 
 
 @pytest.mark.parametrize("block", PROJECTED, ids=name)
-def test_blocks_of_bfloat16_run_on_tensor_cores(block: BlockCase, twin: ModuleType) -> None:
-    """Every convolution is a tensor-core kernel's; a projection is a part of the last one."""
+@pytest.mark.parametrize("without_cpu", [False, True], ids=["", "without the CPU module"])
+def test_blocks_of_bfloat16_run_on_tensor_cores(
+    block: BlockCase, twin: ModuleType, without_cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every convolution is a tensor-core kernel's; a projection is a part of the last one, whether there is a CPU module or not."""
+    if without_cpu:
+        for holder in [m for key, m in sys.modules.items() if key.startswith("fused_resnet.") and getattr(m, "cpu", None) is _extension.cpu]:
+            monkeypatch.setattr(holder, "cpu", None)
     made: list[str] = []
 
     class Recorder:
