@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from _calls import FORMATS, MASK, name
+from _calls import FORMATS, MASK, name, run_python
 from _gpu import (
     DEVICE,
     LOW,
@@ -80,6 +80,25 @@ def test_graph_of_inference(dtype: torch.dtype) -> None:
             replayed = y.clone()
             assert torch.equal(replayed, net(x))
         assert y.isfinite().all()
+
+
+@gpu
+def test_capture_before_the_first_call() -> None:
+    """Nothing has been loaded, chosen or packed: all of that happens while the stream is captured. In a process of its own."""
+    code = """if True:
+        import torch, fused_resnet
+        from fused_resnet import reference
+        make = lambda *shape: torch.randint(-2, 3, shape).to(torch.bfloat16)
+        operands = [make(2, 64, 14, 14), make(64, 64, 3, 3), make(64), make(2, 64, 14, 14)]
+        x, w, b, s = [t.cuda() if t.dim() == 1 else t.cuda().contiguous(memory_format=torch.channels_last) for t in operands]
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            y = fused_resnet.bias_add_relu(fused_resnet.conv_bias_add_relu(x, w, b, s, padding=1), b)
+        graph.replay()
+        wanted = reference.bias_add_relu(reference.conv_bias_add_relu(*operands, padding=1), operands[2])
+        print(torch.equal(y.cpu(), wanted))"""
+    done = run_python(code)
+    assert done.stdout.strip() == "True", done.stderr[-2000:]
 
 
 @gpu
