@@ -156,7 +156,7 @@ def cpu_units() -> list[Unit]:
 def cuda_host_units(wanted: list[str]) -> list[Unit]:
     """The files without kernels."""
     units = []
-    for source in ("bindings", "config", "convolution", "device", "driver", "general", "prediction", "tensor", "tma"):
+    for source in ("bindings", "config", "convolution", "device", "driver", "general", "prediction", "sequence", "tensor", "tma"):
         path = f"csrc/cuda/{source}.cpp"
         flags = ["-x", "c++", f'-DFR_ARCHITECTURES=\'"{" ".join(wanted)}"\'', *(python_includes() if path in KNOW_PYTHON else [])]
         units.append(Unit("nvcc", path, flags))

@@ -5,12 +5,14 @@
 
 #include <array>
 #include <map>
+#include <memory>
 #include <optional>
 #include <tuple>
 
 #include "../python_shapes.h"
 #include "convolution.h"
 #include "device.h"
+#include "sequence.h"
 
 namespace py = pybind11;
 namespace fr = fused_resnet;
@@ -72,12 +74,7 @@ cu::Device described(int index, const std::optional<Properties>& properties) {
   return d;
 }
 
-struct Planned {
-  cu::Convolution convolution;
-  fr::Strides weight;
-  int device;
-  i64 joined;
-};
+using cu::Planned;
 
 }  // namespace
 
@@ -107,7 +104,7 @@ PYBIND11_MODULE(_cuda, m) {
       },
       py::arg("device"));
 
-  py::class_<Planned>(m, "Convolution")
+  py::class_<Planned, std::shared_ptr<Planned>>(m, "Convolution")
       .def(py::init([](const std::string& type, const Four& input, const Four& weight, const Four& output, const Two& stride,
                        const Two& pad, const Two& dilation, i64 groups, const Four& input_strides, const Four& weight_strides,
                        const Four& output_strides, const std::optional<Four>& shortcut_strides, bool has_bias, bool relu, int device,
@@ -115,12 +112,13 @@ PYBIND11_MODULE(_cuda, m) {
                        const std::optional<JoinedTuple>& joined, bool dependent) {
              const fr::ConvShape s = shape(input, weight, output, stride, pad, dilation, groups, input_strides, output_strides,
                                            shortcut_strides, has_bias, relu, joined);
-             Planned planned{cu::Convolution(s, dtype(type), described(device, properties), tf32, algorithm, dependent),
-                             strides(weight_strides), device, s.joined.c};
+             const auto planned = std::make_shared<Planned>(
+                 Planned{cu::Convolution(s, dtype(type), described(device, properties), tf32, algorithm, dependent),
+                         strides(weight_strides), device, s.joined.c});
              if (!properties) {
                const cu::DeviceGuard guard(device);
                const cu::CaptureIsUntouched relaxed;
-               planned.convolution.prepare();
+               planned->convolution.prepare();
              }
              return planned;
            }),
@@ -146,6 +144,30 @@ PYBIND11_MODULE(_cuda, m) {
       .def_property_readonly("reason", [](const Planned& p) { return p.convolution.reason(); })
       .def_property_readonly("dependent", [](const Planned& p) { return p.convolution.dependent(); })
       .def_property_readonly("launches", [](const Planned& p) { return p.convolution.launches(); });
+
+  using Places = std::tuple<std::shared_ptr<Planned>, std::optional<i64>, std::optional<i64>, std::optional<i64>, std::optional<i64>>;
+  using Addresses = std::tuple<Pointer, Pointer, Pointer>;  // of a step's weight, bias and joined weight; 0: there is none
+  py::class_<cu::Sequence>(m, "Sequence")
+      .def(py::init([](const std::vector<Places>& places) {
+             std::vector<cu::Sequence::Step> steps;
+             for (const auto& [planned, x, shortcut, y, joined] : places) {
+               constexpr i64 none = cu::Sequence::kNone;
+               steps.push_back({planned, x.value_or(none), shortcut.value_or(none), y.value_or(none), joined.value_or(none)});
+             }
+             return cu::Sequence(std::move(steps));
+           }),
+           py::arg("steps"))
+      .def(
+          "run",
+          [](const cu::Sequence& s, const std::vector<Pointer>& values, Pointer arena, const std::vector<Addresses>& weights, Pointer stream) {
+            std::vector<const void*> given;
+            for (const Pointer value : values) given.push_back(in(value));
+            std::vector<cu::Sequence::Weights> kept;
+            for (const auto& [weight, bias, joined] : weights) kept.push_back({in(weight), in(bias), in(joined)});
+            py::gil_scoped_release release;
+            s.run(given, out(arena), kept, out(stream));
+          },
+          py::arg("values"), py::arg("arena"), py::arg("weights"), py::arg("stream"));
 
   m.def(
       "choose",

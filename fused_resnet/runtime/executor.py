@@ -20,7 +20,7 @@ from ..ops.functions import add_relu_, convolution_in_block, needs_grad, relu_
 from ..ops.plans import backends, joined
 from ..ops.select import how_to_train
 from ..ops.spec import geometry_of_call, is_channels_last, layout
-from . import program
+from . import launches, program
 from .bound import Bound, BoundCall, BoundConvolution, BoundMaxPool, BoundNode, Part, Segment
 from .cached import CachedCalls, external_layout, key_of
 from .fold import folded
@@ -115,8 +115,12 @@ def _external(segment: Segment, x: Tensor) -> Tensor | None:
 
 
 def _run_native(module: Any, graph: Bound, segment: Segment, x: Tensor) -> Tensor | None:
-    """The segment's output; None where it has to go node by node. Under the profiler its stages are ranges."""
-    if cpu is None or graph.store is None or not nobody_listens(x, but_for_profiler=True) or backends.of(x).on_gpu:
+    """The segment's output; None where it has to go node by node. Under the profiler its stages are ranges; on a GPU it goes node by node
+    there."""
+    if graph.store is None or not nobody_listens(x, but_for_profiler=True):
+        return None
+    on_gpu = backends.of(x).on_gpu
+    if cpu is None and not on_gpu:
         return None
     if torch.is_grad_enabled() and any([p.requires_grad for node in segment.convolutions[:1] for p in node.conv.parameters(False)]):
         return None  # the rest would only say the same, later
@@ -124,6 +128,8 @@ def _run_native(module: Any, graph: Bound, segment: Segment, x: Tensor) -> Tenso
     external = [node for node in segment.external if isinstance(node, BoundConvolution)]
     if any([node.is_live for node in (*segment.convolutions, *external)]):
         return None
+    if on_gpu:
+        return launches.run(graph.plans, segment, x, partial(_external, segment))
     before: CachedCalls | None = graph.cached.get(segment.number)
     if before is not None and not before.holds():
         graph.cached.pop(segment.number, None)  # what they hold is given back before the new is made

@@ -13,6 +13,7 @@ SOURCES = (
     "csrc/cuda/bindings.cpp",
     "csrc/cuda/config.cpp",
     "csrc/cuda/prediction.cpp",
+    "csrc/cuda/sequence.cpp",
     "csrc/cuda/convolution.cpp",
     "csrc/cuda/tensor.cpp",
     "tests/cpp/host_device.cpp",

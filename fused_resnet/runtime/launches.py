@@ -1,0 +1,262 @@
+"""A segment on a GPU: its convolutions in rows, each row one native call (``rows.py``), and what is no convolution by the library.
+
+A network that is called from Python layer by layer is bound by Python where its layers are small. ``run`` gives None for what it is not for,
+which then goes node by node (``executor.py``): by the same kernels on the same operands, so to the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _settings
+from .._compat import nobody_listens
+from ..ops.api import conv_bias_add_relu
+from ..ops.cuda import CudaBackend, CudaPlan
+from ..ops.plans import backends
+from ..ops.spec import ConvSpec, Layout, check_operands, geometry_of_call, layout, spec_of
+from .bound import (
+    EXTERNAL,
+    INPUT,
+    STEPS,
+    BoundConvolution,
+    BoundFlatten,
+    BoundLinear,
+    BoundMaxPool,
+    BoundMeanPool,
+    BoundZeroPad,
+    Segment,
+    Step,
+)
+from .fold import folded
+from .pooling import mean_of, window_of
+from .rows import ALIGNMENT, Launch, Row, krsc_strides, packable_sources
+
+Values = dict[int, Any]  # a segment's, by number
+
+
+def run(plans: _settings.Plans, segment: Segment, x: Tensor, make_external: Callable[[Tensor], Tensor | None]) -> Tensor | None:
+    """The output of a segment without live normalisations, or None where it has to go node by node.
+
+    make_external: makes the value ``EXTERNAL``, where a step reads it; not asked where it is known to be in vain.
+    """
+    backend = backends.of(x)
+    if not isinstance(backend, CudaBackend) or x.dim() != 4 or backend.why_no_kernels(x.device):
+        return None
+    found = [packable_sources(node) for node in segment.convolutions]
+    if None in found or any([isinstance(step.node, BoundZeroPad) for step in segment.steps]):
+        return None
+    sources = [t for each in found for t in each or ()]
+    linear = [t for node in segment.layers if isinstance(node, BoundLinear) for t in (node.module.weight, node.module.bias)]
+    if not nobody_listens(x, *sources, *linear):
+        return None
+    external = make_external(x)
+    if not nobody_listens(external):
+        return None
+    key = (
+        *(x.shape, x.stride(), x.dtype, segment.number),
+        *[None if t is None else (t.shape, t.stride(), t.dtype) for t in (external, *sources, *linear)],
+        *[_steering(step) for step in segment.steps],
+        backend.state(x, *sources),
+        _settings.number,
+    )
+    try:
+        plan = plans.kept.get(key, _settings.UNKNOWN)
+    except TypeError:  # a list among the settings: it may be changed in place, which nobody would see
+        return None
+    if plan is _settings.UNKNOWN:
+        plan = plans.make(key, lambda: plan_of(segment, backend, x, external))
+    output: Tensor | None = None if plan is None else plan(segment, x, external)
+    return output
+
+
+def _steering(step: Step) -> Any:
+    """What steers a step besides its tensors."""
+    if isinstance(step.node, BoundConvolution):
+        conv, norm = step.node.conv, step.node.norm
+        return conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode, step.node.relu, None if norm is None else norm.eps
+    return window_of(step.node.module) if isinstance(step.node, BoundMaxPool) else None
+
+
+class Plan:
+    """Of a segment, for one layout of what it reads. Of modules it keeps nothing: it may outlive them.
+
+    pieces: rows, and numbers of steps that are in none. dead_after: for each, the values that nothing reads any more.
+    """
+
+    def __init__(self, pieces: list[Row | int], dead_after: list[list[int]], output: int) -> None:
+        self.pieces, self.dead_after, self.output = pieces, dead_after, output
+
+    def __call__(self, segment: Segment, x: Tensor, external: Tensor | None) -> Tensor | None:
+        check_operands(x, shortcut=external)
+        if any([t is not None and t.data_ptr() % ALIGNMENT for t in (x, external)]):
+            return None  # a view that begins in the middle of 16 bytes
+        convolutions = [step.node if isinstance(step.node, BoundConvolution) else None for step in segment.steps]
+        values: Values = {INPUT: x, EXTERNAL: external}
+        for piece, dead in zip(self.pieces, self.dead_after, strict=True):
+            if isinstance(piece, Row):
+                piece(values, convolutions)
+            else:
+                values[STEPS + piece] = _alone(segment.steps[piece], values)
+            for v in dead:
+                del values[v]
+        output: Tensor = values[self.output]
+        return output
+
+
+def _alone(step: Step, values: Values) -> Tensor:
+    """A step that is in no row."""
+    h: Tensor = values[step.value]
+    node = step.node
+    if isinstance(node, BoundConvolution):
+        conv = node.conv  # with the weight as it lies: the output's memory format follows it
+        weight, bias = (conv.weight, conv.bias) if node.norm is None else folded(conv, node.norm, False, node.place)
+        shortcut = None if step.shortcut is None else values[step.shortcut]
+        return conv_bias_add_relu(h, weight, bias, shortcut, conv.stride, conv.padding, conv.dilation, conv.groups, node.relu)
+    if isinstance(node, BoundMaxPool):
+        pooled: Tensor = node.module(h)
+        return pooled
+    if isinstance(node, BoundMeanPool):
+        return F.adaptive_avg_pool2d(h, 1)
+    if isinstance(node, BoundFlatten):
+        return torch.flatten(h, 1)
+    assert isinstance(node, BoundLinear)
+    return F.linear(h, node.module.weight, node.module.bias)
+
+
+def plan_of(segment: Segment, backend: CudaBackend, x: Tensor, external: Tensor | None) -> Plan | None:
+    """None where a step's own call would raise, or add otherwise, or where there is no row of several launches."""
+    layouts = {INPUT: layout(x)}
+    if external is not None:
+        layouts[EXTERNAL] = layout(external)
+    specs: dict[int, ConvSpec] = {}
+    for number, step in enumerate(segment.steps):
+        if isinstance(step.node, BoundConvolution):
+            spec = _spec(step, layouts, x)
+            if spec is None:
+                return None
+            specs[number] = spec
+            made: Layout | None = spec.output
+        else:
+            made = _output(step, layouts[step.value].meta())
+        if made is None:
+            return None
+        layouts[STEPS + number] = made
+    parts = _parts(segment, backend, specs)
+    if not any([isinstance(part, list) and len(part) > 1 for part in parts]):
+        return None
+    return _plan(parts, segment, layouts, x.dtype, backend.module)
+
+
+def _plan(parts: list[list[Launch] | int], segment: Segment, layouts: dict[int, Layout], dtype: torch.dtype, module: Any) -> Plan:
+    output = STEPS + len(segment.steps) - 1
+    reads, makes = [], []
+    for part in parts:
+        if isinstance(part, int):
+            step = segment.steps[part]
+            reads.append({v for v in (step.value, step.shortcut) if v is not None})
+            makes.append([STEPS + part])
+        else:
+            reads.append({v for launch in part for v in launch.reads})
+            makes.append([launch.y for launch in part])
+    pieces: list[Row | int] = []
+    dead_after: list[list[int]] = []
+    held = [INPUT, EXTERNAL]
+    for i, part in enumerate(parts):
+        later = {output}.union(*reads[i + 1 :])
+        left = [v for v in makes[i] if v in later]
+        pieces.append(part if isinstance(part, int) else Row(part, layouts, left, dtype, module))
+        held += left
+        dead_after.append([v for v in held if v not in later])
+        held = [v for v in held if v in later]
+    return Plan(pieces, dead_after, output)
+
+
+def _parts(segment: Segment, backend: CudaBackend, specs: dict[int, ConvSpec]) -> list[list[Launch] | int]:
+    """The steps in order: launches in rows, numbers of others; a projection that is a part of another convolution is none."""
+    joined = _joined(segment, backend, specs)
+    parts: list[list[Launch] | int] = []
+    for number, step in enumerate(segment.steps):
+        if number in joined.values():
+            continue
+        launch = _launch(number, step, joined.get(number), segment, backend, specs) if number in specs else None
+        if launch is None:
+            parts.append(number)
+        elif parts and isinstance(parts[-1], list):
+            parts[-1].append(launch)
+        else:
+            parts.append([launch])
+    return parts
+
+
+def _launch(
+    number: int, step: Step, projection: int | None, segment: Segment, backend: CudaBackend, specs: dict[int, ConvSpec]
+) -> Launch | None:
+    """A convolution in a row; None where it is for others: turned or padded operands, or the library."""
+    if projection is not None:
+        joined = backend.joined_plan(specs[number]._replace(shortcut=None), specs[projection])
+        assert joined is not None
+        return Launch(number, joined.kernel, step.value, None, STEPS + number, projection, segment.steps[projection].value)
+    plan = None if backend.why_general(specs[number]) else backend.kernel_plan(specs[number])
+    return Launch(number, plan.kernel, step.value, step.shortcut, STEPS + number) if isinstance(plan, CudaPlan) else None
+
+
+def _joined(segment: Segment, backend: CudaBackend, specs: dict[int, ConvSpec]) -> dict[int, int]:
+    """The convolutions that a projection becomes a part of, and that projection's step: where nothing else reads it."""
+    read = [v for step in segment.steps for v in (step.value, step.shortcut) if v is not None]
+    found = {}
+    for number, step in enumerate(segment.steps):
+        other = -1 if step.shortcut is None else step.shortcut - STEPS
+        if number not in specs or other not in specs or read.count(STEPS + other) != 1:
+            continue
+        projection, added = specs[other], segment.steps[other]
+        plain = projection.weight.shape[2:] == (1, 1) and not any(projection.geometry.padding) and projection.geometry.groups == 1
+        if not plain or projection.relu or added.shortcut is not None:
+            continue
+        if backend.joined_plan(specs[number]._replace(shortcut=None), projection) is not None:
+            found[number] = other
+    return found
+
+
+def _spec(step: Step, layouts: dict[int, Layout], x: Tensor) -> ConvSpec | None:
+    """A convolution of values by number, its weight as [K, R, S, C]; None where node by node it raises, or adds otherwise."""
+    node = step.node
+    assert isinstance(node, BoundConvolution)
+    conv = node.conv
+    if conv.padding_mode != "zeros" or conv.weight.dtype != x.dtype:
+        return None
+    h, weight, as_it_is = (
+        torch.empty_strided(*found, dtype=x.dtype, device="meta")
+        for found in (layouts[step.value], (conv.weight.shape, krsc_strides(conv.weight.shape)), layout(conv.weight))
+    )
+    bias = None if node.norm is None and conv.bias is None else torch.empty(weight.shape[0], dtype=x.dtype, device="meta")
+    try:
+        geometry = geometry_of_call(weight, conv.stride, conv.padding, conv.dilation, conv.groups)
+        output = spec_of(h, as_it_is, bias, None, geometry, node.relu).output  # its memory format is that of PyTorch's own convolution
+        spec = spec_of(h, weight, bias, None, geometry, node.relu)._replace(device=x.device, output=output)
+    except (TypeError, ValueError):
+        return None
+    if step.shortcut is None:
+        return spec
+    added = layouts[step.shortcut]
+    fits = added.shape == output.shape and (node.main_is_left or added.strides == output.strides)
+    return spec._replace(shortcut=added) if fits else None
+
+
+def _output(step: Step, h: Tensor) -> Layout | None:
+    """The layout of what a step that is no convolution makes of ``h``, a tensor without memory; None where it raises."""
+    if isinstance(step.node, BoundMaxPool):
+        window = window_of(step.node.module)
+        pooled = None if window is None else window.output(h)
+        return None if pooled is None else layout(pooled)
+    if isinstance(step.node, BoundMeanPool):
+        return layout(mean_of(h))
+    if isinstance(step.node, BoundFlatten):
+        return layout(torch.flatten(h, 1))
+    assert isinstance(step.node, BoundLinear)
+    weight = step.node.module.weight
+    return layout(torch.empty((h.shape[0], weight.shape[0]), device="meta")) if weight.shape[1:] == h.shape[1:] else None

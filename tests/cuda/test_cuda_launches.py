@@ -1,0 +1,280 @@
+"""Convolutions in a row as one native call on a GPU, without a GPU: the same bits as node by node, and no change of a parameter unseen.
+
+What is trusted: the module's twin (``_cuda_twin``), by whose kernels the same layers run node by node (test_cuda_twin.py has those).
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import _cuda_twin
+import pytest
+import torch
+from _blocks import randomise
+from _calls import FORMATS, name
+from torch import Tensor, nn
+
+import fused_resnet
+from fused_resnet import cases
+from fused_resnet.cases import BlockCase
+from fused_resnet.ops import cuda, plans, select
+from fused_resnet.ops.spec import Layout
+from fused_resnet.runtime import launches, rows
+
+LAST = torch.channels_last
+BF16 = torch.bfloat16
+BLOCKS = [
+    BlockCase(kind, planes, inner, (8, 8), stride, shortcut)
+    for kind, planes, inner, stride, shortcut in (
+        ("basic", 16, 16, 1, "identity"),
+        ("basic", 16, 24, 2, "projection"),
+        ("bottleneck", 32, 8, 1, "identity"),
+        ("bottleneck", 16, 8, 2, "projection"),
+    )
+]
+
+
+class Counter:
+    """The twin, and how many launches each call of a sequence made."""
+
+    def __init__(self, twin: ModuleType) -> None:
+        self.twin = twin
+        self.rows: list[int] = []
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self.twin, attribute)
+
+    def Sequence(self, steps: list[Any]) -> Any:
+        sequence, calls = self.twin.Sequence(steps), self.rows
+
+        class Counted:
+            def run(self, *arguments: Any) -> None:
+                calls.append(len(steps))
+                sequence.run(*arguments)
+
+        return Counted()
+
+
+@pytest.fixture(autouse=True)
+def counter() -> Iterator[Counter]:
+    module = Counter(_cuda_twin.build())
+    with plans.backends.using(cpu=cuda.CudaBackend(module)), torch.no_grad():  # type: ignore[arg-type]
+        yield module
+
+
+@contextmanager
+def node_by_node(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setattr(launches, "run", lambda *arguments: None)
+        yield
+
+
+def both(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """A converted model's output, which is the same node by node, to the bit and in its strides."""
+    found: Tensor = model(x)
+    with node_by_node(monkeypatch):
+        expected: Tensor = model(x)
+    assert found.stride() == expected.stride()
+    assert torch.equal(found, expected)
+    return found
+
+
+def converted(module: nn.Module, dtype: torch.dtype = BF16, form: torch.memory_format = LAST) -> nn.Module:
+    module = randomise(module).eval().to(dtype).to(memory_format=form)  # type: ignore[call-overload]
+    assert fused_resnet.fuse_(module).fused
+    return module
+
+
+def images(*shape: int, dtype: torch.dtype = BF16, form: torch.memory_format = LAST) -> Tensor:
+    return torch.randn(shape).relu_().to(dtype).contiguous(memory_format=form)
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=name)
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=name)
+@pytest.mark.parametrize("case", BLOCKS, ids=name)
+def test_blocks(case: BlockCase, dtype: torch.dtype, form: torch.memory_format, counter: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call a block; a projection is a launch of its own, or a part of the last one on the tensor cores."""
+    torch.manual_seed(0)
+    block = converted(case.eager(), dtype, form)
+    for n in (2, 1, 0):
+        both(block, images(n, case.inplanes, *case.size, dtype=dtype, form=form), monkeypatch)
+    joined = dtype == BF16 and form is LAST
+    layers = (2 if case.kind == "basic" else 3) + (case.shortcut == "projection" and not joined)
+    assert counter.rows[:2] == [layers] * 2
+
+
+class Net(nn.Module):
+    """A stem, blocks of both kinds, a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.layer1 = nn.Sequential(*(case.eager() for case in (BLOCKS[1], BlockCase("basic", 24, 24, (4, 4)))))
+        self.layer2 = nn.Sequential(BlockCase("bottleneck", 24, 8, (4, 4), 2, "projection").eager())
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.avgpool(self.layer2(self.layer1(x)))
+        return self.fc(torch.flatten(x, 1))  # type: ignore[no-any-return]
+
+
+def test_a_network(counter: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All convolutions between the stem and the classifier are one call; the stem's channels are padded, by itself."""
+    torch.manual_seed(0)
+    model = converted(Net())
+    for n in (2, 1):
+        counter.rows.clear()
+        both(model, images(n, 3, 32, 32), monkeypatch)
+        assert counter.rows == [7]
+    counter.rows.clear()
+    both(model, images(2, 3, 32, 32, form=torch.contiguous_format), monkeypatch)
+    assert sum(counter.rows) >= 7
+
+
+def test_parameters_that_change(counter: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence of changes between calls of one model, each as node by node sees it; and back."""
+    torch.manual_seed(0)
+    block = converted(BLOCKS[1].eager())
+    x = images(2, 16, 8, 8)
+    first = both(block, x, monkeypatch)
+    state = copy.deepcopy(block.state_dict())
+
+    def statistics() -> None:
+        block.train()
+        block(images(3, 16, 8, 8) + 1)
+        block.eval()
+
+    changes: list[Callable[[], object]] = [
+        lambda: block.conv1.weight.mul_(2),  # type: ignore[operator, union-attr]
+        lambda: block.bn2.running_mean.add_(1),  # type: ignore[operator, union-attr]
+        lambda: block.downsample[1].bias.add_(3),  # type: ignore[index, union-attr]
+        lambda: setattr(block.conv2.weight, "data", torch.randn_like(block.conv2.weight)),  # type: ignore[union-attr, arg-type]
+        statistics,
+        lambda: setattr(block.bn1, "eps", 0.5),
+        lambda: setattr(block.downsample[0], "weight", nn.Parameter(-block.downsample[0].weight)),  # type: ignore[index, union-attr, operator]
+    ]
+    seen = [first]
+    for change in changes:
+        change()
+        seen.append(both(block, x, monkeypatch))
+        assert not torch.equal(seen[-1], seen[-2])
+    block.bn1.eps = 1e-5
+    block.load_state_dict(state)
+    assert torch.equal(both(block, x, monkeypatch), first)
+    assert counter.rows
+    assert set(counter.rows) == {2}
+
+
+def test_who_listens_gets_it_node_by_node(counter: Counter) -> None:
+    torch.manual_seed(0)
+    block, x = converted(BLOCKS[0].eager()), images(2, 16, 8, 8)
+    expected = block(x)
+    counter.rows.clear()
+    with torch.enable_grad():
+        assert torch.equal(block(x).detach(), expected)
+    with torch.profiler.profile():
+        assert torch.equal(block(x), expected)
+    buffer = torch.empty(x.numel() + 1, dtype=BF16)
+    skewed = buffer[1:].as_strided(x.shape, x.stride(), 1).copy_(x)
+    assert torch.equal(block(skewed), expected)
+    assert counter.rows == []
+    block.train()
+    block(x)
+    assert counter.rows == []
+
+
+def test_what_is_not_in_a_row(counter: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups, a shortcut that another module makes, one that is zero-padded: as node by node, and in rows what can be."""
+    torch.manual_seed(0)
+    grouped = BLOCKS[2].eager()
+    grouped.conv2 = nn.Conv2d(8, 8, 3, padding=1, groups=2, bias=False)
+    pooled = BLOCKS[1].eager()
+    pooled.downsample = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(16, 24, 1, bias=False), nn.BatchNorm2d(24))
+    for module, wanted in ((grouped, 0), (pooled, 2)):
+        counter.rows.clear()
+        both(converted(module), images(2, module.conv1.in_channels, 8, 8), monkeypatch)
+        assert sum(counter.rows) == wanted
+    counter.rows.clear()
+    both(converted(cases.NETWORKS["cifar20"][1]()), images(1, 3, 8, 8), monkeypatch)
+    assert counter.rows
+
+
+def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    block = converted(BLOCKS[3].eager())
+    given = [images(1, 16, 8, 8) for _ in range(4)]
+    with node_by_node(monkeypatch):
+        expected = [block(x) for x in given]
+    wrong: list[str] = []
+
+    def work(i: int) -> None:
+        with torch.no_grad():
+            for _ in range(5):
+                if not torch.equal(block(given[i]), expected[i]):
+                    wrong.append(f"thread {i}")
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_places_in_the_arena() -> None:
+    """Random rows: no value that is still to be read is written over, and the arena ends where the last one does."""
+    chance = random.Random(0)
+    for _ in range(200):
+        count = chance.randint(1, 12)
+        layouts = {v: Layout((1, chance.randint(1, 40), chance.randint(1, 9), 3), (0, 0, 0, 0)) for v in range(count + 2)}
+        made = []
+        for i in range(count):
+            reads = [chance.randint(0, i + 1) for _ in range(3)]
+            shortcut, other = (v if chance.random() < 0.5 else None for v in reads[1:])
+            made.append(rows.Launch(i, None, reads[0], shortcut, i + 2, None, other))
+        given = {0: -1, 1: -2, count + 1: -3}
+        places, size = rows._places(made, layouts, given, 2)
+        held: dict[int, tuple[int, int]] = {}
+        for i, launch in enumerate(made):
+            if launch.y not in given:
+                begin, end = places[launch.y], places[launch.y] + 2 * torch.Size(layouts[launch.y].shape).numel()
+                assert begin % 256 == 0
+                assert end <= size
+                assert all(end <= a or b <= begin for a, b in held.values())
+                held[launch.y] = begin, end
+            held = {v: place for v, place in held.items() if any(v in later.reads for later in made[i + 1 :])}
+        assert {v: places[v] for v in given} == given
+
+
+def test_a_sequence_refuses_what_does_not_fit(counter: Counter) -> None:
+    twin = counter.twin
+    strides = (8 * 16, 1, 8 * 4, 8)
+    shape, one = (1, 8, 4, 4), (1, 1)
+    kernel = twin.Convolution(
+        "float32", shape, (8, 8, 1, 1), shape, one, (0, 0), one, 1, strides, (8, 1, 8, 8), strides, None, False, True, 0, False
+    )
+    with pytest.raises(ValueError, match="needs a step"):
+        twin.Sequence([])
+    with pytest.raises(ValueError, match="an input and an output"):
+        twin.Sequence([(kernel, -1, None, None, None)])
+    sequence = twin.Sequence([(kernel, -1, None, 0, None), (kernel, 0, None, -2, None)])
+    for values, weights in (([1], [(1, 0, 0)] * 2), ([1, 1], [(1, 0, 0)])):
+        with pytest.raises(ValueError, match="too few values or weights"):
+            sequence.run(values, 0, weights, 0)
+    x, w = torch.randn(1, 8, 4, 4).contiguous(memory_format=LAST), torch.randn(8, 8, 1, 1)
+    y, arena = torch.empty_like(x), torch.empty(8 * 16 * 4, dtype=torch.uint8)
+    sequence.run([x.data_ptr(), y.data_ptr()], arena.data_ptr(), [(w.data_ptr(), 0, 0)] * 2, 0)
+    once = fused_resnet.conv_bias_add_relu(x, w)
+    assert torch.equal(y, fused_resnet.conv_bias_add_relu(once, w))
+    assert select.SMALL_ON_CUDA > 8 * 8 * 16  # both by the general kernel
