@@ -116,6 +116,15 @@ def read(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
+def smoke_of(folder: Path | None) -> list[dict[str, Any]]:
+    """What gpu_first.py's ``smoke`` found, a kernel each; none where it was not there."""
+    try:
+        text = "" if folder is None else (folder / "smoke.jsonl").read_text(encoding="utf-8")
+    except OSError:
+        return []
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def broken(device: torch.device) -> str:
     """Why nothing more can run on the device, or "". After an illegal access every later call fails."""
     if device.type == "cpu":
@@ -199,13 +208,13 @@ _KINDS = ({"bfloat16", "float16"}, {"resnet50", "resnet18", "cifar20"}, {"1", "2
 
 @dataclass(frozen=True)
 class Scope:
-    """What a stage measures, where and how long. smoke: a few tiny cases. compiled: torch.compile among the contenders. folder: of the
-    other stages' results."""
+    """What a stage measures, where and how long. smoke: a few tiny cases. without: contenders that take no part. folder: of the other
+    stages' results."""
 
     device: torch.device
     effort: contest.Effort
     smoke: bool = False
-    compiled: bool = True
+    without: frozenset[str] = frozenset()
     only: Only = Only()
     folder: Path | None = None
 
@@ -240,7 +249,15 @@ class Scope:
                             yield dtype, batch, case
 
     def names(self, contenders: tuple[str, ...], compiled: bool = True) -> list[str]:
-        return [name for name in contenders if name != "compile" or (compiled and self.compiled)]
+        return [name for name in contenders if name not in self.without and (compiled or name != "compile")]
+
+    def right_tiles(self) -> list[str]:
+        """The kernels of this build but those that gpu_first.py's ``smoke`` found wrong, where it was there: they would cost others their
+        figures."""
+        if self.device.type != "cuda":
+            return []
+        wrong = {found["tile"] for found in smoke_of(self.folder) if not found["right"]}
+        return [tile for tile in cuda.tiles() if tile not in wrong]
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -283,7 +300,7 @@ def tiles(scope: Scope) -> Iterator[Job]:
     on_gpu = scope.device.type == "cuda"
     for dtype, batch, case in scope.layers():
         small = on_gpu and case.flops(batch) <= 2 * 8 * select.SMALL_ON_CUDA
-        mine = [t for t in cuda.tiles() if f" {_name(dtype)} " in t and gpu_kernels.form_of(t) not in ("joined", "plain")] if on_gpu else []
+        mine = [tile for tile in scope.right_tiles() if f" {_name(dtype)} " in tile and gpu_kernels.form_of(tile) not in ("joined", "plain")]
         names = ["auto", *mine, *(["general"] if small else [])]
         yield f"{_name(dtype)} N={batch} {case.name}", partial(contest.tiles, case.at(batch), dtype, scope.device, names, scope.effort)
 

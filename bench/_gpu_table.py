@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from _gpu_stages import convolutions, read
+from _gpu_stages import convolutions, read, smoke_of
 
+from fused_resnet.benchmark.gpu_peers import DEPENDENT, TILE
 from fused_resnet.benchmark.output import finite
 from fused_resnet.benchmark.timing import geometric_mean
 
@@ -155,10 +156,12 @@ def _form(value: float | None, form: str = "{:.2f}") -> str:
 def layers(data: Data) -> str:
     """One line for each convolution, batch and dtype."""
     names = ("eager", "channels_last", "compile", "cudnn", "ours")
-    header = ["layer", "dtype", *(f"{name}, us" for name in names), "ratio", "ratio from Python", "of copy", "of product"]
+    header = ["layer", "dtype", *(f"{name}, us" for name in names), "fastest tile, us", "ratio", "ratio from Python", "of copy", "of product"]
     rows = []
     for r in operators(data):
         times = [_micro(_median(r, "graphs", name)) for name in names]
+        tile = next((name for name in r.get("graphs", {}) if name.startswith(TILE)), "")
+        times.append(f"{tile.removeprefix(TILE)}: {_micro(_median(r, 'graphs', tile))}" if tile else "-")
         ratios = [_form(r.get("ratio_graphs")), _form(r.get("ratio_times"))]
         rows.append([r["case"], r["dtype"], *times, *ratios, _form(copy_share(r, data), "{:.0%}"), _form(arithmetic_share(r, data), "{:.0%}")])
     return markdown(header, rows, 2)
@@ -166,21 +169,17 @@ def layers(data: Data) -> str:
 
 def kernels(folder: Path) -> str:
     """What gpu_first.py's ``smoke`` found of each kernel."""
-    try:
-        found = [json.loads(line) for line in (folder / "smoke.jsonl").read_text(encoding="utf-8").splitlines()]
-    except OSError:
-        return "Not tried."
     rows = []
-    for r in sorted(found, key=lambda r: str(r["tile"])):
-        ends = {"wrong": "wrong: {}", "died": "died with status {}", "hung": "not done in {} s", "left": "{}"}
-        how = next((text.format(r[key]) for key, text in ends.items() if key in r), "right")
-        times = ", ".join(f"{name} {us:.0f}" for name, us in r.get("us", {}).items())
-        rows.append([r["tile"], str(len(r.get("passed", ()))), how, times or "-"])
-    return markdown(["kernel", "features right", "", "us, a first look"], rows, 4)
+    for r in sorted(smoke_of(folder), key=lambda r: str(r["tile"])):
+        how = "right" if r["right"] else f"wrong: {r['wrong']}" if "wrong" in r else "not right"
+        row = r.get("wrong in a row")
+        in_a_row = "not tried" if row is None else str(row or "right")
+        rows.append([r["tile"], str(len(r.get("passed", ()))), how, r.get("ended", "-"), in_a_row])
+    return markdown(["kernel", "features right", "", "ended", "calls that start while the last ends"], rows, 5) if rows else "Not tried."
 
 
 def modules(data: Data, stages: Sequence[str] = ("blocks", "networks", "graphs", "training")) -> str:
-    names = ("channels_last", "folded", "compile", "cudnn", "ours", "ours, bias only")
+    names = ("channels_last", "folded", "compile", "cudnn", "ours", "ours, bias only", DEPENDENT)
     rows = []
     for stage in stages:
         for r in _results(data, stage):

@@ -7,9 +7,9 @@
         --section WarpStateStats python bench/gpu_first.py profile
 
 `pack` is for a machine of the same architecture and a C++ library that is as old or older; Python and torch may be other versions there.
-In `smoke` a kernel that hangs, dies or spoils its context costs its own process. One that is right is timed on layers of ResNet-50 at
-batch 256. `profile` launches four layers' kernels and cuDNN's once each, for the counters. --twin FILE: the module's twin for the host in
-the GPU's place, for the test of this script. Exit status 1 where something is wrong.
+In `smoke` a kernel that hangs, dies or spoils its context costs its own process, and what was right before is told. `profile` launches
+four layers' kernels and cuDNN's once each, for the counters. --twin FILE: the module's twin for the host in the GPU's place, for the test
+of this script. Exit status 1 where something is wrong.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this clone, linked in place, before any installed package
 PREBUILT = ROOT / ".prebuilt"
-RESULT = "RESULT "  # before a child's last line
+RESULT = "RESULT "  # before what a child says
+ROW = "wrong in a row"
+FEW_THREADS = {"OMP_NUM_THREADS": "2"}  # several children share the cores
 Commands = dict[str, list[str]]  # of each object that has to be compiled here, by its name
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,17 +66,21 @@ def mark_of(root: Path) -> str:
 
 def build_for(build: Path) -> int:
     """Compile what has changed, for Hopper unless FUSED_RESNET_CUDA_ARCHS says else: objects must be of the sources that are marked."""
-    changes = {"FUSED_RESNET_CUDA": "1", "FUSED_RESNET_CUDA_ARCHS": os.environ.get("FUSED_RESNET_CUDA_ARCHS", "90a")}
+    os.environ.setdefault("FUSED_RESNET_CUDA_ARCHS", "90a")
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", str(build)]
-    return subprocess.run(command, cwd=ROOT, check=False, env={**os.environ, **changes}).returncode
+    return subprocess.run(command, cwd=ROOT, check=False, env={**os.environ, "FUSED_RESNET_CUDA": "1"}).returncode
 
 
 def pack(build: Path, target: Path) -> int:
     """Copy a build's objects, but for those that know Python."""
-    skipped = {Path(source).stem for source in setup_file().KNOW_PYTHON}
-    objects = {name: [path for path in (build / f"fused_resnet.{name}").glob("*.o") if path.stem not in skipped] for name in ("_cpu", "_cuda")}
-    if not all(objects.values()):
-        print(f"gpu_first: {build} has no objects", file=sys.stderr)
+    setup = setup_file()
+    objects = {}
+    for name, units in (("_cpu", setup.cpu_units()), ("_cuda", setup.cuda_units())):  # not what an older build has left there
+        sources = [unit.source for unit in units if unit.source not in setup.KNOW_PYTHON]
+        objects[name] = [build / f"fused_resnet.{name}" / f"{Path(source).stem}.o" for source in sources]
+    missing = [path for paths in objects.values() for path in paths if not path.is_file()]
+    if missing:
+        print(f"gpu_first: there is no {missing[0]}", file=sys.stderr)
         return 1
     shutil.rmtree(target, ignore_errors=True)
     for name, paths in objects.items():
@@ -112,7 +118,7 @@ def link(prebuilt: Path = PREBUILT) -> int:
     targets = {name: ROOT / "fused_resnet" / f"{name}{suffix}" for name in linkers}
     if not all(compile_and_link(commands, linkers, prebuilt, targets)):
         return 1
-    look = "from fused_resnet import _extension as e; from fused_resnet.ops.cuda import tiles; print(e.cpu, len(tiles()), e.cuda_missing())"
+    look = "from fused_resnet import _extension as e; from fused_resnet.ops.cuda import tiles; assert e.cpu and tiles(), e.cuda_missing()"
     return subprocess.run([sys.executable, "-c", look], cwd=ROOT, check=False).returncode
 
 
@@ -161,57 +167,69 @@ def device_of(twin: str) -> Iterator[Any]:
         yield torch.device("cpu")
 
 
-def child(tile: str, twin: str) -> int:
-    """All features of one kernel; the last line is a JSON object."""
-    faulthandler.dump_traceback_later(30, exit=True)  # hears no signal: nor does the wait for a kernel that hangs
+def child(tile: str, twin: str, seconds: float) -> int:
+    """All features of one kernel. A line before each says what is known so far, for whoever finds this process dead."""
     import torch
 
     from fused_resnet import testing
     from fused_resnet.benchmark import gpu_kernels
 
-    found: dict[str, Any] = {"tile": tile, "passed": [], "us": {}}
+    found: dict[str, Any] = {"tile": tile, "right": False, "passed": []}
+
+    def begin(what: str) -> None:
+        print(RESULT + json.dumps({**found, "running": what}), flush=True)
+        faulthandler.dump_traceback_later(seconds, exit=True)  # hears no signal: nor does the wait for a kernel that hangs
+
     torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN
     generator = torch.Generator().manual_seed(0)
     with device_of(twin) as device, testing.library(tf32=True):
         for feature in gpu_kernels.features(tile):
             if twin and feature.name == gpu_kernels.MANY:  # on the host minutes
                 continue
+            begin(feature.name)
             wrong = gpu_kernels.Trial(tile, feature, device, generator).wrong()
             if wrong:
                 found["wrong"] = {"feature": feature.name, "case": feature.case.name, **wrong}
                 break
             found["passed"].append(feature.name)
         else:
+            found["right"] = True
+            begin(ROW)
             torch.use_deterministic_algorithms(False)  # nothing is launched between calls
             few = {"calls": 3, "size": 6, "batch": 1} if twin else {}
             found["wrong in a row"] = gpu_kernels.wrong_in_a_row(tile, device, generator, **few)
-            if not twin:
-                found["us"] = gpu_kernels.times(tile, device)
+    faulthandler.cancel_dump_traceback_later()
     print(RESULT + json.dumps(found), flush=True)
     return 0
 
 
 def judged(tile: str, command: Sequence[str], seconds: float) -> dict[str, Any]:
-    """What a child said of its kernel, or how it ended."""
+    """What a child said of its kernel last, and how it ended where that was not its end."""
     begin = time.monotonic()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT, check=False)
+        environment = {**os.environ, **FEW_THREADS}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT, check=False, env=environment)
+        out, ended = done.stdout, "" if done.returncode == 0 else f"died with status {done.returncode}"
+        words = _end(done.stdout, done.stderr)
+        if done.returncode and "Timeout (" in done.stderr:  # faulthandler's
+            ended = "hung"
     except subprocess.TimeoutExpired as late:
-        found: dict[str, Any] = {"tile": tile, "hung": seconds, "end": _end(late.stdout, late.stderr)}
-    else:
-        lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
-        dead = {"tile": tile, "died": done.returncode, "end": _end(done.stdout, done.stderr)}
-        found = json.loads(lines[-1].removeprefix(RESULT)) if lines else dead
+        out, ended, words = _text(late.stdout), f"not done in {seconds:.0f} s", _end(late.stdout, late.stderr)
+    lines = [line for line in out.splitlines() if line.startswith(RESULT)]
+    found: dict[str, Any] = json.loads(lines[-1].removeprefix(RESULT)) if lines else {"tile": tile, "right": False, "running": "its start"}
+    if not ended and "running" in found:
+        ended = "ended without a word"
+    if ended:
+        found |= {"ended": f"{ended}, at: {found.get('running', 'its end')}", "end": words}
     return {**found, "seconds": round(time.monotonic() - begin, 1)}
 
 
+def _text(given: str | bytes | None) -> str:
+    return given.decode(errors="replace") if isinstance(given, bytes) else given or ""
+
+
 def _end(*texts: str | bytes | None) -> str:
-    return "".join((text.decode(errors="replace") if isinstance(text, bytes) else text or "")[-1000:] for text in texts)
-
-
-def is_right(found: dict[str, Any]) -> bool:
-    """What is wrong in a row alone concerns a setting that is off."""
-    return bool(found.get("passed")) and not {"wrong", "died", "hung", "left"} & set(found)
+    return "".join([_text(text)[-1000:] for text in texts])
 
 
 def smoke(options: argparse.Namespace) -> int:
@@ -226,43 +244,70 @@ def smoke(options: argparse.Namespace) -> int:
     def one(tile: str) -> dict[str, Any]:
         left = end - time.monotonic()
         if left <= 0:
-            return {"tile": tile, "left": "time is up"}
-        command = [sys.executable, __file__, "child", "--tile", tile, "--twin", options.twin]
-        return judged(tile, command, min(options.seconds, left))
+            return {"tile": tile, "right": False, "ended": "time was up before it was tried"}
+        command = [sys.executable, __file__, "child", "--tile", tile, "--twin", options.twin, "--seconds", str(options.seconds)]
+        return judged(tile, command, left)
 
     right = 0
     with (options.out / "smoke.jsonl").open("w", encoding="utf-8") as file, ThreadPoolExecutor(options.jobs) as pool:
         for done in as_completed([pool.submit(one, tile) for tile in tiles]):
             found = done.result()
-            right += is_right(found)
+            right += found["right"]
             file.write(json.dumps(found) + "\n")
             file.flush()
-            row = found.get("wrong in a row")
-            line = f"ok  {found['tile']}: {found['us']}" if is_right(found) else f"BAD {found['tile']}: {json.dumps(found)[:600]}"
-            line += f"; WRONG where a call starts while the last ends: {json.dumps(row)[:200]}" if row else ""
-            print(line, flush=True)
+            print(said(found), flush=True)
     print(f"smoke: {right} of {len(tiles)} kernels right")
     return 0 if tiles and right == len(tiles) else 1
 
 
+def said(found: dict[str, Any]) -> str:
+    """A line for a kernel. What is wrong in a row alone concerns a setting that is off (``_settings.cuda_dependent``)."""
+    words = [f"{'ok ' if found['right'] else 'BAD'} {found['tile']}"]
+    words += [str(found["ended"])] if "ended" in found else []
+    words += [f"wrong: {json.dumps(found['wrong'])[:500]}"] if "wrong" in found else []
+    words += [f"WRONG where a call starts while the last ends: {json.dumps(found[ROW])[:300]}"] if found.get(ROW) else []
+    words += [found["end"][-300:]] if not found["right"] and found.get("end") else []
+    return "; ".join(words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For the counters
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def profile(options: argparse.Namespace) -> int:
-    """Each kernel of the layers that decide, once, between the profiler's marks."""
+    """Each kernel of the layers that decide what ResNet-50 takes, and cuDNN's fusion, once between the profiler's marks."""
     import torch
 
-    from fused_resnet.benchmark import gpu_kernels
+    from fused_resnet.benchmark import gpu_kernels, gpu_peers
+    from fused_resnet.benchmark.gpu_contest import planned
+    from fused_resnet.cases import ConvCase
 
+    layers = (
+        (ConvCase(64, 256, (56, 56), (1, 1), shortcut=True), "matrix", ("128x128", "128x256")),
+        (ConvCase(256, 64, (56, 56), (1, 1)), "matrix", ("128x128", "128x64")),
+        (ConvCase(64, 64, (56, 56), (3, 3), padding=(1, 1)), "image", ("128x64",)),
+        (ConvCase(128, 128, (28, 28), (3, 3), padding=(1, 1)), "image", ("128x128", "128x256")),
+    )
     launched = 0
     with device_of(options.twin) as device, torch.no_grad():
-        for name, call in gpu_kernels.deciding_calls(device, 1 if options.twin else 256):
-            call()
+        there = gpu_kernels.tiles(device)
+        for layer, form, sizes in layers:
+            case = layer.at(1 if options.twin else 256)
+            given = gpu_peers.operands(case, torch.bfloat16, device)
+            calls = [(tile, planned(case, given, tile)) for size in sizes if (tile := f"sm90 bfloat16 {form} {size}") in there]
             if device.type == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.profiler.start()
-                call()
-                torch.cuda.synchronize()
-                torch.cuda.profiler.stop()
-            print(name, flush=True)
-            launched += 1
+                calls.append(("cudnn", gpu_peers.cudnn_function(case)))
+            for name, call in calls:
+                call(*given)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                    torch.cuda.profiler.start()
+                    call(*given)
+                    torch.cuda.synchronize()
+                    torch.cuda.profiler.stop()
+                print(f"{name}: {case.name}", flush=True)
+                launched += 1
     return 0 if launched else 1
 
 
@@ -273,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prebuilt", type=Path, default=PREBUILT, help="the folder of the objects (default: .prebuilt)")
     parser.add_argument("--out", type=Path, default=ROOT / "gpu_report", help="folder of the results (default: gpu_report)")
     parser.add_argument("--jobs", type=int, default=6, help="kernels side by side (default: 6)")
-    parser.add_argument("--seconds", type=float, default=40, help="for a kernel (default: 40)")
+    parser.add_argument("--seconds", type=float, default=20, help="for a feature of a kernel (default: 20)")
     parser.add_argument("--total", type=float, default=100, help="for all of them (default: 100)")
     parser.add_argument("--only", default="", help="kernels whose names contain this")
     parser.add_argument("--twin", default="", help=argparse.SUPPRESS)
@@ -284,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.what == "link":
         return link(options.prebuilt)
     if options.what == "child":
-        return child(options.tile, options.twin)
+        return child(options.tile, options.twin, options.seconds)
     return smoke(options) if options.what == "smoke" else profile(options)
 
 

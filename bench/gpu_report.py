@@ -126,7 +126,9 @@ def at_once(part: str) -> list[str]:
     """Options for tests side by side and a limit for each, where pytest's plugins for that are installed; large ones one by one."""
     there = {name: importlib.util.find_spec(name) is not None for name in ("xdist", "pytest_timeout")}
     workers = ["-n", str(max(2, min(12, (os.cpu_count() or 2) - 2)))] if there["xdist"] and "large" not in part else []
-    return [*workers, *(["--timeout", "120" if "large" in part else "60"] if there["pytest_timeout"] else [])]
+    # By a thread: a wait for a kernel that hangs hears no signal. It ends the worker, and xdist begins another.
+    limit = ["--timeout", "120" if "large" in part else "60", "--timeout-method", "thread"]
+    return [*workers, *(limit if there["pytest_timeout"] else [])]
 
 
 def sanitize(options: argparse.Namespace) -> dict[str, Any]:
@@ -180,10 +182,10 @@ def system() -> str:
 
 
 def several(options: argparse.Namespace, stages: list[str]) -> int:
-    """Each in a process of its own: one that dies takes no other along. A measuring stage that died goes on without the case in which it
-    did."""
+    """Each in a process of its own: one that dies takes no other along. A measuring stage that died, or lost the device, goes on in another
+    process without the case in which it did."""
     status, waiting = 0, list(stages)
-    died: str | None = None  # the case in which the stage's process ended the last time
+    done: int | None = None  # cases with a result when the stage's process ended the last time
     while waiting:
         stage = waiting[0]
         seconds = min(options.budget, options.end - time.monotonic())
@@ -193,18 +195,19 @@ def several(options: argparse.Namespace, stages: list[str]) -> int:
             del waiting[0]
             continue
         try:
-            command = _stage(options, stage, seconds, options.afresh and not died)
+            command = _stage(options, stage, seconds, options.afresh and done is None)
             found = subprocess.run(command, check=False, timeout=max(seconds, 60) + 60).returncode
         except subprocess.TimeoutExpired:
             found = -1
-        before, died = died, _died_in(options.out / f"{stage}.json") if stage in MEASURING else None
-        if died == before:  # its end, or nothing was tried
-            died = None
+        before = done
+        case, done = _lost_in(options.out / f"{stage}.json") if stage in MEASURING else ("", None)
+        if not case or done == before:  # it came to its end, or the last process to none of its cases
+            case, done = "", None
         if options.tar is not None:
             packed(options.out, options.tar)
-        print(f"{stage}: status {found}" + (f", ended during {died}: it goes on without that" if died else ""), flush=True)
+        print(f"{stage}: status {found}" + (f", lost in {case}: it goes on without that" if case else ""), flush=True)
         status = max(status, abs(found))
-        if not died:
+        if not case:
             del waiting[0]
     return status
 
@@ -224,17 +227,21 @@ def _stage(options: argparse.Namespace, stage: str, seconds: float, afresh: bool
     command = [sys.executable, __file__, stage, "--alone", "--out", str(options.out), "--device", options.device]
     command += ["--budget", f"{seconds:.0f}", "--patience", str(options.patience), "--compile-seconds", str(options.compile_seconds)]
     flags = (("--smoke", options.smoke), ("--no-compile", options.no_compile), ("--afresh", afresh))
-    command += ["--only", options.only, *(["--cutlass", options.cutlass] if options.cutlass else [])]
+    command += ["--only", options.only, "--without", options.without, *(["--cutlass", options.cutlass] if options.cutlass else [])]
     return [*command, *[name for name, on in flags if on]]
 
 
-def _died_in(path: Path) -> str | None:
-    """The case during which a stage's process ended; None where it came to its end."""
+def _lost_in(path: Path) -> tuple[str, int | None]:
+    """The case during which a stage's process ended, or lost the device to a kernel; "" where neither is so. And how many cases have a
+    result, that one among them."""
     try:
-        running: str | None = json.loads(path.read_text(encoding="utf-8")).get("running")
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return running
+        return "", None
+    count = len(content["results"])
+    if content.get("running"):
+        return content["running"], count + 1
+    return (list(content["results"])[-1], count) if content.get("aborted") and content["results"] else ("", count)
 
 
 def arguments() -> argparse.Namespace:
@@ -252,6 +259,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--compile-seconds", type=float, default=150.0, help="for one torch.compile (default: 150)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--only", default="", metavar="WORDS", help='dtypes, networks, batches: "bfloat16 resnet50 256,32" (default: all)')
+    parser.add_argument("--without", default="", metavar="NAMES", help="contenders that take no part, with commas: eager,compile")
     parser.add_argument("--tar", type=Path, metavar="FILE", help="pack the results into this file after each stage")
     parser.add_argument("--afresh", action="store_true", help="forget results that are there")
     parser.add_argument("--smoke", action="store_true", help="a few tiny cases, to see that everything runs")
@@ -300,7 +308,8 @@ def main() -> int:
     store = _gpu_stages.Store(options.out, options.stage, device, options.budget, options.afresh, options.smoke, patience)
     store.content["system"] = system()
     effort = _gpu_stages.effort_of(options.smoke, options.compile_seconds, store.deadline)
-    scope = _gpu_stages.Scope(device, effort, options.smoke, not options.no_compile, only, options.out)
+    without = frozenset(options.without.split(",")) | ({"compile"} if options.no_compile else set())
+    scope = _gpu_stages.Scope(device, effort, options.smoke, without, only, options.out)
     jobs = _gpu_stages.MEASURING[options.stage](scope)
     good = store.run(jobs)
     return 3 if store.content["left"] else 0 if good else 1

@@ -95,6 +95,7 @@ PYBIND11_MODULE(_cuda, m) {
     return names;
   });
   m.def("load", &cu::load, py::arg("device"));
+  m.def("kernels_to_load", &cu::kernels_to_load);
   m.def("capability", [](int index) { return std::pair(cu::device(index).major, cu::device(index).minor); }, py::arg("device"));
   m.def(
       "properties",
@@ -116,8 +117,8 @@ PYBIND11_MODULE(_cuda, m) {
                  Planned{cu::Convolution(s, dtype(type), described(device, properties), tf32, algorithm, dependent),
                          strides(weight_strides), device, s.joined.c});
              if (!properties) {
-               const cu::DeviceGuard guard(device);
                const cu::CaptureIsUntouched relaxed;
+               const cu::DeviceGuard guard(device);
                planned->convolution.prepare();
              }
              return planned;

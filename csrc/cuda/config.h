@@ -22,7 +22,7 @@ struct Device {
 // How a tensor-core kernel reads its input: as the matrix [N * H * W, C] (1x1, stride 1); by image coordinates, one tap of the
 // kernel at a time; or, of kFew channels, several taps at a time (a network's stem, whose 3 channels are padded to that); or by
 // image coordinates and then the joined convolution's input too (ConvShape::joined: a block's projection). `plain`: as image, by
-// CUTLASS's own kernel and without our persistent loop: never chosen, but asked for by name where image or joined is wrong.
+// CUTLASS's own kernel and without our persistent loop: never chosen, but asked for by name where image is wrong.
 enum class Form : int { matrix = 0, image = 1, few = 2, joined = 3, plain = 4 };
 const char* name_of(Form form);
 constexpr i64 kFew = 4;

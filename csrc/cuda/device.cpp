@@ -44,6 +44,7 @@ std::vector<const void*>& registered() {
 }  // namespace
 
 void register_kernel(const void* kernel) { registered().push_back(kernel); }  // declared in block.h
+int kernels_to_load() { return int(registered().size()); }
 
 const Device& device(int index) {
   static std::array<std::once_flag, kMostDevices> asked;
@@ -55,10 +56,13 @@ const Device& device(int index) {
     check(cudaDeviceGetAttribute(&d.major, cudaDevAttrComputeCapabilityMajor, index), "the device's capability");
     check(cudaDeviceGetAttribute(&d.minor, cudaDevAttrComputeCapabilityMinor, index), "the device's capability");
     check(cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, index), "the device's multiprocessors");
-    int kilohertz = 0, bits = 0;  // 0 where the driver does not tell
-    check(cudaDeviceGetAttribute(&kilohertz, cudaDevAttrMemoryClockRate, index), "the device's memory clock");
-    check(cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, index), "the device's memory bus");
-    d.bandwidth = 2e-3 * kilohertz * (bits / 8.0);  // two transfers a cycle
+    int kilohertz = 0, bits = 0;
+    if (cudaDeviceGetAttribute(&kilohertz, cudaDevAttrMemoryClockRate, index) == cudaSuccess &&
+        cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, index) == cudaSuccess) {
+      d.bandwidth = 2e-3 * kilohertz * (bits / 8.0);  // two transfers a cycle
+    } else {
+      cudaGetLastError();  // not for the next call to find; the bandwidth is not known
+    }
     found[std::size_t(index)] = d;
   });
   return found[std::size_t(index)];
@@ -91,8 +95,8 @@ CaptureIsUntouched::~CaptureIsUntouched() {
 }
 
 void load(int index) {
-  const DeviceGuard guard(index);
   const CaptureIsUntouched relaxed;
+  const DeviceGuard guard(index);
   for (const void* kernel : registered()) {
     cudaFuncAttributes found;
     check(cudaFuncGetAttributes(&found, kernel), "a kernel of this build");

@@ -41,6 +41,7 @@ class CaptureIsUntouched {
 // Loads the kernels of launch.h onto a device, so that no first launch inside a capture has to; a tensor-core kernel is loaded with its
 // plan. Throws std::runtime_error where the build has none for it.
 void load(int index);
+int kernels_to_load();  // how many they are
 
 // What the module was built with: {"cuda": "13.0", "architectures": "80 90a"}.
 std::vector<std::pair<std::string, std::string>> build();

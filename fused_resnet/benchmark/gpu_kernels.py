@@ -4,9 +4,8 @@ the cause. Integers, on which every correct convolution gives the same bits, aga
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +18,7 @@ from ..ops.cuda import CudaBackend
 from ..ops.plans import backends
 from ..ops.spec import geometry_of_call, spec_of
 from .gpu_contest import planned
-from .gpu_peers import Left, cudnn_function, operands
-from .gpu_timing import Turns, seconds_a_call
+from .gpu_peers import Left
 
 MANY = "more tiles than multiprocessors"
 FORMS = ("matrix", "image", "few", "joined", "plain")  # csrc/cuda/config.h
@@ -162,7 +160,8 @@ def wrong_in_a_row(
     tile: str, device: torch.device, generator: torch.Generator, calls: int = 20, size: int = 56, batch: int = 8
 ) -> dict[str, Any]:
     """How the last of several calls is wrong, each of which reads what the one before it wrote and may start while that ends
-    (``_settings.cuda_dependent``); empty where it is not, or the kernel's form has no such chain. Each call permutes the channels."""
+    (``_settings.cuda_dependent``); empty where it is not, or the kernel's form has no such chain. In turn a call permutes the channels of
+    its input, and adds a bias of 1 or -1 to its shortcut."""
     form, dtype, channels = form_of(tile), dtype_of(tile), 64
     if form not in ("matrix", "image"):
         return {}
@@ -171,14 +170,17 @@ def wrong_in_a_row(
     order = torch.randperm(channels, generator=generator)
     weight = torch.zeros(case.weight_shape)
     weight[torch.arange(channels), order, kernel // 2, kernel // 2] = 1
-    x = torch.randint(0, 9, case.input_shape, generator=generator)
-    given = testing.moved(device, *_channels_last(Operands(x.to(dtype), weight.to(dtype), None, None)))
+    x = torch.randint(1, 9, case.input_shape, generator=generator)
+    given = _channels_last(Operands(x.to(dtype), weight.to(dtype), torch.ones(channels, dtype=dtype), None))
+    y, permuting, up = testing.moved(device, *given)[:3]
+    nothing, down = torch.zeros_like(permuting), -up
     with _settings.using(cuda_dependent=True):
-        plan = planned(case, Operands(*given), tile)
-    y = given[0]
-    for _ in range(calls):
-        y = plan(y, given[1], None, None)
-        x = x[:, order]
+        permute = planned(case, Operands(y, permuting, None, None), tile)
+        add = planned(replace(case, bias=True, shortcut=True), Operands(y, nothing, up, y), tile)
+    for i in range(calls):
+        y = permute(y, permuting, None, None)
+        y = add(y, nothing, down if i % 2 else up, y)
+        x = x[:, order] + (-1 if i % 2 else 1)
     return _difference(y.cpu(), x.to(dtype))
 
 
@@ -228,56 +230,6 @@ def _joined(case: ConvCase, given: Operands, other: Tensor, projection: Tensor, 
         return output
 
     return call
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a right kernel takes
-# ---------------------------------------------------------------------------------------------------------------------
-
-_TIMED = (
-    ConvCase(64, 256, (56, 56), (1, 1), shortcut=True, batch=256),
-    ConvCase(1024, 256, (14, 14), (1, 1), batch=256),
-    ConvCase(256, 256, (14, 14), (3, 3), padding=(1, 1), batch=256),
-)
-_STEM = ConvCase(4, 64, (224, 224), (7, 7), (2, 2), (3, 3), batch=256)
-# Layers of ResNet-50 that decide what it takes, with the tiles that have to be told apart.
-_DECIDING = (
-    (ConvCase(64, 256, (56, 56), (1, 1), shortcut=True), "matrix", ("128x128", "128x256")),
-    (ConvCase(256, 64, (56, 56), (1, 1)), "matrix", ("128x128", "128x64")),
-    (ConvCase(64, 64, (56, 56), (3, 3), padding=(1, 1)), "image", ("128x64",)),
-    (ConvCase(128, 128, (28, 28), (3, 3), padding=(1, 1)), "image", ("128x128", "128x256")),
-)
-
-
-def times(tile: str, device: torch.device) -> dict[str, float]:
-    """Microseconds of a kernel on layers of ResNet-50 that it is for: a first look, the mean of ten calls on the same buffers."""
-    found = {}
-    for case in (_STEM,) if form_of(tile) == "few" else _TIMED:
-        if form_of(tile) == "joined" or (form_of(tile) == "matrix" and case.kernel != (1, 1)):
-            continue
-        given = operands(case, dtype_of(tile), device)
-        plan = planned(case, given, tile)
-
-        def call(i: int, plan: Any = plan, given: Operands = given) -> Tensor:
-            output: Tensor = plan(*given)
-            return output
-
-        seconds_a_call(Turns(call, 1), 3, device)
-        found[case.name] = round(seconds_a_call(Turns(call, 1), 10, device) * 1e6, 1)
-    return found
-
-
-def deciding_calls(device: torch.device, batch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """A name and a call for each kernel that the profiler is to look at: our tiles, and cuDNN's fusion. What is not there is left out."""
-    there = tiles(device)
-    for case, form, sizes in _DECIDING:
-        case = case.at(batch)
-        given = operands(case, torch.bfloat16, device)
-        for tile in [f"sm90 bfloat16 {form} {size}" for size in sizes]:
-            if tile in there:
-                yield f"{tile}: {case.name}", partial(planned(case, given, tile), *given)
-        if device.type == "cuda":
-            yield f"cudnn: {case.name}", partial(cudnn_function(case), *given)
 
 
 def _difference(got: Tensor, wanted: Tensor) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Residual blocks and networks of the benchmark on a GPU, forward, and forward and backward. See ``_gpucontest.py``."""
+"""Residual blocks and networks of the benchmark on a GPU, forward, and forward and backward. See ``gpu_contest.py``."""
 
 from __future__ import annotations
 

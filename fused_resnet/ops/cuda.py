@@ -6,8 +6,7 @@ block by thread block: everything here but the launch itself is then what a GPU 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +20,7 @@ from .backend import Backend, Plan
 from .derived import derive
 from .spec import ConvSpec, Layout, Operand, check_allocated, check_operands, dtype_name
 
-_ALIGNMENT = 16  # bytes: of every operand of a tensor-core kernel
+ALIGNMENT = 16  # bytes: of every operand of a tensor-core kernel
 Weights = tuple[Tensor, "Tensor | None"]  # of a layer: weight and bias
 
 
@@ -87,6 +86,8 @@ class CudaBackend(Backend):
         missing = self.why_no_kernels(spec.device)
         if missing or not _settings.current.cuda_gradients:
             return [missing or "our gradients on a GPU are turned off"]
+        if _settings.current.cuda_algorithm != "auto":
+            return ["a kernel is asked for by name, which need not be for the gradient"]
         return select.why_general_gradient_on_cuda(operand, spec, tf32())
 
     def gradient_plan(self, operand: Operand, spec: ConvSpec, masked: bool) -> CudaInputGradient:
@@ -140,18 +141,24 @@ class CudaBackend(Backend):
         )
 
 
-@functools.cache
+_devices: dict[int, str] = {}  # why our kernels cannot run on a device, by its index; "": they can
+
+
 def _why_no_kernels(index: int) -> str:
+    known = _devices.get(index)
+    if known is not None:
+        return known
     found = _extension.cuda()
     if found is None:
         return _extension.cuda_missing()
     try:
-        old = select.too_old(found.capability(index), found.BUILD["architectures"].split(), torch.cuda.get_device_name(index))
-        if not old:
+        why = select.too_old(found.capability(index), found.BUILD["architectures"].split(), torch.cuda.get_device_name(index))
+        if not why:
             found.load(index)
-    except RuntimeError as error:  # a driver older than the runtime that the module was built with
+    except RuntimeError as error:  # a driver older than the runtime that the module was built with; no memory: asked again
         return f"our CUDA module cannot use the device: {error}"
-    return old
+    _devices[index] = why
+    return why
 
 
 def _stream(device: torch.device) -> int:
@@ -228,7 +235,10 @@ class CudaInputGradient:
         check_allocated(grad, "grad")
         check_allocated(other, "weight")
         found = self._plan(grad, rotated(other), None, None if self._masked else end)
-        return self._backend.relu_backward(found, end, False)[0] if self._masked and end is not None else found
+        if not self._masked or end is None:
+            return found
+        masked, _ = self._backend.relu_backward(found, end, False)
+        return masked if masked.stride() == found.stride() else torch.empty_like(found).copy_(masked)
 
 
 class JoinedPlan:
@@ -264,7 +274,12 @@ def _sum_of_biases(first: Tensor | None, second: Tensor | None) -> Tensor | None
     if first is None or second is None:
         bias = second if first is None else first
         return None if bias is None else bias.contiguous()
-    return derive("sum of biases", (first, second), lambda a, b: (a.float() + b.float()).to(a.dtype))
+    return derive("sum of biases", (first, second), sum_of)
+
+
+def sum_of(first: Tensor, second: Tensor) -> Tensor:
+    """Of two biases, rounded once."""
+    return (first.float() + second.float()).to(first.dtype)
 
 
 def _turn(t: Tensor) -> Tensor:
@@ -285,15 +300,14 @@ def _pad_channels(t: Tensor) -> Tensor:
 
 
 def _aligned(*tensors: Tensor | None) -> bool:
-    return not any([t is not None and t.data_ptr() % _ALIGNMENT for t in tensors])
+    return not any([t is not None and t.data_ptr() % ALIGNMENT for t in tensors])
 
 
 def krsc(weight: Tensor) -> Tensor:
     """The weight with its memory in the order [K, R, S, C], without gaps: itself if it is so, else a copy that is kept until it
     changes."""
-    k, c, r, s = weight.shape
-    wanted = (r * s * c, 1, s * c, c)
-    if all([size == 1 or stride == want for size, stride, want in zip((k, c, r, s), weight.stride(), wanted, strict=True)]):
+    wanted = krsc_strides(weight.shape)
+    if all([size == 1 or stride == want for size, stride, want in zip(weight.shape, weight.stride(), wanted, strict=True)]):
         return weight
 
     def make(held: Tensor) -> Tensor:
@@ -302,12 +316,18 @@ def krsc(weight: Tensor) -> Tensor:
     return derive("krsc", (weight,), make)
 
 
+def krsc_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Of a weight [K, C, R, S] in the memory order [K, R, S, C]."""
+    _, c, r, s = shape
+    return r * s * c, 1, s * c, c
+
+
 def rotated(weight: Tensor) -> Tensor:
     """The weight [K, C, R, S] rotated by half a turn and with its channels exchanged: [C, K, R, S], its memory in the order [C, R, S, K]. A
     copy that is not kept: a weight that is trained is another one in each step."""
     k, c, r, s = weight.shape
     turned = weight if r == s == 1 else weight.flip((2, 3))
-    result = torch.empty_strided((c, k, r, s), (r * s * k, 1, s * k, k), dtype=weight.dtype, device=weight.device)
+    result = torch.empty_strided((c, k, r, s), krsc_strides((c, k, r, s)), dtype=weight.dtype, device=weight.device)
     return result.copy_(turned.transpose(0, 1))
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import Backend
+from .select import SMALL_ON_CUDA
 from .spec import LOW_PRECISION, NO_PADDING, ConvSpec, Geometry, check_operands, output_format
 
 _SMALL = 1 << 16  # elements: a pass less saves less than our call costs more
@@ -20,9 +21,10 @@ class GeneralPlan:
 
     def __init__(self, spec: ConvSpec, backend: Backend) -> None:
         self.geometry, self.relu, self.dtype, self.backend = spec.geometry, spec.relu, spec.dtype, backend
-        # float32, so that the sum is rounded once. Not on a GPU, where the library's 16-bit convolutions are several times as fast: there
-        # the convolution's output is rounded, and after bias and shortcut the sum.
-        self.wide = not backend.on_gpu and spec.dtype in LOW_PRECISION and (spec.bias is not None or spec.shortcut is not None)
+        # float32, so that the sum is rounded once. Not of a large one on a GPU, where the library's 16-bit convolutions are several times as
+        # fast: there the convolution's output is rounded, and after bias and shortcut the sum.
+        narrow = backend.on_gpu and spec.macs > SMALL_ON_CUDA
+        self.wide = not narrow and spec.dtype in LOW_PRECISION and (spec.bias is not None or spec.shortcut is not None)
         self.adds_bias = not backend.on_gpu and spec.dtype not in LOW_PRECISION  # the library's convolution does
         self.small = self.adds_bias and math.prod(spec.output.shape) < _SMALL
 

@@ -129,7 +129,7 @@ def _run_native(module: Any, graph: Bound, segment: Segment, x: Tensor) -> Tenso
     if any([node.is_live for node in (*segment.convolutions, *external)]):
         return None
     if on_gpu:
-        return launches.run(graph.plans, segment, x, partial(_external, segment))
+        return launches.run(graph.plans, segment, x)
     before: CachedCalls | None = graph.cached.get(segment.number)
     if before is not None and not before.holds():
         graph.cached.pop(segment.number, None)  # what they hold is given back before the new is made

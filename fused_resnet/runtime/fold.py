@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -104,6 +105,16 @@ def library_fold(
     new_weight, new_bias = fuse_conv_bn_weights(weight.to(dtype), b, mean.to(dtype), var.to(dtype), eps, g, t)
     product = new_weight.detach().to(weight.dtype)
     return _in_format_of(weight, product), new_bias.detach().to(weight.dtype)
+
+
+def weight_and_bias(sources: Sequence[Tensor | None], eps: float | None) -> tuple[Tensor, Tensor | None]:
+    """Of a layer, from its weight and bias and, where there is a normalisation (eps is not None), its weight, bias, running mean and
+    variance; not differentiable."""
+    if eps is not None:
+        return library_fold(*sources, eps)  # type: ignore[arg-type, call-arg]
+    weight, bias = sources
+    assert weight is not None
+    return weight, bias
 
 
 def _in_format_of(weight: Tensor, product: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ which then goes node by node (``executor.py``): by the same kernels on the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,11 +15,10 @@ from torch import Tensor
 from .. import _settings
 from .._compat import nobody_listens
 from ..ops.api import conv_bias_add_relu
-from ..ops.cuda import CudaBackend, CudaPlan
+from ..ops.cuda import ALIGNMENT, CudaBackend, CudaPlan, krsc_strides
 from ..ops.plans import backends
 from ..ops.spec import ConvSpec, Layout, check_operands, geometry_of_call, layout, spec_of
 from .bound import (
-    EXTERNAL,
     INPUT,
     STEPS,
     BoundConvolution,
@@ -34,34 +32,29 @@ from .bound import (
 )
 from .fold import folded
 from .pooling import mean_of, window_of
-from .rows import ALIGNMENT, Launch, Row, krsc_strides, packable_sources
+from .rows import Launch, Row, packable_sources
 
 Values = dict[int, Any]  # a segment's, by number
 
 
-def run(plans: _settings.Plans, segment: Segment, x: Tensor, make_external: Callable[[Tensor], Tensor | None]) -> Tensor | None:
-    """The output of a segment without live normalisations, or None where it has to go node by node.
-
-    make_external: makes the value ``EXTERNAL``, where a step reads it; not asked where it is known to be in vain.
-    """
+def run(plans: _settings.Plans, segment: Segment, x: Tensor) -> Tensor | None:
+    """The output of a segment without live normalisations, or None where it has to go node by node: also where another module makes the
+    shortcut, which may not be without effects and would be called again there."""
     backend = backends.of(x)
-    if not isinstance(backend, CudaBackend) or x.dim() != 4 or backend.why_no_kernels(x.device):
+    if not isinstance(backend, CudaBackend) or x.dim() != 4 or backend.why_no_kernels(x.device) or segment.external:
         return None
     found = [packable_sources(node) for node in segment.convolutions]
     if None in found or any([isinstance(step.node, BoundZeroPad) for step in segment.steps]):
         return None
-    sources = [t for each in found for t in each or ()]
-    linear = [t for node in segment.layers if isinstance(node, BoundLinear) for t in (node.module.weight, node.module.bias)]
-    if not nobody_listens(x, *sources, *linear):
-        return None
-    external = make_external(x)
-    if not nobody_listens(external):
+    tensors = [t for each in found for t in each or ()]
+    tensors += [t for node in segment.layers if isinstance(node, BoundLinear) for t in (node.module.weight, node.module.bias)]
+    if not nobody_listens(x, *tensors) or any([t is not None and t.device != x.device for t in tensors]):
         return None
     key = (
         *(x.shape, x.stride(), x.dtype, segment.number),
-        *[None if t is None else (t.shape, t.stride(), t.dtype) for t in (external, *sources, *linear)],
+        *[None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors],
         *[_steering(step) for step in segment.steps],
-        backend.state(x, *sources),
+        backend.state(x),
         _settings.number,
     )
     try:
@@ -69,8 +62,8 @@ def run(plans: _settings.Plans, segment: Segment, x: Tensor, make_external: Call
     except TypeError:  # a list among the settings: it may be changed in place, which nobody would see
         return None
     if plan is _settings.UNKNOWN:
-        plan = plans.make(key, lambda: plan_of(segment, backend, x, external))
-    output: Tensor | None = None if plan is None else plan(segment, x, external)
+        plan = plans.make(key, lambda: plan_of(segment, backend, x))
+    output: Tensor | None = None if plan is None else plan(segment, x)
     return output
 
 
@@ -91,24 +84,24 @@ class Plan:
     def __init__(self, pieces: list[Row | int], dead_after: list[list[int]], output: int) -> None:
         self.pieces, self.dead_after, self.output = pieces, dead_after, output
 
-    def __call__(self, segment: Segment, x: Tensor, external: Tensor | None) -> Tensor | None:
-        check_operands(x, shortcut=external)
-        if any([t is not None and t.data_ptr() % ALIGNMENT for t in (x, external)]):
+    def __call__(self, segment: Segment, x: Tensor) -> Tensor | None:
+        check_operands(x)
+        if x.data_ptr() % ALIGNMENT:
             return None  # a view that begins in the middle of 16 bytes
         convolutions = [step.node if isinstance(step.node, BoundConvolution) else None for step in segment.steps]
-        values: Values = {INPUT: x, EXTERNAL: external}
+        values: Values = {INPUT: x}
         for piece, dead in zip(self.pieces, self.dead_after, strict=True):
             if isinstance(piece, Row):
                 piece(values, convolutions)
             else:
-                values[STEPS + piece] = _alone(segment.steps[piece], values)
+                values[STEPS + piece] = _by_itself(segment.steps[piece], values)
             for v in dead:
                 del values[v]
         output: Tensor = values[self.output]
         return output
 
 
-def _alone(step: Step, values: Values) -> Tensor:
+def _by_itself(step: Step, values: Values) -> Tensor:
     """A step that is in no row."""
     h: Tensor = values[step.value]
     node = step.node
@@ -128,11 +121,9 @@ def _alone(step: Step, values: Values) -> Tensor:
     return F.linear(h, node.module.weight, node.module.bias)
 
 
-def plan_of(segment: Segment, backend: CudaBackend, x: Tensor, external: Tensor | None) -> Plan | None:
+def plan_of(segment: Segment, backend: CudaBackend, x: Tensor) -> Plan | None:
     """None where a step's own call would raise, or add otherwise, or where there is no row of several launches."""
     layouts = {INPUT: layout(x)}
-    if external is not None:
-        layouts[EXTERNAL] = layout(external)
     specs: dict[int, ConvSpec] = {}
     for number, step in enumerate(segment.steps):
         if isinstance(step.node, BoundConvolution):
@@ -165,7 +156,7 @@ def _plan(parts: list[list[Launch] | int], segment: Segment, layouts: dict[int, 
             makes.append([launch.y for launch in part])
     pieces: list[Row | int] = []
     dead_after: list[list[int]] = []
-    held = [INPUT, EXTERNAL]
+    held = [INPUT]
     for i, part in enumerate(parts):
         later = {output}.union(*reads[i + 1 :])
         left = [v for v in makes[i] if v in later]
@@ -233,7 +224,9 @@ def _spec(step: Step, layouts: dict[int, Layout], x: Tensor) -> ConvSpec | None:
         torch.empty_strided(*found, dtype=x.dtype, device="meta")
         for found in (layouts[step.value], (conv.weight.shape, krsc_strides(conv.weight.shape)), layout(conv.weight))
     )
-    bias = None if node.norm is None and conv.bias is None else torch.empty(weight.shape[0], dtype=x.dtype, device="meta")
+    bias: Tensor | None = torch.empty(weight.shape[0], dtype=x.dtype, device="meta")  # of a normalisation: checked where it is folded
+    if node.norm is None:
+        bias = None if conv.bias is None else torch.empty_strided(conv.bias.shape, conv.bias.stride(), dtype=conv.bias.dtype, device="meta")
     try:
         geometry = geometry_of_call(weight, conv.stride, conv.padding, conv.dilation, conv.groups)
         output = spec_of(h, as_it_is, bias, None, geometry, node.relu).output  # its memory format is that of PyTorch's own convolution

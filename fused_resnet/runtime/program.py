@@ -33,7 +33,7 @@ from .bound import (
     Segment,
     Step,
 )
-from .fold import library_fold, sources_of
+from .fold import sources_of, weight_and_bias
 from .pooling import Window, mean_of, window_of
 from .stages import run_in_ranges
 
@@ -65,15 +65,6 @@ def operand_of(node: BoundConvolution | BoundLinear) -> Operand:
     sources = (conv.weight, conv.bias) if norm is None else sources_of(conv, norm)
     eps = None if norm is None else norm.eps
     return Operand(sources, eps, conv.stride, conv.padding, conv.dilation, conv.groups, node.relu, node.place)
-
-
-def _folded(sources: Sequence[Tensor | None], eps: float | None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a layer from its ``sources``."""
-    if eps is None:
-        weight, bias = sources
-        assert weight is not None
-        return weight, None if bias is None else bias.contiguous()
-    return library_fold(*sources, eps)  # type: ignore[arg-type, call-arg]
 
 
 class Packed(NamedTuple):
@@ -355,12 +346,13 @@ def _packer(program: Any, index: int) -> Packer:
             sources = (*sources, *other.sources)
 
         def make(*held: Tensor | None) -> Packed:
-            weight, bias = _folded(held[: len(operand.sources)], eps)
+            weight, bias = weight_and_bias(held[: len(operand.sources)], eps)
             more: tuple[Any, ...] = ()
             if other is not None:
-                other_weight, other_bias = _folded(held[len(operand.sources) :], other.eps)
+                other_weight, other_bias = weight_and_bias(held[len(operand.sources) :], other.eps)
                 more = other_weight.data_ptr(), other_weight.stride()
                 bias = other_bias if bias is None else bias if other_bias is None else bias + other_bias
+            bias = None if bias is None else bias.contiguous()
             buffer = torch.empty(size, dtype=torch.uint8)
             if not pack(weight.data_ptr(), _four(weight.stride()), buffer.data_ptr(), *more):
                 return Packed(0, 0, None, None)

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from .._compat import cuda_stream
+from ..ops.cuda import ALIGNMENT, krsc_strides, sum_of
 from ..ops.derived import find
 from ..ops.spec import Layout
 from ..ops.store import Entry
 from .bound import BoundConvolution
-from .fold import library_fold, sources_of
+from .fold import sources_of, weight_and_bias
 
 _APART = 256  # bytes: values in the arena begin at multiples of this, as PyTorch's own tensors do
-ALIGNMENT = 16  # bytes: of what a tensor-core kernel reads
 
 
 class Launch(NamedTuple):
     """A convolution of a row. step: its number in the segment; kernel: the compiled convolution. x, shortcut, y: numbers of values.
-    projection, other: the step of the projection that is a part of it, and the value that this reads."""
+    projection, projected: the step of the projection that is a part of it, and the value that this reads."""
 
     step: int
     kernel: Any
@@ -33,11 +33,11 @@ class Launch(NamedTuple):
     shortcut: int | None
     y: int
     projection: int | None = None
-    other: int | None = None
+    projected: int | None = None
 
     @property
     def reads(self) -> list[int]:
-        return [v for v in (self.x, self.shortcut, self.other) if v is not None]
+        return [v for v in (self.x, self.shortcut, self.projected) if v is not None]
 
 
 class Row:
@@ -55,7 +55,7 @@ class Row:
         places, self.arena_bytes = _places(launches, layouts, given, dtype.itemsize)
         steps = []
         for launch in launches:
-            at = [None if v is None else places[v] for v in (launch.x, launch.shortcut, launch.y, launch.other)]
+            at = [None if v is None else places[v] for v in (launch.x, launch.shortcut, launch.y, launch.projected)]
             steps.append((launch.kernel, *at))
         self._sequence = module.Sequence(steps)
 
@@ -111,8 +111,8 @@ class Packed(NamedTuple):
 
 
 def packable_sources(node: BoundConvolution) -> tuple[Tensor | None, ...] | None:
-    """What a convolution's weight and bias come from; with a normalisation also its counter, without which a change of the running statistics
-    would not be seen. None: there is no counter."""
+    """What a convolution's weight and bias come from, and last, with a normalisation, its counter, without which a change of the running
+    statistics would not be seen. None: it has none."""
     if node.norm is None:
         return node.conv.weight, node.conv.bias
     counter = node.norm.num_batches_tracked
@@ -123,41 +123,30 @@ def packed(node: BoundConvolution | None, projection: BoundConvolution | None = 
     """A convolution's ``Packed``, kept in its module's store until a source changes."""
     assert node is not None
     nodes = [node] if projection is None else [node, projection]
-    sources = [packable_sources(each) for each in nodes]
+    sources = [packable_sources(each) or () for each in nodes]
     eps = [None if each.norm is None else each.norm.eps for each in nodes]
-    counts = [len(found or ()) for found in sources]
+    first = len(sources[0])
+
+    def of(held: Sequence[Tensor | None], eps: float | None) -> tuple[Tensor, Tensor | None]:
+        return weight_and_bias(held if eps is None else held[:-1], eps)
 
     def make(*held: Tensor | None) -> Packed:
-        weight, bias = _folded(held[: counts[0]], eps[0])
+        weight, bias = of(held[:first], eps[0])
         if projection is None:
-            return Packed(_krsc(weight), _aligned(bias), None)
-        other, other_bias = _folded(held[counts[0] :], eps[1])
+            return Packed(_dense(weight), _aligned(bias), None)
+        other, other_bias = of(held[first:], eps[1])
         if bias is not None and other_bias is not None:
-            bias = (bias.float() + other_bias.float()).to(bias.dtype)
-        return Packed(_krsc(weight), _aligned(other_bias if bias is None else bias), _krsc(other))
+            bias = sum_of(bias, other_bias)
+        return Packed(_dense(weight), _aligned(other_bias if bias is None else bias), _dense(other))
 
-    return find(("launched", *eps), [t for found in sources for t in found or ()], make, node.place)
-
-
-def _folded(sources: Sequence[Tensor | None], eps: float | None) -> tuple[Tensor, Tensor | None]:
-    if eps is None:
-        weight, bias = sources
-        assert weight is not None
-        return weight, bias
-    return library_fold(*sources[:-1], eps)  # type: ignore[arg-type, call-arg]
+    return find(("packed for a row", *eps), [t for found in sources for t in found], make, node.place)
 
 
-def _krsc(weight: Tensor) -> Tensor:
+def _dense(weight: Tensor) -> Tensor:
     strides = krsc_strides(weight.shape)
     if weight.stride() == strides and weight.data_ptr() % ALIGNMENT == 0:
         return weight
     return torch.empty_strided(weight.shape, strides, dtype=weight.dtype, device=weight.device).copy_(weight)
-
-
-def krsc_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Of a weight [K, C, R, S] in the memory order [K, R, S, C]."""
-    _, c, r, s = shape
-    return r * s * c, 1, s * c, c
 
 
 def _aligned(bias: Tensor | None) -> Tensor | None:

@@ -14,6 +14,7 @@ import sys
 import tarfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +43,7 @@ def store(folder: Path, stage: str, budget: float = PATIENT) -> _gpu_stages.Stor
 
 
 def scope(only: str = "", **changes: Any) -> _gpu_stages.Scope:
-    given: dict[str, Any] = {"smoke": True, "compiled": False, "only": _gpu_stages.Only.of(only), **changes}
+    given: dict[str, Any] = {"smoke": True, "without": frozenset({"compile"}), "only": _gpu_stages.Only.of(only), **changes}
     return _gpu_stages.Scope(CPU, _gpu_stages.effort_of(True, PATIENT), **given)
 
 
@@ -120,23 +121,37 @@ def figures() -> dict[str, Any]:
 def test_kernels_in_the_report(tmp_path: Path) -> None:
     assert _gpu_table.kernels(tmp_path) == "Not tried."
     lines = [
-        {"tile": "b", "passed": ["one"], "us": {}, "wrong": {"feature": "bias", "case": "1x1"}},
-        {"tile": "a", "passed": ["one", "two"], "us": {"1x1": 54.4}},
-        {"tile": "c", "hung": 40},
+        {"tile": "b", "right": False, "passed": ["one"], "wrong": {"feature": "bias", "case": "1x1"}},
+        {"tile": "a", "right": True, "passed": ["one", "two"], "wrong in a row": {}},
+        {"tile": "c", "right": False, "passed": [], "ended": "hung, at: one tile"},
+        {"tile": "d", "right": True, "passed": ["one"], "wrong in a row": {"elements": 3}},
     ]
     (tmp_path / "smoke.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = _gpu_table.kernels(tmp_path).splitlines()[2:]
-    assert rows[0] == "| a | 2 | right | 1x1 54 |"
-    assert rows[1].startswith("| b | 1 | wrong: {'feature': 'bias'")
-    assert rows[2] == "| c | 0 | not done in 40 s | - |"
+    assert rows[0] == "| a | 2 | right | - | right |"
+    assert rows[1] == "| b | 1 | wrong: {'feature': 'bias', 'case': '1x1'} | - | not tried |"
+    assert rows[2] == "| c | 0 | not right | hung, at: one tile | not tried |"
+    assert rows[3] == "| d | 1 | right | - | {'elements': 3} |"
+
+
+def test_a_kernel_that_smoke_found_wrong_takes_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"sm90 bfloat16 {tile}" for tile in ("matrix 64x64", "image 64x64", "image 128x64", "joined 64x64", "plain 128x128")]
+    monkeypatch.setattr(_gpu_stages.cuda, "tiles", lambda: names)
+    gpu = _gpu_stages.Scope(torch.device("cuda"), QUICK, smoke=True, folder=tmp_path)
+    assert gpu.right_tiles() == names
+    (tmp_path / "smoke.jsonl").write_text("".join(json.dumps({"tile": name, "right": "128" not in name}) + "\n" for name in names))
+    assert gpu.right_tiles() == [names[0], names[1], names[3]]
+    chosen = [job.args[3] for _, job in _gpu_stages.tiles(gpu) if job.args[1] is torch.bfloat16]
+    assert chosen
+    assert all(found == ["auto", *names[:2], "general"] for found in chosen)
 
 
 def test_tests_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where pytest's plugins for it are installed; large tests never share the device's memory."""
     for there, part, wanted in (
         ((), "cuda", []),
-        (("xdist", "pytest_timeout"), "cuda", ["-n", "12", "--timeout", "60"]),
-        (("xdist", "pytest_timeout"), "cuda, large", ["--timeout", "120"]),
+        (("xdist", "pytest_timeout"), "cuda", ["-n", "12", "--timeout", "60", "--timeout-method", "thread"]),
+        (("xdist", "pytest_timeout"), "cuda, large", ["--timeout", "120", "--timeout-method", "thread"]),
         (("xdist",), "the quick part", ["-n", "12"]),
     ):
         monkeypatch.setattr(os, "cpu_count", lambda: 16)
@@ -315,7 +330,7 @@ def test_a_case_that_hangs_or_dies_is_left_out(tmp_path: Path, monkeypatch: pyte
         lock.acquire()
         good = dict(ok=True)
         jobs = [("a", lambda: good), ("b", lambda: lock.acquire()), ("c", lambda: os._exit(7)), ("d", lambda: good)]
-        store = _gpu_stages.Store(pathlib.Path({str(tmp_path)!r}), "operators", torch.device("cpu"), 3600, AFRESH, True, 3)
+        store = _gpu_stages.Store(pathlib.Path({str(tmp_path)!r}), "operators", torch.device("cpu"), 3600, AFRESH, True, 10)
         sys.exit(0 if store.run(jobs) else 1)"""
     asked = []
 
@@ -331,7 +346,7 @@ def test_a_case_that_hangs_or_dies_is_left_out(tmp_path: Path, monkeypatch: pyte
     assert content["results"] == {"a": {"ok": True}, "b": gone, "c": gone, "d": {"ok": True}}
     assert asked == [True, False, False]
     told = [line.partition(", ")[2] for line in capsys.readouterr().out.splitlines()]
-    assert told == ["ended during b: it goes on without that", "ended during c: it goes on without that", ""]
+    assert told == ["lost in b: it goes on without that", "lost in c: it goes on without that", ""]
     # What a process that never came to its cases left behind says nothing of the next one, which is tried once more and then not again.
     content["running"] = "x"
     (tmp_path / "operators.json").write_text(json.dumps(content))
@@ -339,6 +354,31 @@ def test_a_case_that_hangs_or_dies_is_left_out(tmp_path: Path, monkeypatch: pyte
     code = "import sys; sys.exit(5)"
     assert gpu_report.main() == 5
     assert asked == [True, False]
+
+
+def test_a_stage_that_lost_the_device_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an illegal access every later call of a process fails: the next process has the rest."""
+    runs = []
+
+    def work(key: str) -> dict[str, Any]:
+        if key == "b":
+            raise RuntimeError("an illegal memory access was encountered")
+        return {"ok": True}
+
+    def run(command: list[str], **rest: Any) -> Any:
+        runs.append(command)
+        monkeypatch.setattr(_gpu_stages, "broken", lambda device: "the device is lost" if len(runs) == 1 else "")
+        good = _gpu_stages.Store(tmp_path, "operators", CPU, PATIENT, "--afresh" in command).run([(key, partial(work, key)) for key in "abcd"])
+        return SimpleNamespace(returncode=0 if good else 1)
+
+    monkeypatch.setattr(gpu_report.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py", "operators", "--afresh", "--out", str(tmp_path)])
+    assert gpu_report.main() == 1
+    assert ["--afresh" in command for command in runs] == [True, False]
+    content = json.loads((tmp_path / "operators.json").read_text())
+    assert list(content["results"]) == ["a", "b", "c", "d"]
+    assert content["left"] == []
+    assert content["results"]["b"]["error"].endswith("illegal memory access was encountered")
 
 
 def test_turns_rotate_buffers_and_results(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import copy
 import random
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -197,17 +197,57 @@ def test_who_listens_gets_it_node_by_node(counter: Counter) -> None:
 def test_what_is_not_in_a_row(counter: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups, a shortcut that another module makes, one that is zero-padded: as node by node, and in rows what can be."""
     torch.manual_seed(0)
+
+    class Pool(nn.AvgPool2d):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            Pool.calls += 1
+            return super().forward(x)
+
     grouped = BLOCKS[2].eager()
     grouped.conv2 = nn.Conv2d(8, 8, 3, padding=1, groups=2, bias=False)
     pooled = BLOCKS[1].eager()
-    pooled.downsample = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(16, 24, 1, bias=False), nn.BatchNorm2d(24))
-    for module, wanted in ((grouped, 0), (pooled, 2)):
-        counter.rows.clear()
+    pooled.downsample = nn.Sequential(Pool(2), nn.Conv2d(16, 24, 1, bias=False), nn.BatchNorm2d(24))
+    for module in (grouped, pooled):
         both(converted(module), images(2, module.conv1.in_channels, 8, 8), monkeypatch)
-        assert sum(counter.rows) == wanted
-    counter.rows.clear()
+        assert counter.rows == []
+    before = Pool.calls
+    pooled(images(2, 16, 8, 8))
+    assert Pool.calls == before + 1  # it may not be without effects
     both(converted(cases.NETWORKS["cifar20"][1]()), images(1, 3, 8, 8), monkeypatch)
     assert counter.rows
+
+
+def test_operands_that_do_not_fit(counter: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias of another dtype or length, parameters elsewhere: what they raise node by node, and no row."""
+    torch.manual_seed(0)
+    x = images(2, 16, 8, 8)
+    for bias in (torch.randn(16), torch.randn(8).bfloat16(), torch.zeros(16, dtype=BF16, device="meta")):
+        block = converted(nn.Sequential(_Plain(), _Plain()))
+        block(x)
+        assert counter.rows
+        counter.rows.clear()
+        block[1].conv2.bias = nn.Parameter(bias)  # type: ignore[index, union-attr]
+        errors = []
+        for way in (nullcontext(), node_by_node(monkeypatch)):
+            with way, pytest.raises((TypeError, ValueError, RuntimeError, NotImplementedError)) as raised:
+                block[1](x)  # type: ignore[index, operator]
+            errors.append((raised.type, str(raised.value)))
+        assert errors[0] == errors[1]
+        assert counter.rows == []
+
+
+class _Plain(nn.Module):
+    """A block without norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.conv2(self.relu(self.conv1(x))) + x)  # type: ignore[no-any-return]
 
 
 def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,15 +286,17 @@ def test_places_in_the_arena() -> None:
         given = {0: -1, 1: -2, count + 1: -3}
         places, size = rows._places(made, layouts, given, 2)
         held: dict[int, tuple[int, int]] = {}
+        ends = [0]
         for i, launch in enumerate(made):
             if launch.y not in given:
                 begin, end = places[launch.y], places[launch.y] + 2 * torch.Size(layouts[launch.y].shape).numel()
                 assert begin % 256 == 0
-                assert end <= size
+                ends.append(end)
                 assert all(end <= a or b <= begin for a, b in held.values())
                 held[launch.y] = begin, end
             held = {v: place for v, place in held.items() if any(v in later.reads for later in made[i + 1 :])}
         assert {v: places[v] for v in given} == given
+        assert size == -(-max(ends) // 256) * 256
 
 
 def test_a_sequence_refuses_what_does_not_fit(counter: Counter) -> None:

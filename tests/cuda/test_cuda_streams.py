@@ -232,7 +232,7 @@ def test_a_device_that_is_not_the_current_one() -> None:
 def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     """One sentence that says so, and the general path, which is right."""
     old = SimpleNamespace(capability=lambda index: (7, 5), tiles=list, BUILD={"architectures": "80 90a"})
-    cuda._why_no_kernels.cache_clear()
+    cuda._devices.clear()
     monkeypatch.setattr(_extension, "cuda", lambda: old)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "an old one")
     sentence = "the CUDA kernels of this build are for compute capability 8.0 and later, an old one has 7.5"
@@ -248,7 +248,7 @@ def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
         assert result, result.reason
     finally:
         plans.convolution_plans.kept.clear()
-        cuda._why_no_kernels.cache_clear()
+        cuda._devices.clear()
 
 
 def test_out_of_memory() -> None:

@@ -58,24 +58,35 @@ def test_profile() -> None:
 
 
 def test_what_becomes_of_a_kernel() -> None:
-    """Right, wrong, hung, dead, silent, and what there was no time for."""
+    """Right, wrong, hung, dead, silent: what was known last, and where it ended."""
 
-    def told(code: str, seconds: float = PATIENT) -> dict[str, Any]:
-        return gpu_first.judged("a tile", [sys.executable, "-c", code], seconds)
+    def told(*says: dict[str, Any], end: str = "", seconds: float = PATIENT) -> dict[str, Any]:
+        code = "import json, os, sys, time; print('noise')\n"
+        code += "".join(f"print('RESULT ' + json.dumps({{'tile': 'a tile', **{say!r}}}), flush=True)\n" for say in says)
+        return gpu_first.judged("a tile", [sys.executable, "-c", code + end], seconds)
 
-    say = "import json, sys; print('noise'); print('RESULT ' + json.dumps({}))"
-    right = told(say.format({"tile": "a tile", "passed": ["one tile"], "us": {}}))
-    assert gpu_first.is_right(right)
-    wrong = told(say.format({"tile": "a tile", "passed": ["one tile"], "wrong": {"feature": "bias, ReLU", "nan": 3}}))
-    assert not gpu_first.is_right(wrong)
-    assert wrong["wrong"]["nan"] == 3
-    hung = told("import sys, time; print('began', file=sys.stderr, flush=True); time.sleep(3600)", 5)
-    assert (hung["hung"], hung["end"], hung["tile"]) == (5, "began\n", "a tile")
-    dead = told("import os, sys; sys.stderr.write('illegal access'); sys.stderr.flush(); os._exit(9)")
-    assert (dead["died"], dead["end"]) == (9, "illegal access")
-    silent = told("pass")
-    assert silent["died"] == 0
-    assert not any(map(gpu_first.is_right, (hung, dead, silent, {"tile": "a tile", "left": "time is up"}, {"tile": "a tile", "passed": []})))
+    passed = {"right": False, "passed": ["one tile"], "running": "bias, ReLU"}
+    right = {"right": True, "passed": ["one tile", "bias, ReLU"]}
+    found = told(passed, right)
+    assert found["right"]
+    assert "ended" not in found
+    wrong = told(passed, {**passed, "running": "shortcut", "wrong": {"feature": "shortcut", "nan": 3}}, end="sys.exit(0)")
+    assert (wrong["right"], wrong["wrong"]["nan"]) == (False, 3)
+    dead = told(passed, end="sys.stderr.write('illegal access'); sys.stderr.flush(); os._exit(9)")
+    assert (dead["right"], dead["passed"]) == (False, ["one tile"])
+    assert dead["ended"] == "died with status 9, at: bias, ReLU"
+    assert "illegal access" in dead["end"]
+    hung = told(passed, end="sys.stderr.write('Timeout (0:00:20)!'); sys.stderr.flush(); os._exit(1)")  # as faulthandler says it
+    assert hung["ended"] == "hung, at: bias, ReLU"
+    late = told(end="time.sleep(3600)", seconds=0.5)
+    assert (late["right"], late["ended"]) == (False, "not done in 0 s, at: its start")
+    silent = told()
+    assert (silent["right"], silent["ended"]) == (False, "ended without a word, at: its start")
+    # What ends in the row of calls, which is a setting's that is off, was right before.
+    row = told(passed, {**right, "running": gpu_first.ROW}, end="os._exit(1)")
+    assert (row["right"], row["ended"]) == (True, "died with status 1, at: wrong in a row")
+    assert [gpu_first.said(line).split("; ")[0] for line in (found, row, dead)] == ["ok  a tile", "ok  a tile", "BAD a tile"]
+    assert "WRONG where a call starts" in gpu_first.said({**right, "tile": "a tile", gpu_first.ROW: {"nan": 1}})
 
 
 def test_a_wrong_kernel_ends_its_features(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,7 +104,7 @@ def test_a_wrong_kernel_ends_its_features(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr(gpu_first.faulthandler, "dump_traceback_later", lambda *a, **k: None)  # this process is the tests'
     before = torch.are_deterministic_algorithms_enabled()
     try:
-        assert gpu_first.child(tile, str(_cuda_twin.build().__file__)) == 0
+        assert gpu_first.child(tile, str(_cuda_twin.build().__file__), PATIENT) == 0
     finally:
         torch.use_deterministic_algorithms(before)
     found = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
@@ -102,20 +113,24 @@ def test_a_wrong_kernel_ends_its_features(monkeypatch: pytest.MonkeyPatch, capsy
     assert len(tried) == 4
 
 
-def test_objects_are_packed_and_linked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_objects_are_packed_and_linked(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A module of two files: one compiled elsewhere, and one, which knows Python, here."""
     setup = gpu_first.setup_file()
     build, packed = tmp_path / "build", tmp_path / "packed"
-    for name in ("_cpu", "_cuda"):
+    small = {"_cpu": ["csrc/bindings.cpp", "csrc/cpu/team.cpp"], "_cuda": ["csrc/cuda/bindings.cpp", "csrc/cuda/config.cpp"]}
+    units = {name: [setup.Unit("compile", source, []) for source in sources] for name, sources in small.items()}
+    setup.cpu_units, setup.cuda_units = (lambda: units["_cpu"]), (lambda: units["_cuda"])
+    monkeypatch.setattr(gpu_first, "setup_file", lambda: setup)
+    for name, sources in small.items():
         (build / f"fused_resnet.{name}").mkdir(parents=True)
-        for stem in ("config", "tma", *(Path(source).stem for source in setup.KNOW_PYTHON)):
+        for stem in ("removed since", *(Path(source).stem for source in sources)):
             (build / f"fused_resnet.{name}" / f"{stem}.o").write_text(stem)
     assert gpu_first.pack(build, packed) == 0
-    assert sorted(path.name for path in packed.rglob("*.o")) == ["config.o", "config.o", "tma.o", "tma.o"]
+    assert sorted(path.name for path in packed.rglob("*.o")) == ["config.o", "team.o"]
     capsys.readouterr()
     assert gpu_first.pack(tmp_path / "nothing", packed) == 1
-    assert "has no objects" in capsys.readouterr().err
-    assert len(list(packed.rglob("*.o"))) == 4  # what was there stays
+    assert "team.o" in capsys.readouterr().err
+    assert len(list(packed.rglob("*.o"))) == 2  # what was there stays
     assert gpu_first.link(tmp_path / "nothing") == 1
     assert "there is nothing to link" in capsys.readouterr().err
     (packed / "made_of.json").write_text(json.dumps({"mark": "others"}))

@@ -22,22 +22,22 @@ FAULTS = (
     Fault(
         "CUDA: a weight in another order than the tensor cores read",
         ("fused_resnet/ops/cuda.py",),
-        "wanted = (r * s * c, 1, s * c, c)",
-        "wanted = (r * s * c, 1, c, r * c)",
+        "return r * s * c, 1, s * c, c",
+        "return r * s * c, 1, c, r * c",
         ("tests/cuda/test_cuda_twin.py::test_tensor_core_kernels_get_what_they_read",),
     ),
     Fault(
         "CUDA: a misaligned view given to the tensor cores",
         ("fused_resnet/ops/cuda.py",),
-        "return not any([t is not None and t.data_ptr() % _ALIGNMENT for t in tensors])",
+        "return not any([t is not None and t.data_ptr() % ALIGNMENT for t in tensors])",
         "return True",
         ("tests/cuda/test_cuda_twin.py::test_tensor_core_kernels_get_what_they_read",),
     ),
     Fault(
         "CUDA: only the first bias of a joined projection",
         ("fused_resnet/ops/cuda.py",),
-        "lambda a, b: (a.float() + b.float()).to(a.dtype)",
-        "lambda a, b: a.clone()",
+        "return (first.float() + second.float()).to(first.dtype)",
+        "return first.clone()",
         ("tests/cuda/test_cuda_twin.py::test_blocks_of_bfloat16_run_on_tensor_cores",),
     ),
     Fault(
@@ -92,14 +92,14 @@ FAULTS = (
     Fault(
         "CUDA: a device's kernels are not loaded before its first use",
         ("fused_resnet/ops/cuda.py",),
-        "        if not old:\n            found.load(index)\n",
+        "        if not why:\n            found.load(index)\n",
         "",
         ("tests/cuda/test_cuda_twin.py::test_a_device_that_cannot_be_used_is_told",),
     ),
     Fault(
         "CUDA: the library's convolution in float32 where operands have 16 bits",
         ("fused_resnet/ops/general.py",),
-        "self.wide = not backend.on_gpu and spec.dtype",
+        "self.wide = not narrow and spec.dtype",
         "self.wide = spec.dtype",
         ("tests/cuda/test_cuda_twin.py::test_the_library_on_a_gpu_computes_in_16_bits",),
     ),
@@ -127,8 +127,8 @@ FAULTS = (
     Fault(
         "CUDA: an input gradient past the ReLU without its mask",
         ("fused_resnet/ops/cuda.py",),
-        "return self._backend.relu_backward(found, end, False)[0] if self._masked and end is not None else found",
-        "return found",
+        "if not self._masked or end is None:",
+        "if True:",
         ("tests/cuda/test_cuda_gradients.py::test_gradients",),
     ),
     Fault(
@@ -148,7 +148,7 @@ FAULTS = (
     Fault(
         "GPU report: a stage that died is not gone on with",
         ("bench/gpu_report.py",),
-        "        if not died:\n            del waiting[0]",
+        "        if not case:\n            del waiting[0]",
         "        del waiting[0]",
         ("tests/applications/test_gpu_report.py::test_a_case_that_hangs_or_dies_is_left_out",),
     ),
@@ -169,15 +169,15 @@ FAULTS = (
     Fault(
         "CUDA rows: another eps gets the weights of the last",
         ("fused_resnet/runtime/rows.py",),
-        'find(("launched", *eps),',
-        'find(("launched",),',
+        'find(("packed for a row", *eps),',
+        'find(("packed for a row",),',
         ("tests/cuda/test_cuda_launches.py::test_parameters_that_change",),
     ),
     Fault(
         "CUDA rows: the bias of a joined projection left out",
         ("fused_resnet/runtime/rows.py",),
-        "            bias = (bias.float() + other_bias.float()).to(bias.dtype)\n",
-        "            bias = bias.clone()\n",
+        "bias = sum_of(bias, other_bias)",
+        "bias = bias.clone()",
         ("tests/cuda/test_cuda_launches.py::test_blocks",),
     ),
     Fault(
@@ -197,7 +197,7 @@ FAULTS = (
     Fault(
         "CUDA rows: a misaligned input given to the tensor cores",
         ("fused_resnet/runtime/launches.py",),
-        "if any([t is not None and t.data_ptr() % ALIGNMENT for t in (x, external)]):",
+        "if x.data_ptr() % ALIGNMENT:",
         "if False:",
         ("tests/cuda/test_cuda_launches.py::test_who_listens_gets_it_node_by_node",),
     ),
