@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .. import _settings
 from .._compat import nobody_listens
-from ..ops.api import conv_bias_add_relu
 from ..ops.cuda import ALIGNMENT, CudaBackend, CudaPlan, krsc_strides
 from ..ops.plans import backends
+from ..ops.schema import conv_bias_add_relu
 from ..ops.spec import ConvSpec, Layout, check_operands, geometry_of_call, layout, spec_of
 from .bound import (
     INPUT,
@@ -109,7 +109,9 @@ def _by_itself(step: Step, values: Values) -> Tensor:
         conv = node.conv  # with the weight as it lies: the output's memory format follows it
         weight, bias = (conv.weight, conv.bias) if node.norm is None else folded(conv, node.norm, False, node.place)
         shortcut = None if step.shortcut is None else values[step.shortcut]
-        return conv_bias_add_relu(h, weight, bias, shortcut, conv.stride, conv.padding, conv.dilation, conv.groups, node.relu)
+        geometry = geometry_of_call(weight, conv.stride, conv.padding, conv.dilation, conv.groups)
+        output: Tensor = conv_bias_add_relu(h, weight, bias, shortcut, *geometry, node.relu)
+        return output
     if isinstance(node, BoundMaxPool):
         pooled: Tensor = node.module(h)
         return pooled
@@ -172,9 +174,12 @@ def _parts(segment: Segment, backend: CudaBackend, specs: dict[int, ConvSpec]) -
     joined = _joined(segment, backend, specs)
     parts: list[list[Launch] | int] = []
     for number, step in enumerate(segment.steps):
-        if number in joined.values():
+        if number in [launch.projection for launch in joined.values()]:
             continue
-        launch = _launch(number, step, joined.get(number), segment, backend, specs) if number in specs else None
+        launch = joined.get(number)
+        if launch is None and number in specs and not backend.why_general(specs[number]):
+            plan = backend.kernel_plan(specs[number])  # or of operands that are turned or padded first
+            launch = Launch(number, plan.kernel, step.value, step.shortcut, STEPS + number) if isinstance(plan, CudaPlan) else None
         if launch is None:
             parts.append(number)
         elif parts and isinstance(parts[-1], list):
@@ -184,20 +189,8 @@ def _parts(segment: Segment, backend: CudaBackend, specs: dict[int, ConvSpec]) -
     return parts
 
 
-def _launch(
-    number: int, step: Step, projection: int | None, segment: Segment, backend: CudaBackend, specs: dict[int, ConvSpec]
-) -> Launch | None:
-    """A convolution in a row; None where it is for others: turned or padded operands, or the library."""
-    if projection is not None:
-        joined = backend.joined_plan(specs[number]._replace(shortcut=None), specs[projection])
-        assert joined is not None
-        return Launch(number, joined.kernel, step.value, None, STEPS + number, projection, segment.steps[projection].value)
-    plan = None if backend.why_general(specs[number]) else backend.kernel_plan(specs[number])
-    return Launch(number, plan.kernel, step.value, step.shortcut, STEPS + number) if isinstance(plan, CudaPlan) else None
-
-
-def _joined(segment: Segment, backend: CudaBackend, specs: dict[int, ConvSpec]) -> dict[int, int]:
-    """The convolutions that a projection becomes a part of, and that projection's step: where nothing else reads it."""
+def _joined(segment: Segment, backend: CudaBackend, specs: dict[int, ConvSpec]) -> dict[int, Launch]:
+    """The convolutions that have a projection as a part, by their steps: where nothing else reads it."""
     read = [v for step in segment.steps for v in (step.value, step.shortcut) if v is not None]
     found = {}
     for number, step in enumerate(segment.steps):
@@ -208,8 +201,9 @@ def _joined(segment: Segment, backend: CudaBackend, specs: dict[int, ConvSpec]) 
         plain = projection.weight.shape[2:] == (1, 1) and not any(projection.geometry.padding) and projection.geometry.groups == 1
         if not plain or projection.relu or added.shortcut is not None:
             continue
-        if backend.joined_plan(specs[number]._replace(shortcut=None), projection) is not None:
-            found[number] = other
+        plan = backend.joined_plan(specs[number]._replace(shortcut=None), projection)
+        if plan is not None:
+            found[number] = Launch(number, plan.kernel, step.value, None, STEPS + number, other, added.value)
     return found
 
 
