@@ -105,7 +105,8 @@ PYBIND11_MODULE(_cuda, m) {
       },
       py::arg("device"));
 
-  py::class_<Planned, std::shared_ptr<Planned>>(m, "Convolution")
+  // Types are the module's own: the tests load its twin beside it.
+  py::class_<Planned, std::shared_ptr<Planned>>(m, "Convolution", py::module_local())
       .def(py::init([](const std::string& type, const Four& input, const Four& weight, const Four& output, const Two& stride,
                        const Two& pad, const Two& dilation, i64 groups, const Four& input_strides, const Four& weight_strides,
                        const Four& output_strides, const std::optional<Four>& shortcut_strides, bool has_bias, bool relu, int device,
@@ -148,7 +149,7 @@ PYBIND11_MODULE(_cuda, m) {
 
   using Places = std::tuple<std::shared_ptr<Planned>, std::optional<i64>, std::optional<i64>, std::optional<i64>, std::optional<i64>>;
   using Addresses = std::tuple<Pointer, Pointer, Pointer>;  // of a step's weight, bias and joined weight; 0: there is none
-  py::class_<cu::Sequence>(m, "Sequence")
+  py::class_<cu::Sequence>(m, "Sequence", py::module_local())
       .def(py::init([](const std::vector<Places>& places) {
              std::vector<cu::Sequence::Step> steps;
              for (const auto& [planned, x, shortcut, y, joined] : places) {

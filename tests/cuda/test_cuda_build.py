@@ -34,6 +34,7 @@ def test_kernels() -> None:
         if "80" in built:
             expected |= {f"sm80 {dtype} image {size}" for size in ("128x128", "128x64", "64x64")}
     assert found == expected
+    assert module.kernels_to_load() == 20 + 46  # convolutions by tile, index and dtype; passes
 
 
 def test_an_import_does_not_load_it() -> None:

@@ -479,3 +479,11 @@ def test_derived_values_are_dropped_by_clear() -> None:
     packed = cuda.krsc(weight)
     derived.clear()
     assert cuda.krsc(weight) is not packed
+
+
+def test_types_are_the_modules_own(twin: ModuleType) -> None:
+    """Where there is a GPU, one process of the tests has the module and its twin."""
+    types = [found for found in vars(twin).values() if isinstance(found, type)]
+    assert types
+    for found in types:
+        assert any([attribute.startswith("__pybind11_module_local") for attribute in dir(found)]), found

@@ -208,4 +208,11 @@ FAULTS = (
         "return place < 0 ? values[0]",
         ("tests/cuda/test_cuda_launches.py::test_a_sequence_refuses_what_does_not_fit",),
     ),
+    Fault(
+        "CUDA: the module's types are every module's",
+        ("csrc/cuda/bindings.cpp",),
+        '(m, "Sequence", py::module_local())',
+        '(m, "Sequence")',
+        ("tests/cuda/test_cuda_twin.py::test_types_are_the_modules_own",),
+    ),
 )
