@@ -19,6 +19,7 @@ import pytest
 import torch
 from _calls import ROOT
 
+from fused_resnet import _extension
 from fused_resnet.benchmark import gpu_kernels
 
 sys.path.insert(0, str(ROOT / "bench"))
@@ -158,7 +159,8 @@ def test_objects_are_packed_and_linked(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_module_it_says_so() -> None:
+def test_without_a_module_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_extension, "_load_cuda", lambda: (None, "no CUDA module"))
     with pytest.raises(RuntimeError, match="CUDA"):
         gpu_kernels.tiles(torch.device("cuda", 0))
 
