@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import hashlib
 import json
 import math
 import time
@@ -18,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import _gpu_smoke
 import torch
 
 from fused_resnet import _extension, _machine, cases, testing
@@ -116,15 +116,6 @@ def read(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def smoke_of(folder: Path | None) -> list[dict[str, Any]]:
-    """What gpu_first.py's ``smoke`` found, a kernel each; none where it was not there."""
-    try:
-        text = "" if folder is None else (folder / "smoke.jsonl").read_text(encoding="utf-8")
-    except OSError:
-        return []
-    return [json.loads(line) for line in text.splitlines()]
-
-
 def broken(device: torch.device) -> str:
     """Why nothing more can run on the device, or "". After an illegal access every later call fails."""
     if device.type == "cpu":
@@ -141,8 +132,7 @@ def fingerprint(device: torch.device) -> str:
     """What results of one file must have in common: the device, torch, and the compiled module."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     module = _extension.cuda() if device.type == "cuda" else _extension.cpu
-    built = hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()[:16] if module is not None and module.__file__ else "none"
-    return f"{name}, torch {torch.__version__}, module {built}"
+    return f"{name}, torch {torch.__version__}, module {_gpu_smoke.mark_of(module)}"
 
 
 def brief(result: dict[str, Any]) -> str:
@@ -253,10 +243,11 @@ class Scope:
 
     def right_tiles(self) -> list[str]:
         """The kernels of this build but those that gpu_first.py's ``smoke`` found wrong, where it was there: they would cost others their
-        figures."""
+        figures. The report names them."""
         if self.device.type != "cuda":
             return []
-        wrong = {found["tile"] for found in smoke_of(self.folder) if not found["right"]}
+        found = _gpu_smoke.read(self.folder, _gpu_smoke.mark_of(_extension.cuda()))
+        wrong = {line["tile"] for line in found if line["verdict"] == _gpu_smoke.WRONG}
         return [tile for tile in cuda.tiles() if tile not in wrong]
 
 

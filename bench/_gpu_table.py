@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from _gpu_stages import convolutions, read, smoke_of
+import _gpu_smoke
+from _gpu_stages import convolutions, read
 
 from fused_resnet.benchmark.gpu_peers import DEPENDENT, TILE
 from fused_resnet.benchmark.output import finite
@@ -168,10 +169,10 @@ def layers(data: Data) -> str:
 
 
 def kernels(folder: Path) -> str:
-    """What gpu_first.py's ``smoke`` found of each kernel."""
+    """What gpu_first.py's ``smoke`` found of each kernel: those that are wrong take no part in ``tiles``."""
     rows = []
-    for r in sorted(smoke_of(folder), key=lambda r: str(r["tile"])):
-        how = "right" if r["right"] else f"wrong: {r['wrong']}" if "wrong" in r else "not right"
+    for r in _gpu_smoke.read(folder):
+        how = r["verdict"] + (f": {r['wrong']}" if "wrong" in r else "")
         row = r.get("wrong in a row")
         in_a_row = "not tried" if row is None else str(row or "right")
         rows.append([r["tile"], str(len(r.get("passed", ()))), how, r.get("ended", "-"), in_a_row])
@@ -222,7 +223,8 @@ def write(folder: Path) -> tuple[Path, Path, list[dict[str, Any]]]:
         )),
         ("Every kernel by itself", lambda: kernels(folder)),
         ("Layers: medians in CUDA graphs; ratio: best peer over ours", lambda: layers(data)),
-        ("Blocks, networks, training", lambda: modules(data)),
+        (f"Blocks, networks, training (\"{DEPENDENT}\" from Python: with the time that changing its setting takes at each call)",
+            lambda: modules(data)),
         ("The choice among our kernels", lambda: fit(data)),
         ("Left out, failed, wrong", lambda: "\n".join(remarks(data)) or "Nothing."),
     ]  # fmt: skip

@@ -33,11 +33,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import _gpu_smoke
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # this clone, linked in place, before any installed package
 PREBUILT = ROOT / ".prebuilt"
 RESULT = "RESULT "  # before what a child says
 ROW = "wrong in a row"
+SHORT = {_gpu_smoke.RIGHT: "ok ", _gpu_smoke.WRONG: "BAD", _gpu_smoke.UNKNOWN: "?? "}
 FEW_THREADS = {"OMP_NUM_THREADS": "2"}  # several children share the cores
 Commands = dict[str, list[str]]  # of each object that has to be compiled here, by its name
 
@@ -87,7 +90,8 @@ def pack(build: Path, target: Path) -> int:
         (target / name).mkdir(parents=True)
         for path in paths:
             shutil.copy2(path, target / name)
-    (target / "made_of.json").write_text(json.dumps({"mark": mark_of(ROOT)}) + "\n")
+    made_of = {"mark": mark_of(ROOT), "architectures": " ".join(setup.architectures())}
+    (target / "made_of.json").write_text(json.dumps(made_of) + "\n")
     packed = [path for paths in objects.values() for path in paths]
     print(f"{target}: {len(packed)} objects, {sum(path.stat().st_size for path in packed) / 1e6:.0f} MB")
     return 0
@@ -97,19 +101,22 @@ def link(prebuilt: Path = PREBUILT) -> int:
     """The modules, in place."""
     setup = setup_file()
     try:
-        mark = json.loads((prebuilt / "made_of.json").read_text())["mark"]
+        made_of = json.loads((prebuilt / "made_of.json").read_text())
     except OSError as error:
         print(f"gpu_first: there is nothing to link ({error}): `pack` makes it", file=sys.stderr)
         return 1
-    if mark != mark_of(ROOT):
+    if made_of["mark"] != mark_of(ROOT):
         print("gpu_first: the objects are of other sources than these: build and pack again", file=sys.stderr)
         return 1
     compiler, device_compiler = os.environ.get("CXX") or "g++", setup.nvcc()
+    if device_compiler is None:
+        print("gpu_first: there is no nvcc, which links the CUDA module: set CUDA_HOME", file=sys.stderr)
+        return 1
     commands: dict[str, Commands] = {"_cpu": {}, "_cuda": {}}
     for unit in setup.cpu_units():
         if unit.source in setup.KNOW_PYTHON:
             commands["_cpu"][Path(unit.source).stem] = [*compiler.split(), *setup.COMMON, *unit.flags, "-c", unit.source]
-    for unit in setup.cuda_host_units(setup.architectures()):
+    for unit in setup.cuda_host_units(made_of["architectures"].split()):
         if unit.source in setup.KNOW_PYTHON:
             flags = [flag.replace("'", "") for flag in unit.flags]  # without the quotes that ninja's shell takes away
             commands["_cuda"][Path(unit.source).stem] = [device_compiler, *setup.CUDA_COMMON, *flags, "-c", unit.source]
@@ -174,7 +181,7 @@ def child(tile: str, twin: str, seconds: float) -> int:
     from fused_resnet import testing
     from fused_resnet.benchmark import gpu_kernels
 
-    found: dict[str, Any] = {"tile": tile, "right": False, "passed": []}
+    found: dict[str, Any] = {"tile": tile, "verdict": _gpu_smoke.UNKNOWN, "passed": []}
 
     def begin(what: str) -> None:
         print(RESULT + json.dumps({**found, "running": what}), flush=True)
@@ -189,23 +196,25 @@ def child(tile: str, twin: str, seconds: float) -> int:
             begin(feature.name)
             wrong = gpu_kernels.Trial(tile, feature, device, generator).wrong()
             if wrong:
+                found["verdict"] = _gpu_smoke.WRONG
                 found["wrong"] = {"feature": feature.name, "case": feature.case.name, **wrong}
                 break
             found["passed"].append(feature.name)
         else:
-            found["right"] = True
+            found["verdict"] = _gpu_smoke.RIGHT
             begin(ROW)
             torch.use_deterministic_algorithms(False)  # nothing is launched between calls
             few = {"calls": 3, "size": 6, "batch": 1} if twin else {}
-            found["wrong in a row"] = gpu_kernels.wrong_in_a_row(tile, device, generator, **few)
+            found[ROW] = gpu_kernels.wrong_in_a_row(tile, device, generator, **few)
     faulthandler.cancel_dump_traceback_later()
     print(RESULT + json.dumps(found), flush=True)
     return 0
 
 
 def judged(tile: str, command: Sequence[str], seconds: float) -> dict[str, Any]:
-    """What a child said of its kernel last, and how it ended where that was not its end."""
-    begin = time.monotonic()
+    """What a child said of its kernel last, and how it ended where that was not its end: a kernel at one of whose features the child hung or
+    died is wrong."""
+    begin, tried = time.monotonic(), True
     try:
         environment = {**os.environ, **FEW_THREADS}
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT, check=False, env=environment)
@@ -214,12 +223,15 @@ def judged(tile: str, command: Sequence[str], seconds: float) -> dict[str, Any]:
         if done.returncode and "Timeout (" in done.stderr:  # faulthandler's
             ended = "hung"
     except subprocess.TimeoutExpired as late:
-        out, ended, words = _text(late.stdout), f"not done in {seconds:.0f} s", _end(late.stdout, late.stderr)
+        out, ended, words, tried = _text(late.stdout), f"not done in {seconds:.0f} s", _end(late.stdout, late.stderr), False
     lines = [line for line in out.splitlines() if line.startswith(RESULT)]
-    found: dict[str, Any] = json.loads(lines[-1].removeprefix(RESULT)) if lines else {"tile": tile, "right": False, "running": "its start"}
+    start = {"tile": tile, "verdict": _gpu_smoke.UNKNOWN, "running": "its start"}
+    found: dict[str, Any] = json.loads(lines[-1].removeprefix(RESULT)) if lines else start
     if not ended and "running" in found:
-        ended = "ended without a word"
+        ended, tried = "ended without a word", False
     if ended:
+        if lines and tried and found["verdict"] == _gpu_smoke.UNKNOWN:
+            found["verdict"] = _gpu_smoke.WRONG
         found |= {"ended": f"{ended}, at: {found.get('running', 'its end')}", "end": words}
     return {**found, "seconds": round(time.monotonic() - begin, 1)}
 
@@ -238,23 +250,23 @@ def smoke(options: argparse.Namespace) -> int:
     with device_of(options.twin) as device:
         capability = gpu_kernels.capability(device)
         tiles = [tile for tile in gpu_kernels.tiles(device) if gpu_kernels.suits(tile, capability) and options.only in tile]
-    options.out.mkdir(parents=True, exist_ok=True)
+        mark = _gpu_smoke.mark_of(gpu_kernels.module_of(device))
+    _gpu_smoke.begin(options.out, mark, tiles)
     end = time.monotonic() + options.total
 
     def one(tile: str) -> dict[str, Any]:
         left = end - time.monotonic()
         if left <= 0:
-            return {"tile": tile, "right": False, "ended": "time was up before it was tried"}
+            return {"tile": tile, "verdict": _gpu_smoke.UNKNOWN, "ended": "time was up before it was tried"}
         command = [sys.executable, __file__, "child", "--tile", tile, "--twin", options.twin, "--seconds", str(options.seconds)]
         return judged(tile, command, left)
 
     right = 0
-    with (options.out / "smoke.jsonl").open("w", encoding="utf-8") as file, ThreadPoolExecutor(options.jobs) as pool:
+    with ThreadPoolExecutor(options.jobs) as pool:
         for done in as_completed([pool.submit(one, tile) for tile in tiles]):
-            found = done.result()
-            right += found["right"]
-            file.write(json.dumps(found) + "\n")
-            file.flush()
+            found = {**done.result(), "module": mark}
+            right += found["verdict"] == _gpu_smoke.RIGHT
+            _gpu_smoke.add(options.out, found)
             print(said(found), flush=True)
     print(f"smoke: {right} of {len(tiles)} kernels right")
     return 0 if tiles and right == len(tiles) else 1
@@ -262,11 +274,11 @@ def smoke(options: argparse.Namespace) -> int:
 
 def said(found: dict[str, Any]) -> str:
     """A line for a kernel. What is wrong in a row alone concerns a setting that is off (``_settings.cuda_dependent``)."""
-    words = [f"{'ok ' if found['right'] else 'BAD'} {found['tile']}"]
+    words = [f"{SHORT[found['verdict']]} {found['tile']}"]
     words += [str(found["ended"])] if "ended" in found else []
     words += [f"wrong: {json.dumps(found['wrong'])[:500]}"] if "wrong" in found else []
     words += [f"WRONG where a call starts while the last ends: {json.dumps(found[ROW])[:300]}"] if found.get(ROW) else []
-    words += [found["end"][-300:]] if not found["right"] and found.get("end") else []
+    words += [found["end"][-300:]] if found["verdict"] != _gpu_smoke.RIGHT and found.get("end") else []
     return "; ".join(words)
 
 

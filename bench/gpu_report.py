@@ -197,19 +197,36 @@ def several(options: argparse.Namespace, stages: list[str]) -> int:
         try:
             command = _stage(options, stage, seconds, options.afresh and done is None)
             found = subprocess.run(command, check=False, timeout=max(seconds, 60) + 60).returncode
-        except subprocess.TimeoutExpired:
+        except subprocess.TimeoutExpired:  # which says nothing against the case it was in
             found = -1
+            _put_back(options.out / f"{stage}.json")
         before = done
         case, done = _lost_in(options.out / f"{stage}.json") if stage in MEASURING else ("", None)
         if not case or done == before:  # it came to its end, or the last process to none of its cases
             case, done = "", None
-        if options.tar is not None:
-            packed(options.out, options.tar)
+        _pack(options)
         print(f"{stage}: status {found}" + (f", lost in {case}: it goes on without that" if case else ""), flush=True)
         status = max(status, abs(found))
         if not case:
             del waiting[0]
     return status
+
+
+def _put_back(path: Path) -> None:
+    """The case in which a stage was stopped is left for another run."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    case = content.pop("running", None)
+    if case is not None:
+        content["left"].append(case)
+        path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _pack(options: argparse.Namespace) -> None:
+    if options.tar is not None:
+        packed(options.out, options.tar)
 
 
 def packed(folder: Path, target: Path) -> None:
@@ -288,6 +305,7 @@ def main() -> int:
         for line in lines:
             print(f"{line['verdict']:<14}{line['measured']:>8} of {line['wanted']:>6}  {line['what']}  {line['note']}")
         print(f"{file}\n{page}")
+        _pack(options)
         return 0
     import torch
 
@@ -321,6 +339,7 @@ def _write_outside(options: argparse.Namespace, found: dict[str, Any]) -> int:
     seconds = time.monotonic() - options.start
     content = {"stage": options.stage, "results": found, "smoke": options.smoke, "system": system(), "seconds": seconds}
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    _pack(options)
     for name, r in found.items():
         print(f"{options.stage}, {name}: {'ok' if r['ok'] else 'NOT OK'}, {r.get('seconds', 0):.0f} s {r.get('why', '')}", flush=True)
         for line in () if r["ok"] else [*r.get("failures", ()), *r.get("end", ())]:

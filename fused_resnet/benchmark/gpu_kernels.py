@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _settings, reference, testing
 from ..cases import ConvCase, Operands
-from ..ops.cuda import CudaBackend
+from ..ops.cuda import CudaBackend, JoinedPlan, Weights
 from ..ops.plans import backends
 from ..ops.spec import geometry_of_call, spec_of
 from .gpu_contest import planned
@@ -107,16 +107,17 @@ def features(tile: str) -> tuple[Feature, ...]:
 
 def tiles(device: torch.device) -> list[str]:
     """The kernels of the module that serves a device."""
-    return list(_module(device).tiles())
+    return list(module_of(device).tiles())
 
 
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of a device; of the module's twin, that of the GPU it stands for."""
-    major, minor = _module(device).capability(device.index or 0)
+    major, minor = module_of(device).capability(device.index or 0)
     return major, minor
 
 
-def _module(device: torch.device) -> Any:
+def module_of(device: torch.device) -> Any:
+    """The compiled module that serves a device. Raises RuntimeError where there is none."""
     backend = backends.cpu if device.type == "cpu" else backends.cuda
     assert isinstance(backend, CudaBackend)
     if backend.module is None:
@@ -158,29 +159,43 @@ class Trial:
 
 def wrong_in_a_row(
     tile: str, device: torch.device, generator: torch.Generator, calls: int = 20, size: int = 56, batch: int = 8
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """How the last of several calls is wrong, each of which reads what the one before it wrote and may start while that ends
-    (``_settings.cuda_dependent``); empty where it is not, or the kernel's form has no such chain. In turn a call permutes the channels of
-    its input, and adds a bias of 1 or -1 to its shortcut."""
+    (``_settings.cuda_dependent``); empty where it is not, None where the kernel never starts so, or no such chain is of its form.
+
+    Calls of two kinds in turn, both of which add a bias of 1 or -1. A matrix' or image's first one permutes the channels, the other has that
+    output as its shortcut. A joined one's first permutes by the convolution, the other by the projection.
+    """
     form, dtype, channels = form_of(tile), dtype_of(tile), 64
-    if form not in ("matrix", "image"):
-        return {}
-    kernel = 1 if form == "matrix" else 3
-    case = ConvCase(channels, channels, (size, size), (kernel, kernel), padding=(kernel // 2,) * 2, bias=False, batch=batch)
+    if form == "few":
+        return None  # it makes more channels than it reads
+    joined, kernel = form == "joined", 1 if form in ("matrix", "joined") else 3
+    case = ConvCase(channels, channels, (size, size), (kernel, kernel), padding=(kernel // 2,) * 2, batch=batch)
     order = torch.randperm(channels, generator=generator)
     weight = torch.zeros(case.weight_shape)
     weight[torch.arange(channels), order, kernel // 2, kernel // 2] = 1
-    x = torch.randint(1, 9, case.input_shape, generator=generator)
+    x = torch.randint(2, 9, case.input_shape, generator=generator)
     given = _channels_last(Operands(x.to(dtype), weight.to(dtype), torch.ones(channels, dtype=dtype), None))
     y, permuting, up = testing.moved(device, *given)[:3]
     nothing, down = torch.zeros_like(permuting), -up
     with _settings.using(cuda_dependent=True):
-        permute = planned(case, Operands(y, permuting, None, None), tile)
-        add = planned(replace(case, bias=True, shortcut=True), Operands(y, nothing, up, y), tile)
+        if joined:
+            plan: Any = _joined_plan(case, Operands(y, permuting, up, None), y, permuting, 1, tile)
+        else:
+            plan = planned(case, Operands(y, permuting, up, None), tile)
+            add = planned(replace(case, shortcut=True), Operands(y, nothing, up, y), tile)
+    if not plan.kernel.dependent:
+        return None
     for i in range(calls):
-        y = permute(y, permuting, None, None)
-        y = add(y, nothing, down if i % 2 else up, y)
-        x = x[:, order] + (-1 if i % 2 else 1)
+        bias, other = (down, up) if i % 2 else (up, down)
+        if joined:
+            y = _called(plan, y, (permuting, bias), y, (nothing, None))
+            y = _called(plan, y, (nothing, other), y, (permuting, None))
+            x = x[:, order][:, order]
+        else:
+            y = plan(y, permuting, bias, None)
+            y = add(y, nothing, other, y)
+            x = x[:, order]
     return _difference(y.cpu(), x.to(dtype))
 
 
@@ -210,6 +225,11 @@ def _expected(case: ConvCase, given: Operands, other: Tensor | None, projection:
 
 
 def _joined(case: ConvCase, given: Operands, other: Tensor, projection: Tensor, stride: int, tile: str) -> Callable[[], Tensor]:
+    plan = _joined_plan(case, given, other, projection, stride, tile)
+    return lambda: _called(plan, given.input, (given.weight, given.bias), other, (projection, None))
+
+
+def _joined_plan(case: ConvCase, given: Operands, other: Tensor, projection: Tensor, stride: int, tile: str) -> JoinedPlan:
     backend = backends.of(given.input)
     assert isinstance(backend, CudaBackend)
     geometry = geometry_of_call(given.weight, case.stride, case.padding)
@@ -222,14 +242,14 @@ def _joined(case: ConvCase, given: Operands, other: Tensor, projection: Tensor, 
         raise Left(str(refusal)) from None
     if plan is None:
         raise Left("no kernel of this build and device joins these")
+    return plan
 
-    def call() -> Tensor:
-        output = plan(given.input, (given.weight, given.bias), other, (projection, None))
-        if output is None:
-            raise Left("operands do not begin at 16 bytes")
-        return output
 
-    return call
+def _called(plan: JoinedPlan, input: Tensor, weights: Weights, other: Tensor, projection: Weights) -> Tensor:
+    output = plan(input, weights, other, projection)
+    if output is None:
+        raise Left("operands do not begin at 16 bytes")
+    return output
 
 
 def _difference(got: Tensor, wanted: Tensor) -> dict[str, Any]:

@@ -121,17 +121,19 @@ def figures() -> dict[str, Any]:
 def test_kernels_in_the_report(tmp_path: Path) -> None:
     assert _gpu_table.kernels(tmp_path) == "Not tried."
     lines = [
-        {"tile": "b", "right": False, "passed": ["one"], "wrong": {"feature": "bias", "case": "1x1"}},
-        {"tile": "a", "right": True, "passed": ["one", "two"], "wrong in a row": {}},
-        {"tile": "c", "right": False, "passed": [], "ended": "hung, at: one tile"},
-        {"tile": "d", "right": True, "passed": ["one"], "wrong in a row": {"elements": 3}},
+        {"tile": "b", "verdict": "wrong", "passed": ["one"], "wrong": {"feature": "bias", "case": "1x1"}},
+        {"tile": "a", "verdict": "right", "passed": ["one", "two"], "wrong in a row": {}},
+        {"tile": "c", "verdict": "wrong", "passed": [], "ended": "hung, at: one tile"},
+        {"tile": "d", "verdict": "right", "passed": ["one"], "wrong in a row": {"elements": 3}},
+        {"tile": "e", "verdict": "unknown", "ended": "time was up before it was tried", "wrong in a row": None},
     ]
     (tmp_path / "smoke.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = _gpu_table.kernels(tmp_path).splitlines()[2:]
     assert rows[0] == "| a | 2 | right | - | right |"
     assert rows[1] == "| b | 1 | wrong: {'feature': 'bias', 'case': '1x1'} | - | not tried |"
-    assert rows[2] == "| c | 0 | not right | hung, at: one tile | not tried |"
+    assert rows[2] == "| c | 0 | wrong | hung, at: one tile | not tried |"
     assert rows[3] == "| d | 1 | right | - | {'elements': 3} |"
+    assert rows[4] == "| e | 0 | unknown | time was up before it was tried | not tried |"
 
 
 def test_a_kernel_that_smoke_found_wrong_takes_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +141,11 @@ def test_a_kernel_that_smoke_found_wrong_takes_no_part(tmp_path: Path, monkeypat
     monkeypatch.setattr(_gpu_stages.cuda, "tiles", lambda: names)
     gpu = _gpu_stages.Scope(torch.device("cuda"), QUICK, smoke=True, folder=tmp_path)
     assert gpu.right_tiles() == names
-    (tmp_path / "smoke.jsonl").write_text("".join(json.dumps({"tile": name, "right": "128" not in name}) + "\n" for name in names))
+    monkeypatch.setattr(_gpu_stages._gpu_smoke, "mark_of", lambda module: "this")
+    verdicts = ["unknown", "right", "wrong", "right", "wrong"]
+    lines = [{"tile": name, "verdict": verdict, "module": "this"} for name, verdict in zip(names, verdicts, strict=True)]
+    lines.append({"tile": names[0], "verdict": "wrong", "module": "another"})
+    (tmp_path / "smoke.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert gpu.right_tiles() == [names[0], names[1], names[3]]
     chosen = [job.args[3] for _, job in _gpu_stages.tiles(gpu) if job.args[1] is torch.bfloat16]
     assert chosen
@@ -381,6 +387,25 @@ def test_a_stage_that_lost_the_device_goes_on(tmp_path: Path, monkeypatch: pytes
     assert content["results"]["b"]["error"].endswith("illegal memory access was encountered")
 
 
+def test_a_stage_that_is_stopped_leaves_its_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow case that began late: nothing is said against it."""
+    held = store(tmp_path, "operators")
+    held.run([("a", lambda: {"ok": True})])
+    held.content["running"] = "b"
+    held.save()
+    calls = []
+
+    def run(command: list[str], **rest: Any) -> Any:
+        calls.append(command)
+        raise subprocess.TimeoutExpired(command, 1)
+
+    monkeypatch.setattr(gpu_report.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py", "operators", "--out", str(tmp_path)])
+    assert gpu_report.main() == 1
+    assert len(calls) == 1
+    assert store(tmp_path, "operators").results == {"a": {"ok": True}}
+
+
 def test_turns_rotate_buffers_and_results(monkeypatch: pytest.MonkeyPatch) -> None:
     turns = gpu_timing.Turns(lambda i: [i], 3)
     for _ in range(4):
@@ -416,6 +441,9 @@ def test_the_script(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     with tarfile.open(tar) as archive:
         assert set(archive.getnames()) == {"ceilings.json", "report.json", "report.md"}
+    tar.unlink()
+    assert call("report", "--tar", str(tar)).returncode == 0
+    assert tar.is_file()
     assert "ceilings: status 0\n" in done.stdout
     assert "not measured" in done.stdout
     assert json.loads((tmp_path / "ceilings.json").read_text())["results"]["copy"]["bytes_a_second"] > 0

@@ -112,7 +112,8 @@ def test_calls_in_a_row(tile: str) -> None:
     """Where a kernel may start while the one before it ends, it waits for what it reads."""
     for_this_device(tile)
     with testing.library(tf32=True, deterministic=False):  # which would fill memory between the calls
-        assert gpu_kernels.wrong_in_a_row(tile, DEVICE, generator()) == {}
+        wrong = gpu_kernels.wrong_in_a_row(tile, DEVICE, generator())
+    assert wrong == ({} if tile.startswith("sm90 ") and gpu_kernels.form_of(tile) != "plain" else None)
 
 
 @gpu

@@ -390,23 +390,28 @@ def test_calls_in_a_row(tile: str, twin: ModuleType, monkeypatch: pytest.MonkeyP
             told.append(kernel.dependent)
             return kernel
 
-    def wrong() -> dict[str, Any]:
+    def wrong() -> dict[str, Any] | None:
         return gpu_kernels.wrong_in_a_row(tile, torch.device("cpu"), torch.Generator().manual_seed(0), calls=3, size=5, batch=1)
 
     with plans.backends.using(cpu=cuda.CudaBackend(Recorder())):  # type: ignore[arg-type]
-        assert wrong() == {}
-        chained = gpu_kernels.form_of(tile) in ("matrix", "image")
-        assert told == ([True, False] * 2 if chained else [])  # and the general kernel, which has no such wait
+        form = gpu_kernels.form_of(tile)
+        assert wrong() == (None if form == "few" else {})
+        plans_of = {"matrix": 2, "image": 2, "joined": 1, "few": 0}[form]
+        assert told[::2] == [True] * plans_of
+        assert told[1::2] == [False] * (plans_of if form != "joined" else 0)  # the general kernel, which has no such wait
         for feature in gpu_kernels.features(tile)[:1]:
             told.clear()
             assert gpu_kernels.Trial(tile, feature, torch.device("cpu"), torch.Generator().manual_seed(0)).wrong() == {}
             assert told
             assert not any(told)  # it is off
-    if chained:
+    if plans_of:
         monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n).roll(1))
-        right = cuda.CudaPlan.__call__
-        monkeypatch.setattr(cuda.CudaPlan, "__call__", lambda plan, x, *rest: right(plan, x.roll(1, 1), *rest))
-        assert wrong()["of"] == 64 * 25
+        kind: Any = cuda.JoinedPlan if form == "joined" else cuda.CudaPlan
+        right = kind.__call__
+        monkeypatch.setattr(kind, "__call__", lambda plan, x, *rest: right(plan, x.roll(1, 1), *rest))
+        found = wrong()
+        assert found is not None
+        assert found["of"] == 64 * 25
 
 
 def test_which_device_runs_a_kernel() -> None:

@@ -23,6 +23,7 @@ from fused_resnet import _extension
 from fused_resnet.benchmark import gpu_kernels
 
 sys.path.insert(0, str(ROOT / "bench"))
+import _gpu_smoke
 import gpu_first
 
 PATIENT = 3600  # seconds: what ends earlier is a fault, and no slow or busy machine
@@ -44,6 +45,18 @@ def test_smoke(tmp_path: Path) -> None:
     for line in found:
         assert line["passed"] == [f.name for f in gpu_kernels.features(line["tile"]) if f.name != gpu_kernels.MANY]
     assert sorted(line["tile"] for line in found) == sorted(_cuda_twin.TILES)
+    # Another time only some, or another module: what is known of the others of this module stays.
+    assert {line["verdict"] for line in found} == {"right"}
+    (mark,) = {line["module"] for line in found}
+    assert mark == _gpu_smoke.mark_of(_cuda_twin.build())
+    others = [{"tile": "sm90 float32 image 64x64", "module": "of other kernels", "verdict": "wrong"}, {**found[0], "verdict": "unknown"}]
+    with (tmp_path / "smoke.jsonl").open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in others) + '{"tile": "cut o')
+    assert script("smoke", "--out", str(tmp_path), "--only", found[1]["tile"], *patient).returncode == 0
+    later = {line["tile"]: line for line in _gpu_smoke.read(tmp_path)}
+    assert sorted(later) == sorted(_cuda_twin.TILES)
+    assert [tile for tile, line in later.items() if line["verdict"] != "right"] == [found[0]["tile"]]
+    assert _gpu_smoke.read(tmp_path, "of other kernels") == _gpu_smoke.read(tmp_path / "nothing") == []
     nothing = script("smoke", "--out", str(tmp_path), "--only", "no such kernel", *patient)
     assert (nothing.returncode, nothing.stdout) == (1, "smoke: 0 of 0 kernels right\n")
 
@@ -66,27 +79,33 @@ def test_what_becomes_of_a_kernel() -> None:
         code += "".join(f"print('RESULT ' + json.dumps({{'tile': 'a tile', **{say!r}}}), flush=True)\n" for say in says)
         return gpu_first.judged("a tile", [sys.executable, "-c", code + end], seconds)
 
-    passed = {"right": False, "passed": ["one tile"], "running": "bias, ReLU"}
-    right = {"right": True, "passed": ["one tile", "bias, ReLU"]}
+    passed = {"verdict": "unknown", "passed": ["one tile"], "running": "bias, ReLU"}
+    right = {"verdict": "right", "passed": ["one tile", "bias, ReLU"]}
     found = told(passed, right)
-    assert found["right"]
+    assert found["verdict"] == "right"
     assert "ended" not in found
-    wrong = told(passed, {**passed, "running": "shortcut", "wrong": {"feature": "shortcut", "nan": 3}}, end="sys.exit(0)")
-    assert (wrong["right"], wrong["wrong"]["nan"]) == (False, 3)
+    wrong = told(passed, {**passed, "running": "shortcut", "verdict": "wrong", "wrong": {"feature": "shortcut", "nan": 3}}, end="sys.exit(0)")
+    assert (wrong["verdict"], wrong["wrong"]["nan"]) == ("wrong", 3)
     dead = told(passed, end="sys.stderr.write('illegal access'); sys.stderr.flush(); os._exit(9)")
-    assert (dead["right"], dead["passed"]) == (False, ["one tile"])
+    assert (dead["verdict"], dead["passed"]) == ("wrong", ["one tile"])
     assert dead["ended"] == "died with status 9, at: bias, ReLU"
     assert "illegal access" in dead["end"]
     hung = told(passed, end="sys.stderr.write('Timeout (0:00:20)!'); sys.stderr.flush(); os._exit(1)")  # as faulthandler says it
-    assert hung["ended"] == "hung, at: bias, ReLU"
+    assert (hung["verdict"], hung["ended"]) == ("wrong", "hung, at: bias, ReLU")
+    # What says nothing against the kernel.
     late = told(end="time.sleep(3600)", seconds=0.5)
-    assert (late["right"], late["ended"]) == (False, "not done in 0 s, at: its start")
+    assert (late["verdict"], late["ended"]) == ("unknown", "not done in 0 s, at: its start")
+    late = told(passed, end="time.sleep(3600)", seconds=5)
+    assert (late["verdict"], late["ended"]) == ("unknown", "not done in 5 s, at: bias, ReLU")
+    unborn = told(end="raise ImportError")
+    assert (unborn["verdict"], unborn["ended"]) == ("unknown", "died with status 1, at: its start")
     silent = told()
-    assert (silent["right"], silent["ended"]) == (False, "ended without a word, at: its start")
+    assert (silent["verdict"], silent["ended"]) == ("unknown", "ended without a word, at: its start")
     # What ends in the row of calls, which is a setting's that is off, was right before.
     row = told(passed, {**right, "running": gpu_first.ROW}, end="os._exit(1)")
-    assert (row["right"], row["ended"]) == (True, "died with status 1, at: wrong in a row")
-    assert [gpu_first.said(line).split("; ")[0] for line in (found, row, dead)] == ["ok  a tile", "ok  a tile", "BAD a tile"]
+    assert (row["verdict"], row["ended"]) == ("right", "died with status 1, at: wrong in a row")
+    said = [gpu_first.said(line).split("; ")[0] for line in (found, row, dead, silent)]
+    assert said == ["ok  a tile", "ok  a tile", "BAD a tile", "??  a tile"]
     assert "WRONG where a call starts" in gpu_first.said({**right, "tile": "a tile", gpu_first.ROW: {"nan": 1}})
 
 
@@ -120,6 +139,7 @@ def test_objects_are_packed_and_linked(tmp_path: Path, capsys: pytest.CaptureFix
     build, packed = tmp_path / "build", tmp_path / "packed"
     small = {"_cpu": ["csrc/bindings.cpp", "csrc/cpu/team.cpp"], "_cuda": ["csrc/cuda/bindings.cpp", "csrc/cuda/config.cpp"]}
     units = {name: [setup.Unit("compile", source, []) for source in sources] for name, sources in small.items()}
+    monkeypatch.delenv("FUSED_RESNET_CUDA_ARCHS", raising=False)
     setup.cpu_units, setup.cuda_units = (lambda: units["_cpu"]), (lambda: units["_cuda"])
     monkeypatch.setattr(gpu_first, "setup_file", lambda: setup)
     for name, sources in small.items():
@@ -134,9 +154,15 @@ def test_objects_are_packed_and_linked(tmp_path: Path, capsys: pytest.CaptureFix
     assert len(list(packed.rglob("*.o"))) == 2  # what was there stays
     assert gpu_first.link(tmp_path / "nothing") == 1
     assert "there is nothing to link" in capsys.readouterr().err
-    (packed / "made_of.json").write_text(json.dumps({"mark": "others"}))
+    made_of = json.loads((packed / "made_of.json").read_text())
+    assert made_of == {"mark": gpu_first.mark_of(ROOT), "architectures": "80 90a"}
+    (packed / "made_of.json").write_text(json.dumps({**made_of, "mark": "others"}))
     assert gpu_first.link(packed) == 1
     assert "of other sources" in capsys.readouterr().err
+    (packed / "made_of.json").write_text(json.dumps(made_of))
+    setup.nvcc = lambda: None
+    assert gpu_first.link(packed) == 1
+    assert "there is no nvcc" in capsys.readouterr().err
 
     compiler = (os.environ.get("CXX") or "g++").split()
     (tmp_path / "there.cpp").write_text("int seven() { return 7; }\n")
