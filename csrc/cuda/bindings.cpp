@@ -176,9 +176,10 @@ PYBIND11_MODULE(_cuda, m) {
       [](const std::string& type, const Four& input, const Four& weight, const Four& output, const Two& stride, const Two& pad,
          const Two& dilation, i64 groups, const Four& input_strides, const Four& output_strides,
          const std::optional<Four>& shortcut_strides, bool tf32, const Properties& properties,
-         const std::vector<std::tuple<std::string, std::string, std::string, int, int>>& tiles, const std::string& algorithm) {
+         const std::vector<std::tuple<std::string, std::string, std::string, int, int>>& tiles, const std::string& algorithm,
+         const std::optional<JoinedTuple>& joined) {
         const fr::ConvShape s = shape(input, weight, output, stride, pad, dilation, groups, input_strides, output_strides,
-                                      shortcut_strides, true, true);
+                                      shortcut_strides, true, true, joined);
         std::vector<cu::Tile> all;
         for (const auto& [architecture, name, form, rows, columns] : tiles) {
           all.push_back({architecture_of(architecture), dtype(name), form_of(form), rows, columns});
@@ -188,7 +189,7 @@ PYBIND11_MODULE(_cuda, m) {
       },
       py::arg("dtype"), py::arg("input"), py::arg("weight"), py::arg("output"), py::arg("stride"), py::arg("pad"), py::arg("dilation"),
       py::arg("groups"), py::arg("input_strides"), py::arg("output_strides"), py::arg("shortcut_strides"), py::arg("tf32"),
-      py::arg("properties"), py::arg("tiles"), py::arg("algorithm") = "auto");
+      py::arg("properties"), py::arg("tiles"), py::arg("algorithm") = "auto", py::arg("joined") = py::none());
 
   m.def(
       "bias_add_relu",

@@ -9,7 +9,6 @@ namespace {
 
 constexpr double kCache = 42;        // bytes a cycle that the L2 cache gives each multiprocessor
 constexpr double kEnd = 350;         // cycles for the end of 64 pixels x 32 channels; as many again where a shortcut is read
-constexpr double kAlone = 150;       // cycles of latency that a step has at least where every multiprocessor has one tile
 constexpr double kStart = 1.0;       // microseconds until the first loads of a tile are there
 constexpr double kLaunch = 2.5;      // microseconds
 constexpr double kReached = 0.8;     // the share of the memory's bandwidth that copies reach
@@ -47,8 +46,7 @@ double predicted_time(const ConvShape& s, const Tile& t, const Device& device) {
 
   const double arithmetic = 2.0 * t.m * t.n * depth / rate;
   const double fetched = (t.m + t.n / (shares ? 2.0 : 1.0)) * 128 / kCache;
-  const double step = std::max({arithmetic, fetched, tiles <= device.multiprocessors ? kAlone : 0.0});
-  const double sums = waves * double(steps_of(s, t)) * step / clock;
+  const double sums = waves * double(steps_of(s, t)) * std::max(arithmetic, fetched) / clock;
 
   const double pieces = double(ceil_div(t.m, 64) * ceil_div(t.n, 32)) / (shares ? 2 : 1);
   const double one_end = pieces * kEnd * (s.has_shortcut ? 2 : 1) / clock, ends = waves * one_end;

@@ -220,7 +220,9 @@ class PaddedPlan:
 
 
 class CudaInputGradient:
-    """The gradient of a convolution with stride 1 in its input, by a forward kernel: plus what is added, or through a ReLU in a pass."""
+    """The gradient of a convolution with stride 1 in its input, by a forward kernel: plus what is added, or through a ReLU in a pass.
+
+    A block on a GPU does not ask for either end yet: ``runtime.training`` is for CPU tensors."""
 
     def __init__(self, spec: ConvSpec, backend: CudaBackend, masked: bool) -> None:
         convolution = select.input_gradient_as_convolution(spec._replace(shortcut=None) if masked else spec)

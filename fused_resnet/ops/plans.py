@@ -156,7 +156,10 @@ def joined(
         backend.state(input, *layer, other, *projection),
         _settings.number,
     )
-    plan = joined_plans.kept.get(key, _settings.UNKNOWN)
+    try:
+        plan = joined_plans.kept.get(key, _settings.UNKNOWN)
+    except TypeError:  # a list among the parameters: it may be changed in place, which nobody would see
+        return None
     if plan is _settings.UNKNOWN:
         plan = joined_plans.make(key, lambda: _make_joined(backend, input, layer, parameters, other, projection, projection_stride, relu))
     output: Tensor | None = None if plan is None else plan(input, layer, other, projection)

@@ -115,8 +115,7 @@ def _external(segment: Segment, x: Tensor) -> Tensor | None:
 
 
 def _run_native(module: Any, graph: Bound, segment: Segment, x: Tensor) -> Tensor | None:
-    """The segment's output; None where it has to go node by node. Under the profiler its stages are ranges; on a GPU it goes node by node
-    there."""
+    """The segment's output; None where it has to go node by node, as on a GPU under the profiler. On the CPU its stages are ranges there."""
     if graph.store is None or not nobody_listens(x, but_for_profiler=True):
         return None
     on_gpu = backends.of(x).on_gpu
@@ -146,7 +145,7 @@ def _run_native(module: Any, graph: Bound, segment: Segment, x: Tensor) -> Tenso
 def _joined(last: BoundNode, projection: BoundConvolution, h: Tensor, x: Tensor) -> Tensor | None:
     """The last convolution and the projection as one kernel on a GPU; None where they have to be two."""
     assert isinstance(last, BoundConvolution)
-    if last.is_live or projection.is_live or not _is_projection(projection.conv):
+    if last.is_live or projection.is_live or not launches.is_projection(projection.conv):
         return None
     sources = [t for node in (last, projection) for t in program.operand_of(node).sources]
     if not nobody_listens(h, x, *sources) or h.dtype != x.dtype or h.dtype != last.conv.weight.dtype:
@@ -158,10 +157,6 @@ def _joined(last: BoundNode, projection: BoundConvolution, h: Tensor, x: Tensor)
     conv = last.conv
     parameters = conv.stride, conv.padding, conv.dilation, conv.groups
     return joined(h, operands[0], parameters, x, operands[1], projection.conv.stride, last.relu)
-
-
-def _is_projection(conv: nn.Conv2d) -> bool:
-    return tuple(conv.kernel_size) == (1, 1) and conv.groups == 1 and conv.padding in (0, (0, 0), "valid") and conv.padding_mode == "zeros"
 
 
 def _convolution(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import _settings
 from .._compat import nobody_listens
@@ -38,8 +38,9 @@ Values = dict[int, Any]  # a segment's, by number
 
 
 def run(plans: _settings.Plans, segment: Segment, x: Tensor) -> Tensor | None:
-    """The output of a segment without live normalisations, or None where it has to go node by node: also where another module makes the
-    shortcut, which may not be without effects and would be called again there."""
+    """The output of a segment without live normalisations, or None where it has to go node by node.
+
+    So does a segment whose shortcut another module makes: that module may have effects, and is to be called once."""
     backend = backends.of(x)
     if not isinstance(backend, CudaBackend) or x.dim() != 4 or backend.why_no_kernels(x.device) or segment.external:
         return None
@@ -197,14 +198,21 @@ def _joined(segment: Segment, backend: CudaBackend, specs: dict[int, ConvSpec]) 
         other = -1 if step.shortcut is None else step.shortcut - STEPS
         if number not in specs or other not in specs or read.count(STEPS + other) != 1:
             continue
-        projection, added = specs[other], segment.steps[other]
-        plain = projection.weight.shape[2:] == (1, 1) and not any(projection.geometry.padding) and projection.geometry.groups == 1
-        if not plain or projection.relu or added.shortcut is not None:
+        added = segment.steps[other]
+        assert isinstance(added.node, BoundConvolution)
+        if not is_projection(added.node.conv) or added.node.relu or added.shortcut is not None:
             continue
-        plan = backend.joined_plan(specs[number]._replace(shortcut=None), projection)
+        plan = backend.joined_plan(specs[number]._replace(shortcut=None), specs[other])
         if plan is not None:
             found[number] = Launch(number, plan.kernel, step.value, None, STEPS + number, other, added.value)
     return found
+
+
+def is_projection(conv: nn.Conv2d) -> bool:
+    """Whether a convolution can be a part of another one's kernel: 1x1, of all channels, without padding."""
+    padding = conv.padding if isinstance(conv.padding, (tuple, list)) else (conv.padding,)
+    padded = any([p not in (0, "same", "valid") for p in padding]) or conv.padding_mode != "zeros"
+    return tuple(conv.weight.shape[2:]) == (1, 1) and conv.groups == 1 and not padded
 
 
 def _spec(step: Step, layouts: dict[int, Layout], x: Tensor) -> ConvSpec | None:

@@ -30,12 +30,12 @@ from _gpu import (
     there,
     undisturbed,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 import fused_resnet
 from fused_resnet import _settings, reference, testing
 from fused_resnet.benchmark import gpu_contest, gpu_kernels
-from fused_resnet.cases import AWKWARD, CONVS, ConvCase, Operands
+from fused_resnet.cases import AWKWARD, CONVS, BlockCase, ConvCase, Operands
 from fused_resnet.cli import check
 
 pytestmark = marks
@@ -280,6 +280,22 @@ def test_the_same_bits_each_time(dtype: torch.dtype) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Gradients
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+@gpu
+def test_a_parameter_elsewhere() -> None:
+    """A layer that was left on the CPU: an error in a sentence, and no kernel reads its address."""
+    block = BlockCase("basic", 16, 16, (8, 8)).eager().eval().to(DEVICE)
+    assert fused_resnet.fuse_(block).fused
+    x = torch.randn(2, 16, 8, 8, device=DEVICE)
+    with torch.no_grad():
+        expected = block(x)
+        weight = block.conv2.weight
+        block.conv2.weight = nn.Parameter(weight.cpu())
+        with pytest.raises((ValueError, RuntimeError), match=r"device|cpu"):
+            block(x)
+        block.conv2.weight = weight
+        assert torch.equal(block(x), expected)
 
 
 @pytest.mark.parametrize("case", testing.gradient_cases(quick=True), ids=name)

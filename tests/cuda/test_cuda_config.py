@@ -42,8 +42,9 @@ def _choose(
     strides: tuple[int, ...] | None = None,
     tiles: Any = TILES,
     shortcut: bool = True,
+    joined: int = 0,
 ) -> tuple[str, str]:
-    """Kernel and reason for a square convolution in channels_last, 'same' padding unless told."""
+    """Kernel and reason for a square convolution in channels_last, 'same' padding unless told. joined: channels of a projection."""
     pad = dilation * (kernel // 2) if padding is None else padding
     out = (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
     dense = (c * size * size, 1, c * size, c)
@@ -51,6 +52,7 @@ def _choose(
     found: tuple[str, str] = _cuda_twin.build().choose(
         dtype, (n, c, size, size), (k, c // groups, kernel, kernel), (n, k, out, out), (stride, stride), (pad, pad),
         (dilation, dilation), groups, strides or dense, output, output if shortcut else None, tf32, device, tiles, algorithm,
+        (joined, (1, 1), (joined * out * out, 1, joined * out, joined)) if joined else None,
     )  # fmt: skip
     return found
 
@@ -120,6 +122,19 @@ def test_predictions() -> None:
     bound = sums + 4 * 350 / 1.4e3
     wanted = bound + 0.05 * (sums + ends + memory - bound) + 3.5
     assert _predicted(256, 64, 56, 64, device=AMPERE, shortcut=False) == ("128x64", round(wanted))
+
+
+    # A projection's channels are steps too, and its pixels and weight bytes: ResNet-50's 64 > 256 beside 64 > 256, which memory bounds.
+    joined = [("sm90", "bfloat16", "joined", 128, 256)]
+    sums, ends = 48 * 2 * (2 * 128 * 256 * 64 / (0.85 * 4096)) / 1.7e3, 48 * 8 * 350 / 1.7e3
+    memory = 2 * (802816 * (64 + 256 + 64) + 2 * 64 * 256) / (0.8 * 4.917e6)
+    wanted = round(memory + 0.05 * (sums + ends) + 3.5)
+    assert _predicted(256, 64, 56, 256, 1, device=H200, shortcut=False, tiles=joined, joined=64) == ("128x256", wanted)
+    # ... and 512 > 2048 beside 1024 > 2048, which arithmetic bounds: 6 waves of 8 + 16 steps.
+    sums, ends = 6 * (8 + 16) * (2 * 128 * 256 * 64 / (0.85 * 4096)) / 1.7e3, 6 * 8 * 350 / 1.7e3
+    memory = 2 * (12544 * (512 + 2048 + 1024) + 2048 * (512 + 1024)) / (0.8 * 4.917e6)
+    wanted = round(sums + ends + 0.05 * memory + 3.5)
+    assert _predicted(256, 512, 7, 2048, 1, device=H200, shortcut=False, tiles=joined, joined=1024) == ("128x256", wanted)
 
 
 def test_a_bound_that_tiles_share_leaves_no_tie() -> None:

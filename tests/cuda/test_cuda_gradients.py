@@ -6,6 +6,7 @@ gradients; integers, on which every correct gradient gives the same bits.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -68,12 +69,13 @@ def test_gradients(case: ConvCase, form: torch.memory_format) -> None:
     grad = grad.contiguous(memory_format=form)
     plain = library_input_gradient(grad, operands.weight, operands.input.shape, form, geometry)
     last = form is torch.channels_last
-    for masked in (False, True):
-        plan = plans.find_gradient("input", grad, operands.weight, operands.input.shape, last, *geometry, end=operands.input, masked=masked)
+    ends = operands.input, operands.input.contiguous(memory_format=FORMATS[FORMATS[0] is form])
+    for masked, end in itertools.product((False, True), ends):
+        plan = plans.find_gradient("input", grad, operands.weight, operands.input.shape, last, *geometry, end=end, masked=masked)
         assert plan.kernel is not None
-        found = plan(grad, operands.weight, operands.input)
         wide = plain.float()
         expected = torch.where(operands.input <= 0, 0.0, wide) if masked else wide + operands.input.float()
+        found = plan(grad, operands.weight, end)
         assert testing.compare_exact(found, expected.to(BF16)), masked
         assert found.is_contiguous(memory_format=form)
 
@@ -131,6 +133,17 @@ def test_float32_and_second_derivatives() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
+def test_a_weight_that_was_freed() -> None:
+    """Between forward and backward, as offloading does: an error, and nothing is read."""
+    case = CASES[0]
+    operands = operands_of(case, torch.channels_last)
+    x = operands.input.clone().requires_grad_()
+    y = fused_resnet.conv_bias_add_relu(x, operands.weight, relu=False, padding=1)
+    operands.weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="weight"):
+        y.sum().backward()
+
+
 def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     def why(case: ConvCase, dtype: torch.dtype = BF16, gradient: str = "input") -> list[str]:
         operands = laid_out(testing.integer_operands(case, dtype, torch.Generator().manual_seed(0)), torch.channels_last)
@@ -150,6 +163,8 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "groups" in why(ConvCase(16, 16, (9, 9), (3, 3), padding=(1, 1), groups=2))[0]
     with _settings.using(cuda_gradients=False):
         assert why(CASES[0]) == ["our gradients on a GPU are turned off"]
+    with _settings.using(cuda_algorithm="sm90 bfloat16 image 128x128"):
+        assert why(CASES[0]) == ["a kernel is asked for by name, which need not be for the gradient"]
     monkeypatch.setattr(select, "SMALL_ON_CUDA", 1 << 24)
     plans.gradient_plans.kept.clear()
     assert "a small convolution" in why(CASES[0])[0]

@@ -21,9 +21,9 @@ from _calls import FORMATS, name
 from torch import Tensor, nn
 
 import fused_resnet
-from fused_resnet import cases
+from fused_resnet import _settings, cases, testing
 from fused_resnet.cases import BlockCase
-from fused_resnet.ops import cuda, plans, select
+from fused_resnet.ops import cuda, derived, plans, select
 from fused_resnet.ops.spec import Layout
 from fused_resnet.runtime import executor, launches, rows
 
@@ -41,22 +41,27 @@ BLOCKS = [
 
 
 class Counter:
-    """The twin, and how many launches each call of a sequence made."""
+    """The twin, and of each call of a sequence how many launches it made, by which kernels, and how many of its values were its caller's."""
 
     def __init__(self, twin: ModuleType) -> None:
         self.twin = twin
         self.rows: list[int] = []
+        self.kernels: list[set[str]] = []
+        self.given: list[int] = []
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(self.twin, attribute)
 
     def Sequence(self, steps: list[Any]) -> Any:
-        sequence, calls = self.twin.Sequence(steps), self.rows
+        sequence, counter = self.twin.Sequence(steps), self
+        kernels = {kernel.algorithm for kernel, *_ in steps}
 
         class Counted:
-            def run(self, *arguments: Any) -> None:
-                calls.append(len(steps))
-                sequence.run(*arguments)
+            def run(self, addresses: list[int], *arguments: Any) -> None:
+                counter.rows.append(len(steps))
+                counter.kernels.append(kernels)
+                counter.given.append(len(addresses))
+                sequence.run(addresses, *arguments)
 
         return Counted()
 
@@ -130,16 +135,30 @@ class Net(nn.Module):
 
 
 def test_a_network(counter: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All convolutions between the stem and the classifier are one call; the stem's channels are padded, by itself."""
+    """All convolutions between the stem and the classifier are one call; the stem's channels are padded, by itself. No value is held that
+    nothing reads any more."""
     torch.manual_seed(0)
     model = converted(Net())
+    alive: list[int] = []
+    by_itself = launches._by_itself
+
+    def watched(step: Any, values: dict[int, Any]) -> Tensor:
+        alive.append(len(values))
+        return by_itself(step, values)
+
+    monkeypatch.setattr(launches, "_by_itself", watched)
     for n in (2, 1):
         counter.rows.clear()
+        alive.clear()
         both(model, images(n, 3, 32, 32), monkeypatch)
         assert counter.rows == [7]
+        assert counter.given[-1] == 2  # what the row reads, and what is read behind it
+        assert alive == [1] * 5
     counter.rows.clear()
     both(model, images(2, 3, 32, 32, form=torch.contiguous_format), monkeypatch)
     assert sum(counter.rows) >= 7
+    model.maxpool.kernel_size, model.maxpool.padding = 4, 0  # to another size
+    both(model, images(2, 3, 32, 32), monkeypatch)
 
 
 def test_parameters_that_change(counter: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +181,7 @@ def test_parameters_that_change(counter: Counter, monkeypatch: pytest.MonkeyPatc
         lambda: setattr(block.conv2.weight, "data", torch.randn_like(block.conv2.weight)),  # type: ignore[union-attr, arg-type]
         statistics,
         lambda: setattr(block.bn1, "eps", 0.5),
+        lambda: setattr(block.downsample[1], "eps", 0.25),  # type: ignore[index, union-attr]
         lambda: setattr(block.downsample[0], "weight", nn.Parameter(-block.downsample[0].weight)),  # type: ignore[index, union-attr, operator]
     ]
     seen = [first]
@@ -169,11 +189,87 @@ def test_parameters_that_change(counter: Counter, monkeypatch: pytest.MonkeyPatc
         change()
         seen.append(both(block, x, monkeypatch))
         assert not torch.equal(seen[-1], seen[-2])
-    block.bn1.eps = 1e-5
+    block.bn1.eps = block.downsample[1].eps = 1e-5  # type: ignore[index, union-attr]
     block.load_state_dict(state)
     assert torch.equal(both(block, x, monkeypatch), first)
     assert counter.rows
     assert set(counter.rows) == {2}
+
+
+def test_statistics_where_no_bytes_are_read(counter: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: batch norm's update of its statistics raises no version, and its counter is all there is to see it by."""
+    monkeypatch.setattr(derived, "_guard", lambda t: None)
+    torch.manual_seed(0)
+    block, x = converted(BLOCKS[1].eager()), images(2, 16, 8, 8)
+    for norm in (block.bn1, block.bn2, block.downsample[1]):  # type: ignore[index, union-attr]
+        before = both(block, x, monkeypatch)
+        norm.train()  # type: ignore[operator, union-attr]
+        norm(images(3, norm.num_features, 4, 4) + 1)  # type: ignore[operator, union-attr]
+        norm.eval()  # type: ignore[operator, union-attr]
+        assert not torch.equal(both(block, x, monkeypatch), before)
+    counter.rows.clear()
+    block.bn1.num_batches_tracked = None  # type: ignore[union-attr, assignment]
+    block(x)
+    assert counter.rows == []  # nothing would tell
+
+
+def test_one_model_under_many_settings(counter: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan is of one layout, of settings of this package, of PyTorch and of the layers: in turn, and back."""
+    torch.manual_seed(0)
+    block = converted(BLOCKS[1].eager(), torch.float32)
+    x = images(2, 16, 8, 8, dtype=torch.float32)
+
+    def kernels(given: Tensor = x) -> set[str]:
+        counter.kernels.clear()
+        both(block, given, monkeypatch)
+        return set().union(*counter.kernels)
+
+    monkeypatch.setattr(select, "SMALL_ON_CUDA", 0)
+    narrow = torch.zeros(2, 16, 8, 16).contiguous(memory_format=LAST)[..., ::2].copy_(x)
+    image = "sm90 float32 image 128x64"
+    for _ in range(2):
+        with testing.library(tf32=True):
+            assert kernels() == {image}
+            with _settings.using(cuda_algorithm="general"):
+                assert kernels() == {"general float32"}
+            assert kernels() == {image}
+            for given in (x.contiguous(), narrow, x[:1].expand(2, -1, -1, -1), x[:, :, :4]):
+                kernels(given)
+            assert kernels() == {image}
+        with testing.library(tf32=False):
+            assert kernels() == set()  # the library's
+    for conv, changes in (
+        (block.conv2, {"padding": (2, 2), "dilation": (2, 2)}),
+        (block.conv1, {"stride": (1, 1)}),
+        (block.conv1, {"stride": [1, 1]}),  # as torch takes it too
+        (block.downsample[0], {"stride": 1}),  # type: ignore[index, union-attr]
+    ):
+        for setting, value in changes.items():
+            setattr(conv, setting, value)
+        if block.conv1.stride[0] == 2 or block.downsample[0].stride == 1:  # type: ignore[index, union-attr]
+            both(block, x, monkeypatch)
+    assert block(x).shape == (2, 24, 8, 8)
+
+
+def test_weights_and_biases_that_begin_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels read from multiples of 16 bytes: others are copied."""
+    torch.manual_seed(0)
+    block, x = converted(nn.Sequential(_Plain(), _Plain())), images(2, 16, 8, 8)
+    expected = both(block, x, monkeypatch)
+    for conv in (block[0].conv1, block[1].conv2):  # type: ignore[index, union-attr]
+        for parameter in (conv.weight, conv.bias):
+            skewed = torch.empty(parameter.numel() + 1, dtype=BF16)[1:].as_strided(parameter.shape, parameter.stride()).copy_(parameter)
+            assert skewed.data_ptr() % 16
+            parameter.data = skewed
+            assert torch.equal(both(block, x, monkeypatch), expected)
+
+
+def test_a_shortcut_on_the_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It decides the sum's memory format."""
+    torch.manual_seed(0)
+    for form in FORMATS:
+        for model in (nn.Sequential(_Left(), _Left()), nn.Sequential(_Plain(), _Left())):
+            both(converted(model), images(2, 16, 8, 8, form=form), monkeypatch)
 
 
 def test_who_listens_gets_it_node_by_node(counter: Counter) -> None:
@@ -195,7 +291,8 @@ def test_who_listens_gets_it_node_by_node(counter: Counter) -> None:
 
 
 def test_what_is_not_in_a_row(counter: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups, a shortcut that another module makes, one that is zero-padded: as node by node, and in rows what can be."""
+    """Groups, a shortcut that another module makes, one that is zero-padded: as node by node, and in rows what can
+    be. A projection of any padding that comes to none is a part of the last convolution either way."""
     torch.manual_seed(0)
 
     grouped = BLOCKS[2].eager()
@@ -210,18 +307,32 @@ def test_what_is_not_in_a_row(counter: Counter, monkeypatch: pytest.MonkeyPatch)
         pooled(images(2, 16, 8, 8))
     both(converted(cases.NETWORKS["cifar20"][1]()), images(1, 3, 8, 8), monkeypatch)
     assert counter.rows
+    for padding in (1, "same", "valid", [0, 0], 0):
+        projected = BlockCase("basic", 16, 16, (8, 8), 1, "projection").eager()
+        if padding == 1:  # which is none
+            projected.conv2.padding = (2, 2)
+        projected.downsample[0] = nn.Conv2d(16, 16, 1, padding=tuple(padding) if isinstance(padding, list) else padding, bias=False)
+        projected.downsample[0].padding = padding
+        counter.rows.clear()
+        both(converted(projected), images(2, 16, 8, 8), monkeypatch)
+        if padding != [0, 0]:  # which no key takes
+            assert counter.rows == [3 if padding == 1 else 2]
+    for conv in (projected.conv2, projected.downsample[0]):  # nor these
+        conv.stride = [1, 1]
+        both(projected, images(2, 16, 8, 8), monkeypatch)
 
 
 def test_operands_that_do_not_fit(counter: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bias of another dtype or length, parameters elsewhere: what they raise node by node, and no row."""
     torch.manual_seed(0)
     x = images(2, 16, 8, 8)
-    for bias in (torch.randn(16), torch.randn(8).bfloat16(), torch.zeros(16, dtype=BF16, device="meta")):
+    wrong = [("bias", t) for t in (torch.randn(16), torch.randn(8).bfloat16(), torch.zeros(16, dtype=BF16, device="meta"))]
+    for parameter, value in (*wrong, ("weight", torch.randn(16, 16, 3, 3))):
         block = converted(nn.Sequential(_Plain(), _Plain()))
         block(x)
         assert counter.rows
         counter.rows.clear()
-        block[1].conv2.bias = nn.Parameter(bias)  # type: ignore[index, union-attr]
+        setattr(block[1].conv2, parameter, nn.Parameter(value))  # type: ignore[index, union-attr]
         errors = []
         for way in (nullcontext(), node_by_node(monkeypatch)):
             with way, pytest.raises((TypeError, ValueError, RuntimeError, NotImplementedError)) as raised:
@@ -241,6 +352,11 @@ class _Plain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.relu(self.conv2(self.relu(self.conv1(x))) + x)  # type: ignore[no-any-return]
+
+
+class _Left(_Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(x + self.conv2(self.relu(self.conv1(x))))  # type: ignore[no-any-return]
 
 
 def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:

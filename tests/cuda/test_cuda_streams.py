@@ -300,6 +300,29 @@ def test_more_than_2_to_31_elements(tensor_cores: bool) -> None:
 
 @gpu
 @pytest.mark.large
+def test_a_projection_of_more_than_2_to_31_elements() -> None:
+    """Its images go with those of the convolution that it is a part of."""
+    need_memory(2 * 2 * 10720 * 64 * 56 * 56 + (2 << 30))
+    torch.manual_seed(0)
+    x = torch.empty((10720, 64, 56, 56), dtype=torch.bfloat16, device=DEVICE, memory_format=torch.channels_last).normal_()
+    weights = [(torch.randn(64, 64, 1, 1, device=DEVICE) / 8).bfloat16().contiguous(memory_format=torch.channels_last) for _ in range(2)]
+
+    def call(x: Tensor) -> Tensor:
+        found = plans.joined(x, (weights[0], None), (1, 0, 1, 1), x, (weights[1], None), 1, True)
+        assert found is not None
+        return found
+
+    plans.joined_plans.kept.clear()
+    y = call(x)
+    (plan,) = plans.joined_plans.kept.values()
+    assert plan.kernel.launches > 1
+    _settings.change(cuda_algorithm=plan.kernel.algorithm)  # so that a sum's order is the same
+    for image in (0, 5349, 2**31 // (64 * 56 * 56), 10719):
+        assert torch.equal(y[image : image + 1], call(x[image : image + 1])), image
+
+
+@gpu
+@pytest.mark.large
 def test_one_image_of_more_than_2_to_31_elements() -> None:
     side = 16400
     need_memory(2 * 2 * 8 * side * side + (4 << 30))
