@@ -92,10 +92,10 @@ std::unique_ptr<fr::Facts> facts(const std::vector<std::tuple<int, py::handle, p
 }
 
 // rows: (tensor, class, version, address, shape, strides, dtype, DLPack's code and bits of it). tensor: torch.Tensor. exchange: its capsule
-// of DLPack's C interface, or None.
+// of DLPack's C interface, or None. on_gpu: where all of them are.
 std::unique_ptr<fr::Watch> watch(
     const std::vector<std::tuple<py::handle, py::type, long, Pointer, py::tuple, py::tuple, py::handle, std::pair<int, int>>>& rows,
-    const py::object& tensor, const py::object& exchange) {
+    const py::object& tensor, const py::object& exchange, bool on_gpu) {
   // Kept for good, as the class is.
   static const fr::TensorQuestions questions = [&tensor] {
     const auto of_class = [&tensor](const char* name) { return py::object(tensor.attr(name)).release().ptr(); };
@@ -105,9 +105,11 @@ std::unique_ptr<fr::Watch> watch(
                                of_class("_version"),
                                of_class("shape"),
                                of_class("dtype"),
-                               of_class("requires_grad")};
+                               of_class("requires_grad"),
+                               fr::dlpack::kCpu};
   }();
   fr::TensorQuestions ask = questions;
+  if (on_gpu) ask.device_type = fr::dlpack::kCuda;
   if (!exchange.is_none()) ask.describe = fr::dlpack::describe_of(exchange.ptr());
   std::vector<fr::Watch::Row> all;
   for (const auto& [t, cls, version, address, shape, strides, dtype, type] : rows) {
@@ -302,7 +304,7 @@ PYBIND11_MODULE(_cpu, m) {
       .def("include", [](fr::Facts& f, fr::Facts& other, py::dict owner) { f.include(other, owner.ptr()); }, py::arg("other"), py::arg("owner"))
       .def("broken", [](fr::Facts& f, py::dict owner) { return f.broken(owner.ptr()); }, py::arg("owner"));
   py::class_<fr::Watch>(m, "Watch")
-      .def(py::init(&watch), py::arg("rows"), py::arg("tensor"), py::arg("exchange"))
+      .def(py::init(&watch), py::arg("rows"), py::arg("tensor"), py::arg("exchange"), py::arg("on_gpu"))
       .def("first_changed", &fr::Watch::first_changed, py::arg("grad"));
   py::class_<fr::Guard>(m, "Guard")
       .def(py::init([](Pointer data, i64 bytes, i64 most) {

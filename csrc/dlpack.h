@@ -37,7 +37,7 @@ struct Exchange {
   void* stream;
 };
 
-inline constexpr std::int32_t kCpu = 1;
+inline constexpr std::int32_t kCpu = 1, kCuda = 2;
 
 // How to describe a tensor, from the class's capsule; nullptr where it is none of this version.
 inline Describe describe_of(PyObject* capsule) {

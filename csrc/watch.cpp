@@ -42,7 +42,7 @@ bool Watch::is_where_it_was(Row& row) const {
   row.near = d.shape;
   const std::int64_t* const layout = row.layout.data();
   const std::int32_t rank = static_cast<std::int32_t>(row.layout.size() / 2);
-  return reinterpret_cast<std::uintptr_t>(d.data) + d.byte_offset == row.address && d.device_type == dlpack::kCpu && d.ndim == rank &&
+  return reinterpret_cast<std::uintptr_t>(d.data) + d.byte_offset == row.address && d.device_type == ask_.device_type && d.ndim == rank &&
          d.dtype.code == row.element.code && d.dtype.bits == row.element.bits && std::equal(layout, layout + rank, d.shape) &&
          std::equal(layout + rank, layout + 2 * rank, d.strides);
 }

@@ -16,6 +16,7 @@ struct TensorQuestions {
   dlpack::Describe describe;                          // nullptr: torch does not offer it
   PyObject *data_ptr, *stride;                        // methods of torch.Tensor
   PyObject *version, *shape, *dtype, *requires_grad;  // its attributes' descriptors
+  std::int32_t device_type;                           // where they must be, as DLPack says it
 };
 
 // Borrows every object: whoever makes a Watch holds the rows that the objects came from for as long. The caller holds the GIL, and nobody

@@ -118,7 +118,7 @@ TENSORS = (Tensor, nn.Parameter, nn.Buffer, FakeTensor, FunctionalTensor)
 # DLPack's C interface, by which compiled code asks a tensor where it is without Python (torch 2.10); and what DLPack calls the dtypes
 # (DLDataType's code and bits).
 DLPACK: Any = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-DLPACK_TYPES = {torch.float32: (2, 32), torch.float64: (2, 64), torch.float16: (2, 16), torch.bfloat16: (4, 16)}
+DLPACK_TYPES = {torch.float32: (2, 32), torch.float64: (2, 64), torch.float16: (2, 16), torch.bfloat16: (4, 16), torch.int64: (0, 64)}
 
 
 def nobody_listens(*tensors: Any, but_for_profiler: bool = False) -> bool:

@@ -43,6 +43,10 @@ class Backend:
         """What a plan for these tensors depends on besides its spec and the settings."""
         return torch.get_num_threads()
 
+    def call_state(self, x: Tensor) -> Hashable:
+        """What a call for ``x`` that is repeated depends on besides the layout and the settings."""
+        return torch.get_num_threads()
+
     def why_general(self, spec: ConvSpec) -> list[str]:
         """Why a convolution takes the general path; none: ``kernel_plan`` has a kernel for it."""
         return [self.why_no_kernels(spec.device)]

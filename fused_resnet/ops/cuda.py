@@ -42,6 +42,10 @@ class CudaBackend(Backend):
     def state(self, *tensors: Tensor | None) -> Hashable:
         return tf32(), *[None if t is None else t.device for t in tensors]
 
+    def call_state(self, x: Tensor) -> Hashable:
+        """Among it the stream: what was packed on another one, the call's own has waited for."""
+        return tf32(), x.device, _stream(x.device)
+
     def why_general(self, spec: ConvSpec) -> list[str]:
         missing = self.why_no_kernels(spec.device)
         if missing:

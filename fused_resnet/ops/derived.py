@@ -234,6 +234,12 @@ def _forget(owner: Tensor, tag: Hashable) -> Callable[[Any], None]:
     return gone
 
 
+def may_repeat(t: Tensor) -> bool:
+    """Whether values that were found before may be used again for a call with ``t`` without asking ``find``: not where they belong to a
+    graph that is being captured, nor after a graph that may write parameters when it is replayed."""
+    return not t.is_cuda or not (_graphs_train or torch.cuda.is_current_stream_capturing() or in_graph_trees(t.device))
+
+
 def training_captured(t: Tensor) -> None:
     """To be told by whatever computes for a backward pass: if a graph is being captured, its replays may train."""
     global _graphs_train

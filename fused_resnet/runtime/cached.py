@@ -14,12 +14,13 @@ from .._compat import DLPACK, DLPACK_TYPES, PLAIN, is_in_memory, is_quiet, nobod
 from .._extension import cpu
 from ..graph.facts import ABSENT, ITEM, LOOKUP, MISSING, Row
 from ..ops import derived
+from ..ops.plans import backends
 from ..ops.spec import address
 from ..ops.store import Source
 from ..zero_pad import ZeroPadShortcut
 from . import pooling
 from .bound import BoundConvolution, BoundLinear, BoundMaxPool, BoundZeroPad, Segment
-from .program import Call, Result
+from .calls import Call, Result
 
 _MOST = 8  # layouts in turn whose calls are kept: beyond, the oldest is made again
 _CONV_SETTINGS = ("stride", "padding", "dilation", "groups")
@@ -40,8 +41,9 @@ class CachedCalls:
     ``calls`` belongs to ``watch``, ``guard`` and ``facts``: it is only added to what was made in that state. A module's store holds it.
     """
 
-    def __init__(self, segment: Segment) -> None:
+    def __init__(self, segment: Segment, on_gpu: bool) -> None:
         """To be made before the call that is to be repeated, so that a change meanwhile is seen; ``accept`` is for after it."""
+        self.on_gpu = on_gpu
         self.calls: dict[Key, tuple[Call, External]] = {}
         self.places: list[tuple[dict[str, Any], str]] = []
         self.rows: list[Row] = []
@@ -79,7 +81,8 @@ class CachedCalls:
             self._read(norm.__dict__, _NORM_SETTINGS)
             if with_tensors:
                 self.places += [(norm._parameters, "weight"), (norm._parameters, "bias")]
-                self.places += [(norm._buffers, "running_mean"), (norm._buffers, "running_var")]
+                statistics = ["running_mean", "running_var", *(["num_batches_tracked"] if self.on_gpu else [])]  # see rows.packable_sources
+                self.places += [(norm._buffers, name) for name in statistics]
 
     def accept(self, key: Key, result: Result, external: External, before: CachedCalls | None) -> bool:
         """Whether the call can be repeated: a change of every tensor that it depends on would be seen. before: calls of other layouts, which
@@ -102,9 +105,9 @@ class CachedCalls:
             return False
         # Alive: the native passes compare with these objects, and the guard reads the sources' memory.
         self.watched = [(s.strong, type(s.strong), *s.state, DLPACK_TYPES.get(s.state[4], (0, 0))) for s in self.sources]
-        self.watch = cpu.Watch(self.watched, Tensor, DLPACK)
+        self.watch = cpu.Watch(self.watched, Tensor, DLPACK, bool(self.sources) and self.sources[0].strong.is_cuda)  # type: ignore[union-attr]
         self.facts = cpu.Facts(self.rows, MISSING)
-        self.guard = cpu.Guard([source.guard for source in self.sources])
+        self.guard = cpu.Guard([source.guard for source in self.sources if source.guard is not None])
         if before is not None and self._is_same_world(before):
             # A call of which a store has dropped something goes as well: it would keep that alive.
             kept = [(k, found) for k, found in before.calls.items() if k != key and all([entry.kept for entry in found[0].entries])]
@@ -156,7 +159,7 @@ class CachedCalls:
         if (_settings.number, derived.generation) != self.environment or not is_quiet():
             return None
         try:
-            if not x.is_cpu or not is_in_memory(x):
+            if not (x.is_cpu or (x.is_cuda and derived.may_repeat(x))) or not is_in_memory(x):
                 return None
             found = self.calls.get(key_of(x))
         except RuntimeError:  # sparse and nested tensors have no strides
@@ -172,4 +175,4 @@ class CachedCalls:
 
 
 def key_of(x: Tensor) -> Key:
-    return x.shape, x.stride(), x.dtype, torch.get_num_threads()
+    return x.shape, x.stride(), x.dtype, backends.of(x).call_state(x)

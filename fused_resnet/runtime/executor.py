@@ -16,6 +16,7 @@ from .._compat import GLOBAL_HOOKS, PLAIN, is_quiet, nobody_listens, profiler_en
 from .._extension import cpu
 from ..graph.ir import Addition
 from ..ops.api import bias_add_relu, conv_bias_add_relu
+from ..ops.derived import may_repeat
 from ..ops.functions import add_relu_, convolution_in_block, needs_grad, relu_
 from ..ops.plans import backends, joined
 from ..ops.select import how_to_train
@@ -23,6 +24,7 @@ from ..ops.spec import geometry_of_call, is_channels_last, layout
 from . import launches, program
 from .bound import Bound, BoundCall, BoundConvolution, BoundMaxPool, BoundNode, Part, Segment
 from .cached import CachedCalls, external_layout, key_of
+from .calls import Result
 from .fold import folded
 from .pooling import max_pool
 from .stages import paths
@@ -127,17 +129,20 @@ def _run_native(module: Any, graph: Bound, segment: Segment, x: Tensor) -> Tenso
     external = [node for node in segment.external if isinstance(node, BoundConvolution)]
     if any([node.is_live for node in (*segment.convolutions, *external)]):
         return None
-    if on_gpu:
-        return launches.run(graph.plans, segment, x)
     before: CachedCalls | None = graph.cached.get(segment.number)
     if before is not None and not before.holds():
         graph.cached.pop(segment.number, None)  # what they hold is given back before the new is made
     before = None
-    key, cached = key_of(x), CachedCalls(segment)
-    found = program.run(graph.plans, segment, x, partial(_external, segment), paths(module) if profiler_enabled() else None)
+    key, cached = key_of(x), CachedCalls(segment, on_gpu)
+    found: Result | None
+    if on_gpu:
+        found = launches.run(graph.plans, segment, x)
+    else:
+        found = program.run(graph.plans, segment, x, partial(_external, segment), paths(module) if profiler_enabled() else None)
     if found is None:
         return None
-    if cached.usual and cached.accept(key, found, external_layout(found.external), graph.cached.get(segment.number)):
+    external_shortcut = external_layout(found.external)
+    if cpu is not None and cached.usual and may_repeat(x) and cached.accept(key, found, external_shortcut, graph.cached.get(segment.number)):
         graph.cached[segment.number] = cached
     return found.output
 

@@ -1,7 +1,8 @@
 """A segment on a GPU: its convolutions in rows, each row one native call (``rows.py``), and what is no convolution by the library.
 
 A network that is called from Python layer by layer is bound by Python where its layers are small. ``run`` gives None for what it is not for,
-which then goes node by node (``executor.py``): by the same kernels on the same operands, so to the same bits.
+which then goes node by node (``executor.py``): by the same kernels on the same operands, so to the same bits. Its ``Call`` is repeated as
+long as nothing has changed (``cached.py``).
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 from .. import _settings
 from .._compat import nobody_listens
 from ..ops.cuda import ALIGNMENT, CudaBackend, CudaPlan, krsc_strides
+from ..ops.derived import find
 from ..ops.plans import backends
 from ..ops.schema import conv_bias_add_relu
 from ..ops.spec import ConvSpec, Layout, check_operands, geometry_of_call, layout, spec_of
+from ..ops.store import Entry
 from .bound import (
     INPUT,
     STEPS,
@@ -30,6 +33,7 @@ from .bound import (
     Segment,
     Step,
 )
+from .calls import Result
 from .fold import folded
 from .pooling import mean_of, window_of
 from .rows import Launch, Row, packable_sources
@@ -37,7 +41,7 @@ from .rows import Launch, Row, packable_sources
 Values = dict[int, Any]  # a segment's, by number
 
 
-def run(plans: _settings.Plans, segment: Segment, x: Tensor) -> Tensor | None:
+def run(plans: _settings.Plans, segment: Segment, x: Tensor) -> Result | None:
     """The output of a segment without live normalisations, or None where it has to go node by node.
 
     So does a segment whose shortcut another module makes: that module may have effects, and is to be called once."""
@@ -64,8 +68,10 @@ def run(plans: _settings.Plans, segment: Segment, x: Tensor) -> Tensor | None:
         return None
     if plan is _settings.UNKNOWN:
         plan = plans.make(key, lambda: plan_of(segment, backend, x))
-    output: Tensor | None = None if plan is None else plan(segment, x)
-    return output
+    if plan is None or x.data_ptr() % ALIGNMENT:
+        return None
+    call = Call(plan, segment)
+    return Result(call(x), call, None)
 
 
 def _steering(step: Step) -> Any:
@@ -85,21 +91,46 @@ class Plan:
     def __init__(self, pieces: list[Row | int], dead_after: list[list[int]], output: int) -> None:
         self.pieces, self.dead_after, self.output = pieces, dead_after, output
 
-    def __call__(self, segment: Segment, x: Tensor) -> Tensor | None:
+
+class Call:
+    """A plan with packed weights: repeats a call for an input of the same layout."""
+
+    def __init__(self, plan: Plan, segment: Segment) -> None:
+        self.plan, self.steps = plan, segment.steps
+        self.entries: list[Entry] = []  # alive: the addresses are theirs, whatever a store drops meanwhile
+        self.weights: list[list[tuple[int, int, int]]] = []  # of each row
+        nodes = [step.node for step in segment.steps]
+        for piece in plan.pieces:
+            entries = piece.packed(nodes) if isinstance(piece, Row) else _watched(nodes[piece])
+            self.entries += entries
+            self.weights.append([entry.value.addresses() for entry in entries] if isinstance(piece, Row) else [])
+
+    def if_holds(self, guard: Any, x: Tensor) -> Tensor | None:
+        """The same, if a ``Guard`` of the weights' sources holds and ``x`` begins at 16 bytes; else None."""
+        return None if x.data_ptr() % ALIGNMENT or not guard.holds() else self(x)
+
+    def __call__(self, x: Tensor, external: int = 0) -> Tensor:
+        """external: there is none."""
         check_operands(x)
-        if x.data_ptr() % ALIGNMENT:
-            return None  # a view that begins in the middle of 16 bytes
-        convolutions = [step.node if isinstance(step.node, BoundConvolution) else None for step in segment.steps]
         values: Values = {INPUT: x}
-        for piece, dead in zip(self.pieces, self.dead_after, strict=True):
+        for piece, weights, dead in zip(self.plan.pieces, self.weights, self.plan.dead_after, strict=True):
             if isinstance(piece, Row):
-                piece(values, convolutions)
+                piece(values, weights)
             else:
-                values[STEPS + piece] = _by_itself(segment.steps[piece], values)
+                values[STEPS + piece] = _by_itself(self.steps[piece], values)
             for v in dead:
                 del values[v]
-        output: Tensor = values[self.output]
+        output: Tensor = values[self.plan.output]
         return output
+
+
+def _watched(node: Any) -> list[Entry]:
+    """That the tensors of a step in no row are as they were: it looks at them itself, but where its call is repeated that is asked of all."""
+    if isinstance(node, BoundConvolution):
+        return [find("as it was", packable_sources(node) or (), lambda *held: None, node.place)]
+    if isinstance(node, BoundLinear):
+        return [find("as it was", (node.module.weight, node.module.bias), lambda *held: None, node.place)]
+    return []
 
 
 def _by_itself(step: Step, values: Values) -> Tensor:

@@ -33,6 +33,7 @@ from .bound import (
     Segment,
     Step,
 )
+from .calls import Result
 from .fold import sources_of, weight_and_bias
 from .pooling import Window, mean_of, window_of
 from .stages import run_in_ranges
@@ -77,14 +78,6 @@ class Packed(NamedTuple):
 
 
 Packer = Callable[[Sequence[Operand]], Entry]
-
-
-class Result(NamedTuple):
-    """A segment's output, what repeats the call, and the external shortcut that it read."""
-
-    output: Tensor
-    call: Call
-    external: Tensor | None
 
 
 def run(

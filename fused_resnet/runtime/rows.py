@@ -59,19 +59,21 @@ class Row:
             steps.append((launch.kernel, *at))
         self._sequence = module.Sequence(steps)
 
-    def __call__(self, values: dict[int, Any], convolutions: Sequence[BoundConvolution | None]) -> None:
-        """values: by number; the row adds what it leaves. convolutions: of the segment's steps."""
-        entries = [
-            packed(convolutions[launch.step], None if launch.projection is None else convolutions[launch.projection])
-            for launch in self.launches
+    def packed(self, nodes: Sequence[Any]) -> list[Entry]:
+        """What each launch reads. nodes: of the segment's steps."""
+        return [
+            packed(nodes[launch.step], None if launch.projection is None else nodes[launch.projection]) for launch in self.launches
         ]
+
+    def __call__(self, values: dict[int, Any], weights: Sequence[tuple[int, int, int]]) -> None:
+        """values: by number; the row adds what it leaves. weights: addresses of what each launch reads (``Packed``)."""
         given = [values[v] for v in self.read]
         device = given[0].device
         made = [torch.empty_strided(*layout, dtype=self.dtype, device=device) for layout in self.left_layouts]
         arena = torch.empty(self.arena_bytes, dtype=torch.uint8, device=device)
         addresses = [t.data_ptr() for t in (*given, *made)]
         stream = cuda_stream(device) if device.type == "cuda" else 0
-        self._sequence.run(addresses, arena.data_ptr(), [entry.value.addresses() for entry in entries], stream)
+        self._sequence.run(addresses, arena.data_ptr(), weights, stream)
         values.update(zip(self.left, made, strict=True))
 
 
@@ -119,9 +121,8 @@ def packable_sources(node: BoundConvolution) -> tuple[Tensor | None, ...] | None
     return None if counter is None else (*sources_of(node.conv, node.norm), counter)
 
 
-def packed(node: BoundConvolution | None, projection: BoundConvolution | None = None) -> Entry:
+def packed(node: BoundConvolution, projection: BoundConvolution | None = None) -> Entry:
     """A convolution's ``Packed``, kept in its module's store until a source changes."""
-    assert node is not None
     nodes = [node] if projection is None else [node, projection]
     sources = [packable_sources(each) or () for each in nodes]
     eps = [None if each.norm is None else each.norm.eps for each in nodes]

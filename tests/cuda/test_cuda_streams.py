@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import fused_resnet
 from fused_resnet import _extension, _plain, _settings, reference, testing
 from fused_resnet.benchmark import gpu_contest
-from fused_resnet.cases import ConvCase, Operands
+from fused_resnet.cases import BlockCase, ConvCase, Operands
 from fused_resnet.ops import cuda, derived, plans
 
 pytestmark = marks
@@ -80,6 +80,39 @@ def test_graph_of_inference(dtype: torch.dtype) -> None:
             replayed = y.clone()
             assert torch.equal(replayed, net(x))
         assert y.isfinite().all()
+
+
+@gpu
+def test_calls_that_are_repeated() -> None:
+    """On one stream and on others, while parameters change, and in a graph, whose replays see what changes later; and after it."""
+    block = _plain.randomise(BlockCase("basic", 64, 128, (14, 14), 2, "projection").eager(), generator()).eval().to(DEVICE, torch.bfloat16)
+    block = block.to(memory_format=torch.channels_last)
+    assert fused_resnet.fuse_(block).fused
+    x = torch.randn(4, 64, 14, 14, generator=generator(1)).to(DEVICE, torch.bfloat16).contiguous(memory_format=torch.channels_last)
+
+    def anew() -> Tensor:
+        derived.clear()
+        found: Tensor = block(x)
+        return found
+
+    with torch.no_grad():
+        for stream in (torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.current_stream()):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                block.conv1.weight.mul_(1.25)
+                found = [block(x) for _ in range(3)]
+                wanted = anew()
+            torch.cuda.synchronize()
+            assert all(torch.equal(y, wanted) for y in found)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = block(x)
+        for _ in range(2):
+            assert torch.equal(block(x), anew())
+            block.conv2.weight.mul_(-1)
+            graph.replay()
+            assert torch.equal(y, anew())
+            assert torch.equal(y, block(x))
 
 
 @gpu

@@ -197,8 +197,8 @@ FAULTS = (
     Fault(
         "CUDA rows: a misaligned input given to the tensor cores",
         ("fused_resnet/runtime/launches.py",),
-        "if x.data_ptr() % ALIGNMENT:",
-        "if False:",
+        "if plan is None or x.data_ptr() % ALIGNMENT:",
+        "if plan is None:",
         ("tests/cuda/test_cuda_launches.py::test_who_listens_gets_it_node_by_node",),
     ),
     Fault(
@@ -284,5 +284,40 @@ FAULTS = (
         """_put_back(options.out / f"{stage}.json")""",
         "pass",
         ("tests/applications/test_gpu_report.py::test_a_stage_that_is_stopped_leaves_its_case",),
+    ),
+    Fault(
+        "CUDA calls: repeated on a stream that has not waited for the packed weights",
+        ("fused_resnet/ops/cuda.py",),
+        "return tf32(), x.device, _stream(x.device)",
+        "return tf32(), x.device",
+        ("tests/cuda/test_cuda_repeated.py::test_repeated_calls",),
+    ),
+    Fault(
+        "CUDA calls: what was packed for a graph is used without it",
+        ("fused_resnet/runtime/executor.py",),
+        "cached.usual and may_repeat(x) and",
+        "cached.usual and",
+        ("tests/cuda/test_cuda_repeated.py::test_graphs_have_calls_of_their_own",),
+    ),
+    Fault(
+        "CUDA calls: repeated where a replay may have written parameters",
+        ("fused_resnet/ops/derived.py",),
+        "not (_graphs_train or torch.cuda.is_current_stream_capturing()",
+        "not (torch.cuda.is_current_stream_capturing()",
+        ("tests/cuda/test_cuda_repeated.py::test_graphs_have_calls_of_their_own",),
+    ),
+    Fault(
+        "CUDA calls: tensors are looked for on the CPU",
+        ("csrc/bindings.cpp",),
+        "if (on_gpu) ask.device_type = fr::dlpack::kCuda;",
+        "(void)on_gpu;",
+        ("tests/cuda/test_cuda_repeated.py::test_where_tensors_are",),
+    ),
+    Fault(
+        "CUDA calls: a misaligned input given to a repeated call",
+        ("fused_resnet/runtime/launches.py",),
+        "return None if x.data_ptr() % ALIGNMENT or not guard.holds() else self(x)",
+        "return None if not guard.holds() else self(x)",
+        ("tests/cuda/test_cuda_launches.py::test_who_listens_gets_it_node_by_node",),
     ),
 )
