@@ -44,7 +44,8 @@ class Backend:
         return torch.get_num_threads()
 
     def call_state(self, x: Tensor) -> Hashable:
-        """What a call for ``x`` that is repeated depends on besides the layout and the settings."""
+        """What a call that is repeated for tensors like ``x`` depends on besides their layout and the settings: more than its plan
+        does (``state``), for packed weights belong to it."""
         return torch.get_num_threads()
 
     def why_general(self, spec: ConvSpec) -> list[str]:

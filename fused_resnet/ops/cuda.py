@@ -43,7 +43,7 @@ class CudaBackend(Backend):
         return tf32(), *[None if t is None else t.device for t in tensors]
 
     def call_state(self, x: Tensor) -> Hashable:
-        """Among it the stream: what was packed on another one, the call's own has waited for."""
+        """With the stream: only one that has waited for the packed weights may repeat a call."""
         return tf32(), x.device, _stream(x.device)
 
     def why_general(self, spec: ConvSpec) -> list[str]:

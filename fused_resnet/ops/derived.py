@@ -235,9 +235,14 @@ def _forget(owner: Tensor, tag: Hashable) -> Callable[[Any], None]:
 
 
 def may_repeat(t: Tensor) -> bool:
-    """Whether values that were found before may be used again for a call with ``t`` without asking ``find``: not where they belong to a
-    graph that is being captured, nor after a graph that may write parameters when it is replayed."""
-    return not t.is_cuda or not (_graphs_train or torch.cuda.is_current_stream_capturing() or in_graph_trees(t.device))
+    """Whether values that ``find`` gave before may be used again for a call with ``t`` without asking it, if no source has changed: not while
+    a graph is captured, which has values of its own."""
+    return not t.is_cuda or not (torch.cuda.is_current_stream_capturing() or in_graph_trees(t.device))
+
+
+def graphs_train(t: Tensor) -> bool:
+    """Whether replays of graphs may write what wants a gradient where ``t`` is, without a trace."""
+    return _graphs_train and t.is_cuda
 
 
 def training_captured(t: Tensor) -> None:

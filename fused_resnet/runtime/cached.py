@@ -23,6 +23,7 @@ from .bound import BoundConvolution, BoundLinear, BoundMaxPool, BoundZeroPad, Se
 from .calls import Call, Result
 
 _MOST = 8  # layouts in turn whose calls are kept: beyond, the oldest is made again
+_MOST_ON_GPU = 64  # ... each on each of some streams; they share their packed weights
 _CONV_SETTINGS = ("stride", "padding", "dilation", "groups")
 _NORM_SETTINGS = ("training", "eps")
 
@@ -103,15 +104,19 @@ class CachedCalls:
         self.states = [states.get(id(t)) for t in self.tensors]
         if any([t is not None and state is None for t, state in zip(self.tensors, self.states, strict=True)]):
             return False
+        first = self.sources[0].strong
+        assert first is not None
+        if derived.graphs_train(first) and any([source.strong.requires_grad for source in self.sources if source.strong is not None]):
+            return False
         # Alive: the native passes compare with these objects, and the guard reads the sources' memory.
         self.watched = [(s.strong, type(s.strong), *s.state, DLPACK_TYPES.get(s.state[4], (0, 0))) for s in self.sources]
-        self.watch = cpu.Watch(self.watched, Tensor, DLPACK, bool(self.sources) and self.sources[0].strong.is_cuda)  # type: ignore[union-attr]
+        self.watch = cpu.Watch(self.watched, Tensor, DLPACK, first.is_cuda)
         self.facts = cpu.Facts(self.rows, MISSING)
         self.guard = cpu.Guard([source.guard for source in self.sources if source.guard is not None])
         if before is not None and self._is_same_world(before):
             # A call of which a store has dropped something goes as well: it would keep that alive.
             kept = [(k, found) for k, found in before.calls.items() if k != key and all([entry.kept for entry in found[0].entries])]
-            self.calls.update(kept[1 - _MOST :])
+            self.calls.update(kept[1 - (_MOST_ON_GPU if self.on_gpu else _MOST) :])
         self.calls[key] = result.call, external
         return True
 
@@ -169,7 +174,7 @@ class CachedCalls:
         grad = torch.is_grad_enabled()
         if grad and x.requires_grad:
             return None
-        if self.facts.broken({}) >= 0 or self.watch.first_changed(grad) >= 0:
+        if self.facts.broken({}) >= 0 or self.watch.first_changed(grad or derived.graphs_train(x)) >= 0:
             return None
         return found
 

@@ -121,7 +121,7 @@ def _run_native(module: Any, graph: Bound, segment: Segment, x: Tensor) -> Tenso
     if graph.store is None or not nobody_listens(x, but_for_profiler=True):
         return None
     on_gpu = backends.of(x).on_gpu
-    if cpu is None and not on_gpu:
+    if not launches.may_run(segment, x) if on_gpu else cpu is None:
         return None
     if torch.is_grad_enabled() and any([p.requires_grad for node in segment.convolutions[:1] for p in node.conv.parameters(False)]):
         return None  # the rest would only say the same, later
@@ -133,7 +133,7 @@ def _run_native(module: Any, graph: Bound, segment: Segment, x: Tensor) -> Tenso
     if before is not None and not before.holds():
         graph.cached.pop(segment.number, None)  # what they hold is given back before the new is made
     before = None
-    key, cached = key_of(x), CachedCalls(segment, on_gpu)
+    key, cached = key_of(x), CachedCalls(segment, on_gpu) if cpu is not None and may_repeat(x) else None
     found: Result | None
     if on_gpu:
         found = launches.run(graph.plans, segment, x)
@@ -141,8 +141,12 @@ def _run_native(module: Any, graph: Bound, segment: Segment, x: Tensor) -> Tenso
         found = program.run(graph.plans, segment, x, partial(_external, segment), paths(module) if profiler_enabled() else None)
     if found is None:
         return None
-    external_shortcut = external_layout(found.external)
-    if cpu is not None and cached.usual and may_repeat(x) and cached.accept(key, found, external_shortcut, graph.cached.get(segment.number)):
+    if (
+        cached is not None
+        and cached.usual
+        and key_of(x) == key  # another thread may have set something of torch meanwhile
+        and cached.accept(key, found, external_layout(found.external), graph.cached.get(segment.number))
+    ):
         graph.cached[segment.number] = cached
     return found.output
 

@@ -41,15 +41,23 @@ from .rows import Launch, Row, packable_sources
 Values = dict[int, Any]  # a segment's, by number
 
 
-def run(plans: _settings.Plans, segment: Segment, x: Tensor) -> Result | None:
-    """The output of a segment without live normalisations, or None where it has to go node by node.
+def may_run(segment: Segment, x: Tensor) -> bool:
+    """False where ``run`` would give None in vain, as far as that is told at once.
 
-    So does a segment whose shortcut another module makes: that module may have effects, and is to be called once."""
+    A segment whose shortcut another module makes goes node by node: that module may have effects, and is to be called once."""
     backend = backends.of(x)
     if not isinstance(backend, CudaBackend) or x.dim() != 4 or backend.why_no_kernels(x.device) or segment.external:
-        return None
+        return False
+    zero_padded = any([isinstance(step.node, BoundZeroPad) for step in segment.steps])
+    return not zero_padded and x.data_ptr() % ALIGNMENT == 0 and nobody_listens(x)
+
+
+def run(plans: _settings.Plans, segment: Segment, x: Tensor) -> Result | None:
+    """The output of a segment that ``may_run``, without live normalisations; None where it has to go node by node."""
+    backend = backends.of(x)
+    assert isinstance(backend, CudaBackend)
     found = [packable_sources(node) for node in segment.convolutions]
-    if None in found or any([isinstance(step.node, BoundZeroPad) for step in segment.steps]):
+    if None in found:
         return None
     tensors = [t for each in found for t in each or ()]
     tensors += [t for node in segment.layers if isinstance(node, BoundLinear) for t in (node.module.weight, node.module.bias)]
@@ -68,7 +76,7 @@ def run(plans: _settings.Plans, segment: Segment, x: Tensor) -> Result | None:
         return None
     if plan is _settings.UNKNOWN:
         plan = plans.make(key, lambda: plan_of(segment, backend, x))
-    if plan is None or x.data_ptr() % ALIGNMENT:
+    if plan is None:
         return None
     call = Call(plan, segment)
     return Result(call(x), call, None)
@@ -106,7 +114,7 @@ class Call:
             self.weights.append([entry.value.addresses() for entry in entries] if isinstance(piece, Row) else [])
 
     def if_holds(self, guard: Any, x: Tensor) -> Tensor | None:
-        """The same, if a ``Guard`` of the weights' sources holds and ``x`` begins at 16 bytes; else None."""
+        """The output for ``x``, if a ``Guard`` of the weights' sources holds and ``x`` begins at a multiple of 16 bytes; else None."""
         return None if x.data_ptr() % ALIGNMENT or not guard.holds() else self(x)
 
     def __call__(self, x: Tensor, external: int = 0) -> Tensor:
@@ -125,9 +133,12 @@ class Call:
 
 
 def _watched(node: Any) -> list[Entry]:
-    """That the tensors of a step in no row are as they were: it looks at them itself, but where its call is repeated that is asked of all."""
+    """Of a step that is in no row: nothing derived, but what its tensors were. It reads them itself at each call; whether a call can be
+    repeated is asked of all tensors together."""
     if isinstance(node, BoundConvolution):
-        return [find("as it was", packable_sources(node) or (), lambda *held: None, node.place)]
+        sources = packable_sources(node)
+        assert sources is not None
+        return [find("as it was", sources, lambda *held: None, node.place)]
     if isinstance(node, BoundLinear):
         return [find("as it was", (node.module.weight, node.module.bias), lambda *held: None, node.place)]
     return []

@@ -15,10 +15,12 @@ from _cuda_rows import BLOCKS, Counter, Net, both, converted, counting, images
 from torch import Tensor
 
 import fused_resnet
+from fused_resnet import testing
 from fused_resnet._compat import DLPACK, DLPACK_TYPES
 from fused_resnet._extension import cpu
-from fused_resnet.ops import cuda, derived
+from fused_resnet.ops import cuda, derived, select
 from fused_resnet.ops.store import state_of
+from fused_resnet.runtime import cached as cached_calls
 from fused_resnet.runtime import executor, launches
 
 
@@ -67,16 +69,12 @@ def test_repeated_calls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_graphs_have_calls_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is packed while a graph is captured is the graph's: no call is repeated there, and none of there later. Nor is one where a replay
-    may have written parameters."""
+    """What is packed while a graph is captured is the graph's: no call is repeated there, and none of there later."""
     block, x = converted(BLOCKS[1].eager()), images(2, 16, 8, 8)
     on_gpu: Any = SimpleNamespace(is_cuda=True, is_cpu=False, device=torch.device("cuda", 0))
     capturing = [False]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     assert derived.may_repeat(on_gpu)
-    with monkeypatch.context() as patch:
-        patch.setattr(derived, "_graphs_train", True)
-        assert not derived.may_repeat(on_gpu)
     with monkeypatch.context() as patch:
         patch.setattr(derived, "in_graph_trees", lambda device: True)
         assert not derived.may_repeat(on_gpu)
@@ -92,8 +90,98 @@ def test_graphs_have_calls_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None
         block(x)
     (calls,) = cached.values()
     capturing[0] = True
-    assert calls.find(on_gpu) is None  # nor is anything else read of it
+    monkeypatch.setattr(cached_calls, "is_in_memory", lambda x: pytest.fail("it goes on"))
+    assert calls.find(on_gpu) is None
+    capturing[0] = False
+    with pytest.raises(pytest.fail.Exception, match="it goes on"):
+        calls.find(on_gpu)
+
+
+def test_after_a_graph_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its replays may write what wants a gradient, without a trace: nothing is repeated but where all is frozen."""
+    on_gpu: Any = SimpleNamespace(is_cuda=True)
+    assert not derived.graphs_train(on_gpu)
+    with monkeypatch.context() as patch:
+        patch.setattr(derived, "_graphs_train", True)
+        assert derived.graphs_train(on_gpu)
+        assert not derived.graphs_train(torch.empty(1))
+    block, x = converted(BLOCKS[1].eager()), images(2, 16, 8, 8)
+    block(x)
+    cached = block._fused_resnet.current.bound.store.cached  # type: ignore[union-attr]
+    (calls,) = cached.values()
     assert calls.find(x) is not None
+    monkeypatch.setattr(derived, "graphs_train", lambda t: True)
+    assert calls.find(x) is None
+    cached.clear()
+    block(x)
+    assert not cached
+    block.requires_grad_(False)
+    assert calls.find(x) is not None
+    block(x)
+    (calls,) = cached.values()
+    assert calls.find(x) is not None
+
+
+def test_what_torch_is_told_during_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread that allows TF32 while a call is made: no call is kept for either."""
+    monkeypatch.setattr(select, "SMALL_ON_CUDA", 0)
+    block, x = converted(BLOCKS[1].eager(), torch.float32), images(2, 16, 8, 8, dtype=torch.float32)
+    run = launches.run
+
+    def disturbed(*arguments: Any) -> Any:
+        torch.backends.cudnn.allow_tf32 = True
+        return run(*arguments)
+
+    with testing.library(tf32=False):
+        expected = block(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(launches, "run", disturbed)
+            block(x)
+        torch.backends.cudnn.allow_tf32 = False
+        assert not block._fused_resnet.current.bound.store.cached  # type: ignore[union-attr]
+        assert torch.equal(block(x), expected)
+    with testing.library(tf32=True):
+        block(x)
+        assert block._fused_resnet.current.bound.store.cached  # type: ignore[union-attr]
+
+
+def test_what_the_sources_memory_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes that leave no trace but the bytes, where bytes are read; memory that was given back."""
+    block, x = converted(BLOCKS[0].eager()), images(2, 16, 8, 8)
+    before = both(block, x, monkeypatch)
+    both(block, x, monkeypatch)
+    block.conv1.weight.data.mul_(-1)  # type: ignore[union-attr, operator]
+    assert not torch.equal(both(block, x, monkeypatch), before)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"freed|storage"):
+        block(x)
+
+
+def test_devices_and_streams_have_calls_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_stream", lambda device: streams[device.index])
+    streams = [0, 0]
+    places: list[Any] = [SimpleNamespace(device=torch.device("cuda", i)) for i in range(2)]
+    backend = cuda.CudaBackend()
+    first = backend.call_state(places[0])
+    assert first != backend.call_state(places[1])
+    streams[0] = 7
+    assert first != backend.call_state(places[0])
+
+
+def test_what_may_not_run_prepares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shortcut that another module makes, a misaligned input, a profiler: no facts are collected for a call that cannot be kept."""
+    pooled = BLOCKS[1].eager()
+    pooled.downsample = torch.nn.Sequential(torch.nn.AvgPool2d(2), torch.nn.Conv2d(16, 24, 1, bias=False), torch.nn.BatchNorm2d(24))
+    block, x = converted(pooled), images(2, 16, 8, 8)
+    monkeypatch.setattr(executor, "CachedCalls", lambda *arguments: pytest.fail("facts are collected"))
+    block(x)
+    plain = converted(BLOCKS[0].eager())
+    skewed = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].as_strided(x.shape, x.stride()).copy_(x)
+    plain(skewed)
+    with torch.profiler.profile():
+        plain(x)
+    with pytest.raises(pytest.fail.Exception, match="facts are collected"):
+        plain(x)
 
 
 def test_where_tensors_are() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from fused_resnet import _extension, _plain, _settings, reference, testing
 from fused_resnet.benchmark import gpu_contest
 from fused_resnet.cases import BlockCase, ConvCase, Operands
 from fused_resnet.ops import cuda, derived, plans
+from fused_resnet.runtime import executor, launches
 
 pytestmark = marks
 __all__ = ["poisoned", "undisturbed"]  # fixtures
@@ -83,32 +85,54 @@ def test_graph_of_inference(dtype: torch.dtype) -> None:
 
 
 @gpu
-def test_calls_that_are_repeated() -> None:
-    """On one stream and on others, while parameters change, and in a graph, whose replays see what changes later; and after it."""
+def test_calls_that_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second call of a stream is a repeated one; the first waits for what another stream has packed. A graph captured on a stream that
+    repeats its calls sees at each replay what the parameters are then."""
     block = _plain.randomise(BlockCase("basic", 64, 128, (14, 14), 2, "projection").eager(), generator()).eval().to(DEVICE, torch.bfloat16)
     block = block.to(memory_format=torch.channels_last)
     assert fused_resnet.fuse_(block).fused
     x = torch.randn(4, 64, 14, 14, generator=generator(1)).to(DEVICE, torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    run, made = launches.run, []
+
+    def counted(*arguments: Any) -> Any:
+        made.append(1)
+        return run(*arguments)
+
+    monkeypatch.setattr(launches, "run", counted)
 
     def anew() -> Tensor:
-        derived.clear()
-        found: Tensor = block(x)
+        torch.cuda.synchronize()
+        with monkeypatch.context() as patch:
+            patch.setattr(executor, "_repeat", lambda *arguments: None)
+            patch.setattr(launches, "run", lambda *arguments: None)
+            derived.clear()
+            found: Tensor = block(x)
+        torch.cuda.synchronize()
         return found
 
+    first, second = torch.cuda.Stream(), torch.cuda.Stream()
     with torch.no_grad():
-        for stream in (torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.current_stream()):
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                block.conv1.weight.mul_(1.25)
-                found = [block(x) for _ in range(3)]
-                wanted = anew()
-            torch.cuda.synchronize()
-            assert all(torch.equal(y, wanted) for y in found)
+        wanted = anew()
+        with torch.cuda.stream(first):
+            torch.cuda._sleep(200_000_000)
+            found = [block(x) for _ in range(3)]
+        with torch.cuda.stream(second):
+            found += [block(x) for _ in range(3)]
+        torch.cuda.synchronize()
+        assert all(torch.equal(y, wanted) for y in found)
+        assert len(made) == 2
+        with torch.cuda.stream(second):
+            block.conv1.weight.mul_(1.25)
+            found = [block(x) for _ in range(3)]
+        wanted = anew()
+        assert all(torch.equal(y, wanted) for y in found)
+        assert len(made) == 3
+        with torch.cuda.stream(second):
+            found = [block(x) for _ in range(2)]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=second):
             y = block(x)
         for _ in range(2):
-            assert torch.equal(block(x), anew())
             block.conv2.weight.mul_(-1)
             graph.replay()
             assert torch.equal(y, anew())
