@@ -93,11 +93,13 @@ def _steering(step: Step) -> Any:
 class Plan:
     """Of a segment, for one layout of what it reads. Of modules it keeps nothing: it may outlive them.
 
-    pieces: rows, and numbers of steps that are in none. dead_after: for each, the values that nothing reads any more.
+    pieces: rows, and numbers of steps that are in none. dead_after: for each, the values that nothing reads any more. output: its number.
+    strides: of the values that rows read, as those were planned with.
     """
 
-    def __init__(self, pieces: list[Row | int], dead_after: list[list[int]], output: int) -> None:
+    def __init__(self, pieces: list[Row | int], dead_after: list[list[int]], output: int, layouts: dict[int, Layout]) -> None:
         self.pieces, self.dead_after, self.output = pieces, dead_after, output
+        self.strides = {v: layouts[v].strides for piece in pieces if isinstance(piece, Row) for v in piece.read}
 
 
 class Call:
@@ -125,7 +127,11 @@ class Call:
             if isinstance(piece, Row):
                 piece(values, weights)
             else:
-                values[STEPS + piece] = _by_itself(self.steps[piece], values)
+                number, made = STEPS + piece, _by_itself(self.steps[piece], values)
+                strides = self.plan.strides.get(number)
+                if strides is not None and made.stride() != strides:  # not what the library's rule says
+                    made = torch.empty_strided(made.shape, strides, dtype=made.dtype, device=made.device).copy_(made)
+                values[number] = made
             for v in dead:
                 del values[v]
         output: Tensor = values[self.plan.output]
@@ -209,7 +215,7 @@ def _plan(parts: list[list[Launch] | int], segment: Segment, layouts: dict[int, 
         held += left
         dead_after.append([v for v in held if v not in later])
         held = [v for v in held if v in later]
-    return Plan(pieces, dead_after, output)
+    return Plan(pieces, dead_after, output, layouts)
 
 
 def _parts(segment: Segment, backend: CudaBackend, specs: dict[int, ConvSpec]) -> list[list[Launch] | int]:

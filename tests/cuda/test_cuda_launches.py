@@ -73,6 +73,16 @@ def test_a_network(counter: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
     both(model, images(2, 3, 32, 32), monkeypatch)
 
 
+def test_what_the_library_makes_in_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pooling whose output is not in the memory format of its input: a row reads what it was planned for."""
+    torch.manual_seed(0)
+    model, x = converted(Net()), images(2, 3, 32, 32)
+    expected = both(model, x, monkeypatch)
+    by_itself = launches._by_itself
+    monkeypatch.setattr(launches, "_by_itself", lambda step, values: by_itself(step, values).contiguous())
+    assert torch.equal(model(x), expected)
+
+
 def test_parameters_that_change(counter: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sequence of changes between calls of one model, each as node by node sees it; and back."""
     torch.manual_seed(0)

@@ -334,4 +334,11 @@ FAULTS = (
         "return None if not guard.holds() else self(x)",
         ("tests/cuda/test_cuda_launches.py::test_who_listens_gets_it_node_by_node",),
     ),
+    Fault(
+        "CUDA rows: what the library made is read as if it lay otherwise",
+        ("fused_resnet/runtime/launches.py",),
+        "if strides is not None and made.stride() != strides:",
+        "if False:",
+        ("tests/cuda/test_cuda_launches.py::test_what_the_library_makes_in_another_layout",),
+    ),
 )
