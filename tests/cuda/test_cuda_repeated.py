@@ -6,6 +6,7 @@ What is trusted: the module's twin (``_cuda_twin``), and what goes node by node 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -129,15 +130,14 @@ def test_what_torch_is_told_during_a_call(monkeypatch: pytest.MonkeyPatch) -> No
     run = launches.run
 
     def disturbed(*arguments: Any) -> Any:
-        torch.backends.cudnn.allow_tf32 = True
+        other.enter_context(testing.library(tf32=True))
         return run(*arguments)
 
     with testing.library(tf32=False):
         expected = block(x)
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, ExitStack() as other:
             patch.setattr(launches, "run", disturbed)
             block(x)
-        torch.backends.cudnn.allow_tf32 = False
         assert not block._fused_resnet.current.bound.store.cached  # type: ignore[union-attr]
         assert torch.equal(block(x), expected)
     with testing.library(tf32=True):
