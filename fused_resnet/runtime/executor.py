@@ -121,7 +121,7 @@ def _run_native(module: Any, graph: Bound, segment: Segment, x: Tensor) -> Tenso
     if graph.store is None or not nobody_listens(x, but_for_profiler=True):
         return None
     on_gpu = backends.of(x).on_gpu
-    if not launches.may_run(segment, x) if on_gpu else cpu is None:
+    if not launches.may_run(graph.plans, segment, x) if on_gpu else cpu is None:
         return None
     if torch.is_grad_enabled() and any([p.requires_grad for node in segment.convolutions[:1] for p in node.conv.parameters(False)]):
         return None  # the rest would only say the same, later

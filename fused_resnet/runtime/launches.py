@@ -41,15 +41,25 @@ from .rows import Launch, Row, packable_sources
 Values = dict[int, Any]  # a segment's, by number
 
 
-def may_run(segment: Segment, x: Tensor) -> bool:
-    """False where ``run`` would give None in vain, as far as that is told at once.
+def may_run(plans: _settings.Plans, segment: Segment, x: Tensor) -> bool:
+    """False where ``run`` would give None in vain, as far as that is told at once: also where it found nothing to put in a row for such an
+    input before, without another look at the layers, for node by node is always right.
 
     A segment whose shortcut another module makes goes node by node: that module may have effects, and is to be called once."""
     backend = backends.of(x)
     if not isinstance(backend, CudaBackend) or x.dim() != 4 or backend.why_no_kernels(x.device) or segment.external:
         return False
     zero_padded = any([isinstance(step.node, BoundZeroPad) for step in segment.steps])
-    return not zero_padded and x.data_ptr() % ALIGNMENT == 0 and nobody_listens(x)
+    if zero_padded or x.data_ptr() % ALIGNMENT or not nobody_listens(x):
+        return False
+    return plans.kept.get(_input_key(backend, segment, x)) is not _NOTHING
+
+
+_NOTHING: Any = object()  # in a plan's place: there is no row of several launches
+
+
+def _input_key(backend: CudaBackend, segment: Segment, x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.stride(), x.dtype, segment.number, backend.state(x), _settings.number
 
 
 def run(plans: _settings.Plans, segment: Segment, x: Tensor) -> Result | None:
@@ -76,7 +86,9 @@ def run(plans: _settings.Plans, segment: Segment, x: Tensor) -> Result | None:
         return None
     if plan is _settings.UNKNOWN:
         plan = plans.make(key, lambda: plan_of(segment, backend, x))
-    if plan is None:
+    if plan is _NOTHING:
+        plans.make(_input_key(backend, segment, x), lambda: _NOTHING)
+    if plan is None or plan is _NOTHING:
         return None
     call = Call(plan, segment)
     return Result(call(x), call, None)
@@ -173,7 +185,7 @@ def _by_itself(step: Step, values: Values) -> Tensor:
 
 
 def plan_of(segment: Segment, backend: CudaBackend, x: Tensor) -> Plan | None:
-    """None where a step's own call would raise, or add otherwise, or where there is no row of several launches."""
+    """None where a step's own call would raise, or add otherwise."""
     layouts = {INPUT: layout(x)}
     specs: dict[int, ConvSpec] = {}
     for number, step in enumerate(segment.steps):
@@ -190,7 +202,7 @@ def plan_of(segment: Segment, backend: CudaBackend, x: Tensor) -> Plan | None:
         layouts[STEPS + number] = made
     parts = _parts(segment, backend, specs)
     if not any([isinstance(part, list) and len(part) > 1 for part in parts]):
-        return None
+        return _NOTHING  # type: ignore[no-any-return]
     return _plan(parts, segment, layouts, x.dtype, backend.module)
 
 

@@ -254,6 +254,7 @@ def test_operands_that_do_not_fit(counter: Counter, monkeypatch: pytest.MonkeyPa
         block(x)
         assert counter.rows
         counter.rows.clear()
+        fitting = getattr(block[1].conv2, parameter)  # type: ignore[index, union-attr]
         setattr(block[1].conv2, parameter, nn.Parameter(value))  # type: ignore[index, union-attr]
         errors = []
         for way in (nullcontext(), node_by_node(monkeypatch)):
@@ -262,6 +263,9 @@ def test_operands_that_do_not_fit(counter: Counter, monkeypatch: pytest.MonkeyPa
             errors.append((raised.type, str(raised.value)))
         assert errors[0] == errors[1]
         assert counter.rows == []
+        setattr(block[1].conv2, parameter, fitting)  # type: ignore[index, union-attr]
+        block[1](x)  # type: ignore[index, operator]
+        assert counter.rows  # again
 
 
 class _Plain(nn.Module):

@@ -169,12 +169,21 @@ def test_devices_and_streams_have_calls_of_their_own(monkeypatch: pytest.MonkeyP
 
 
 def test_what_may_not_run_prepares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shortcut that another module makes, a misaligned input, a profiler: no facts are collected for a call that cannot be kept."""
+    """A shortcut that another module makes, a misaligned input, a profiler, layers that had no plan: no facts are collected for a call that
+    cannot be kept."""
+    wide, image = converted(BLOCKS[0].eager(), torch.float32), images(2, 16, 8, 8, dtype=torch.float32)
+    monkeypatch.setattr(select, "SMALL_ON_CUDA", 0)
+    with testing.library(tf32=False):
+        wide(image)  # by the library
     pooled = BLOCKS[1].eager()
     pooled.downsample = torch.nn.Sequential(torch.nn.AvgPool2d(2), torch.nn.Conv2d(16, 24, 1, bias=False), torch.nn.BatchNorm2d(24))
     block, x = converted(pooled), images(2, 16, 8, 8)
     monkeypatch.setattr(executor, "CachedCalls", lambda *arguments: pytest.fail("facts are collected"))
     block(x)
+    with testing.library(tf32=False):
+        wide(image)
+    with testing.library(tf32=True), pytest.raises(pytest.fail.Exception, match="facts are collected"):
+        wide(image)
     plain = converted(BLOCKS[0].eager())
     skewed = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].as_strided(x.shape, x.stride()).copy_(x)
     plain(skewed)

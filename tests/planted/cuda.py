@@ -197,8 +197,8 @@ FAULTS = (
     Fault(
         "CUDA rows: a misaligned input given to the tensor cores",
         ("fused_resnet/runtime/launches.py",),
-        "return not zero_padded and x.data_ptr() % ALIGNMENT == 0 and",
-        "return not zero_padded and",
+        "if zero_padded or x.data_ptr() % ALIGNMENT or not nobody_listens(x):",
+        "if zero_padded or not nobody_listens(x):",
         ("tests/cuda/test_cuda_launches.py::test_who_listens_gets_it_node_by_node",),
     ),
     Fault(
