@@ -36,11 +36,15 @@ CONTENDERS: dict[str, Contender] = {
     "onnxruntime": Contender(
         "ONNX Runtime", f"{_PEERS}:onnxruntime", ("onnxruntime", *_ONNX), "onnxruntime onnx onnxscript", ("float32",), False
     ),
-    "openvino": Contender("OpenVINO", f"{_PEERS}:openvino", ("openvino", *_ONNX), "openvino onnx onnxscript", ("float32", "bfloat16"), False),
+    "openvino": Contender(
+        "OpenVINO", f"{_PEERS}:openvino", ("openvino", *_ONNX), "openvino onnx onnxscript", ("float32", "bfloat16"), False
+    ),
     "ncnn": Contender("ncnn", f"{_PEERS}:ncnn", ("ncnn", "pnnx"), "ncnn pnnx", ("float32",), False),
     "mnn": Contender("MNN", f"{_PEERS}:mnn", ("MNN", "_tools", *_ONNX), "MNN onnx onnxscript", ("float32",), False),
     # MNN's default tiles of Winograd reach errors of 1e-3; the smaller ones are the fastest of it with float32's accuracy.
-    "mnn_exact": Contender("MNN, smaller tiles", f"{_PEERS}:mnn_exact", ("MNN", "_tools", *_ONNX), "MNN onnx onnxscript", ("float32",), False),
+    "mnn_exact": Contender(
+        "MNN, smaller tiles", f"{_PEERS}:mnn_exact", ("MNN", "_tools", *_ONNX), "MNN onnx onnxscript", ("float32",), False
+    ),
     "fused": Contender("ours", f"{_TORCH}:fused"),
     "fused_channels_last": Contender("ours, channels_last", f"{_TORCH}:fused_channels_last"),
 }

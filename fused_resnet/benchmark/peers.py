@@ -163,7 +163,9 @@ def mnn(task: Task, threads: int, folder: Path, tiles: int | None = None) -> Bui
     if not path.exists():
         # The compiled part of `mnnconvert`. Its Python part, MNN.tools, installs a package with pip and reports to a server.
         converter = importlib.import_module("_tools")
-        converter.mnnconvert(["mnnconvert", "-f", "ONNX", "--modelFile", _onnx(task, folder), "--MNNModel", str(path), "--bizCode", "bench"])
+        converter.mnnconvert(
+            ["mnnconvert", "-f", "ONNX", "--modelFile", _onnx(task, folder), "--MNNModel", str(path), "--bizCode", "bench"]
+        )
     interpreter = library.Interpreter(str(path))
     if tiles is not None:
         interpreter.setSessionHint(3, tiles)  # 3: WINOGRAD_MEMORY_LEVEL
